@@ -1,0 +1,303 @@
+"""The engine: requests in, text out.
+
+    from minipaged import LLM, SamplingParams
+    llm = LLM("smollm2")
+    for output in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
+        print(output.outputs[0].text)
+
+One step is three lines (`LLM.step`): the scheduler plans, the runner executes, the scheduler learns what came of
+it. Around them the engine turns prompts into tokens, and tokens into text.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import replace
+from typing import Any
+
+from minipaged.beam_search import BeamSearchParams
+from minipaged.memory import KVCacheManager
+from minipaged.models import load
+from minipaged.outputs import CompletionOutput, RequestOutput, SequenceText, beam_outputs, sampled_output
+from minipaged.plan import StepOutput, StepPlan
+from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve
+from minipaged.sampling_params import SamplingParams
+from minipaged.scheduler import RequestRefused, Scheduler
+from minipaged.sequence import Request, Sequence
+from minipaged.stats import EngineStats, Peak, choose_num_blocks
+
+Prompt = str | Many[int] | Many[dict[str, Any]]  # text, token ids, or chat messages
+Params = SamplingParams | BeamSearchParams
+
+
+class LLM:
+    """A model, its memory and its scheduler. Names and meanings follow vLLM's `LLM`.
+
+    model: "smollm2", a folder in Hugging Face layout, a .gguf file, or a hub id.
+    dtype: "auto" (fp32 on a CPU, bf16 on a GPU), "fp32", "bf16" or "fp16": of weights, keys and values.
+    device: "auto" (a GPU if there is one), "cpu" or "cuda".
+    block_size: token slots in a block.
+    num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes; by default a share of what's free.
+    num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has.
+    max_model_len: the longest prompt and output together, if less than the model's own.
+    max_num_seqs, max_num_batched_tokens, preemption, watermark: see `Scheduler`.
+    seed: for requests that have none of their own; None draws a new one each time.
+    debug: fill freed blocks with NaN and check every table and count at every step.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_memory: int | None = None,
+        num_cpu_blocks: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        preemption: str = "auto",
+        watermark: float = 0.01,
+        seed: int | None = None,
+        debug: bool = False,
+    ):
+        kind, device = resolve(dtype, device)
+        loaded = load(model, dtype=kind, device=device)
+        self.model_name = model
+        self.config, self.tokenizer = loaded.config, loaded.tokenizer
+        self.max_model_len = min(max_model_len or loaded.config.max_model_len, loaded.config.max_model_len)
+        self.block_bytes = block_size * kv_bytes_per_token(self.config, kind)
+        blocks = choose_num_blocks(
+            num_blocks, kv_cache_memory, self.block_bytes, -(-self.max_model_len // block_size) * max_num_seqs, device
+        )
+        cpu_blocks = blocks if num_cpu_blocks is None else min(num_cpu_blocks, blocks)
+        self.memory = KVCacheManager(blocks, block_size, cpu_blocks)
+        self.scheduler = Scheduler(self.memory, max_num_seqs, max_num_batched_tokens, preemption, watermark)
+        self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug)
+        self.debug = debug
+        self.observers: list[Callable[[StepPlan, StepOutput], None]] = []  # called after each step: watch, trace
+        self._random = random.Random(seed)
+        self._requests: dict[str, Request] = {}  # the unfinished ones
+        self._texts: dict[int, SequenceText] = {}  # by sequence
+        self._arrivals = 0
+        self._num_finished = self._num_prompt_tokens = self._num_output_tokens = self._num_steps = 0
+        self._peak = Peak()
+        self._times = self.runner.times
+
+    # --- whole jobs ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None
+    ) -> list[RequestOutput]:
+        """Answer all prompts, in their order. params: one for all, or one for each.
+
+        ValueError if a prompt or its parameters are bad, or RequestRefused if one can never fit; then none runs.
+        """
+        ids = self._add_all(_as_list(prompts), params or SamplingParams())
+        finished = {output.request_id: output for output in self._run(ids) if output.finished}
+        return [finished[request_id] for request_id in ids]
+
+    def stream(
+        self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like generate, but yields the state of a request after each step that gave it new tokens."""
+        yield from self._run(self._add_all(_as_list(prompts), params or SamplingParams()))
+
+    def _run(self, request_ids: list[str]) -> Iterator[RequestOutput]:
+        mine = set(request_ids)
+        try:
+            while mine:
+                for output in self.step():
+                    if output.request_id in mine:
+                        if output.finished:
+                            mine.remove(output.request_id)
+                        yield output
+        finally:  # the caller went away, or something broke: leave nothing behind
+            for request_id in mine:
+                self.abort(request_id)
+
+    # --- step by step -------------------------------------------------------------------------------------------
+
+    def add_request(self, prompt: Prompt, params: Params | None = None, request_id: str | None = None) -> str:
+        """Let a request wait, and return its id. Errors as in generate."""
+        request = self._request(prompt, params or SamplingParams(), request_id)
+        self.scheduler.add(request)
+        self._requests[request.request_id] = request
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step. Returns the state of the requests that got new tokens, or ended."""
+        t0 = time.perf_counter()
+        plan = self.scheduler.schedule()
+        t1 = time.perf_counter()
+        for s in plan.sequences:
+            metrics = self._requests[s.request_id].metrics
+            metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
+        output = self.runner.execute(plan)
+        self._peak.record(self.memory.usage(), self._contiguous_blocks())
+        t2 = time.perf_counter()
+        changed = self.scheduler.update(plan, output)
+        t3 = time.perf_counter()
+        results = [self._after_step(request) for request in changed]
+        self._times.schedule += t1 - t0
+        self._times.update += t3 - t2
+        self._times.text += time.perf_counter() - t3
+        self._num_steps += 1
+        if self.debug:
+            self.memory.check()
+        for observer in self.observers:
+            observer(plan, output)
+        return results
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once and free all it holds, whatever it is doing. Unknown and ended ones are ignored."""
+        if request := self._requests.pop(request_id, None):
+            self.scheduler.abort(request)
+            self._forget_texts(request)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    def stats(self) -> EngineStats:
+        """The account of this moment, and the sums since the beginning."""
+        scheduler = self.scheduler
+        return EngineStats(
+            memory=self.memory.usage(),
+            peak=replace(self._peak),
+            block_bytes=self.block_bytes,
+            contiguous_blocks=self._contiguous_blocks(),
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_swapped=len(scheduler.swapped),
+            num_finished=self._num_finished,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=dict(scheduler.num_preemptions),
+            times=replace(self._times),
+        )
+
+    # --- prompts in ---------------------------------------------------------------------------------------------
+
+    def _add_all(self, prompts: list[Prompt], params: Params | Many[Params]) -> list[str]:
+        each = [params] * len(prompts) if isinstance(params, (SamplingParams, BeamSearchParams)) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} params: give one for all or one for each")
+        ids: list[str] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                ids.append(self.add_request(prompt, one))
+        except ValueError as error:
+            for request_id in ids:
+                self.abort(request_id)
+            raise type(error)(f"prompt {len(ids)}: {error}" if len(prompts) > 1 else str(error)) from None
+        return ids
+
+    def _request(self, prompt: Prompt, params: Params, request_id: str | None) -> Request:
+        text, token_ids = self._encode(prompt)
+        name = str(self._arrivals) if request_id is None else request_id
+        if name in self._requests:
+            raise ValueError(f"request_id {name!r} is in use")
+        room = self.max_model_len - len(token_ids)
+        if room < 1:
+            raise RequestRefused(
+                f"the prompt has {len(token_ids)} tokens, and with at least one output token "
+                f"the most is {self.max_model_len} (max_model_len)"
+            )
+        seed = params.seed if isinstance(params, SamplingParams) and params.seed is not None else None
+        request = Request(
+            request_id=name,
+            arrival=self._arrivals,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_tokens=min(params.max_tokens or room, room),
+            eos_token_ids=frozenset(self.config.eos_token_ids),
+            seed=self._random.getrandbits(63) if seed is None else seed,
+            prompt=text,
+        )
+        self._arrivals += 1
+        return request
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self.tokenizer.encode(prompt)
+        elif prompt and isinstance(prompt[0], dict):
+            text = self.tokenizer.apply_chat_template(prompt)
+            token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        else:
+            text, token_ids = None, list(prompt)
+        if not token_ids:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        vocab = self.config.vocab_size
+        for token in token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                raise ValueError(f"token id {token!r} in the prompt: must be an integer from 0 to {vocab - 1}")
+        return text, token_ids
+
+    # --- text out -----------------------------------------------------------------------------------------------
+
+    def _after_step(self, request: Request) -> RequestOutput:
+        now = time.monotonic()
+        metrics = request.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self._num_prompt_tokens += len(request.prompt_token_ids)
+        outputs = self._beams(request) if request.search else self._samples(request)
+        if request.finished:
+            metrics.finished_time = now
+            self._num_finished += 1
+            del self._requests[request.request_id]
+            self._forget_texts(request)
+        return RequestOutput(
+            request.request_id, request.prompt, request.prompt_token_ids, outputs, request.finished, metrics
+        )
+
+    def _beams(self, request: Request) -> list[CompletionOutput]:
+        outputs = beam_outputs(request, self.tokenizer)
+        if request.finished:
+            self._num_output_tokens += sum(len(o.token_ids) for o in outputs)
+        return outputs
+
+    def _samples(self, request: Request) -> list[CompletionOutput]:
+        return [sampled_output(seq, self._read(request, seq)) for seq in request.sequences]
+
+    def _read(self, request: Request, seq: Sequence) -> SequenceText:
+        """The text of a sequence, up to date with its tokens; may end the sequence at a stop string."""
+        params = request.params
+        assert isinstance(params, SamplingParams)
+        text = self._texts.get(seq.seq_id)
+        if text is None:
+            text = self._texts[seq.seq_id] = SequenceText(self.tokenizer, request.prompt_token_ids, params)
+        if text.num_tokens == len(seq.output_token_ids):
+            return text
+        self._num_output_tokens += 1
+        token = seq.output_token_ids[-1]
+        silent = seq.finish_reason == "stop" and not params.include_stop_str_in_output
+        stop = text.add(token, silent, check_stops=len(seq.output_token_ids) >= params.min_tokens)
+        if stop is not None:
+            if seq.finish_reason is None:
+                self.scheduler.finish(request, seq, "stop", stop)
+            seq.finish_reason, seq.stop_reason = "stop", stop
+        elif seq.finish_reason is not None:
+            text.finish()
+        return text
+
+    def _forget_texts(self, request: Request) -> None:
+        for seq in request.sequences:
+            self._texts.pop(seq.seq_id, None)
+
+    def _contiguous_blocks(self) -> int:
+        """Blocks that would be taken if each running sequence had reserved memory for the longest it may become."""
+        width = sum(request.width for request in self.scheduler.running)
+        return width * self.memory.blocks_for(self.max_model_len)
+
+
+def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
+    """One prompt or many: token ids and messages are lists themselves."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,248 @@
+"""The scheduler's only door to memory: slots for the tokens of many sequences, out of one pool of blocks.
+
+Over the allocator (which block is free?) and the page tables (where is my token?) this file adds what
+sequences do: start (`allocate`), grow (`append`), split without copying (`fork`), end (`free`), and make way
+for others (`swap_out`, `swap_in`). Copy-on-write is all in `append`.
+
+Everything here is numbers. Where contents have to follow, the answer holds pairs (from, to), and the runner
+moves the tensors: in each step swap-outs, then swap-ins, then copies, and then the new tokens are written.
+
+Every operation is all or nothing: after the answer `NoSpace`, and after a MisuseError, nothing has changed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from minipaged.memory.accounting import Counters, MemoryUsage, Pool, check_pool, measure
+from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
+from minipaged.memory.page_table import PageTable, blocks_for
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """A new sequence has its slots."""
+
+    blocks: list[int]  # its page table
+
+
+@dataclass(frozen=True)
+class Appended:
+    """All sequences of the call have their new slots."""
+
+    copies: list[tuple[int, int]]  # (source, target), to be carried out before writing; no block is both
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A group of sequences lives in the other pool now."""
+
+    moves: list[tuple[int, int]]  # (block in the old pool, block in the new pool)
+
+
+class _Growth(NamedTuple):
+    """What one sequence needs to grow."""
+
+    table: PageTable
+    num_tokens: int
+    copy: bool  # its last block is shared and about to be written: it needs one of its own
+    new_blocks: int  # besides that one
+
+
+class KVCacheManager:
+    """Page tables over a pool of `num_blocks` blocks, and a second pool, in CPU memory, to swap to.
+
+    The caller names sequences by numbers. Here is Figure 8 of the paper: two samples share a prompt of 7
+    tokens, and the first to write gets a copy.
+
+    >>> memory = KVCacheManager(num_blocks=8, block_size=4, free_order=[7, 1, 3])
+    >>> memory.allocate(seq_id=1, num_tokens=7)
+    Allocated(blocks=[7, 1])
+    >>> memory.fork(parent=1, child=2)
+    >>> memory.append({1: 1, 2: 1})
+    Appended(copies=[(1, 3)])
+    >>> memory.block_table(1), memory.block_table(2)
+    ([7, 3], [7, 1])
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_cpu_blocks: int = 0, free_order: list[int] | None = None
+    ):
+        if block_size < 1:
+            raise MisuseError(f"block_size must be at least 1, not {block_size}")
+        self.block_size = block_size
+        self._gpu = Pool(BlockAllocator(num_blocks, free_order))
+        self._cpu = Pool(BlockAllocator(num_cpu_blocks))
+        self._counters = Counters()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._gpu.allocator.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        return self._gpu.allocator.num_free
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a sequence of `num_tokens` tokens needs if it shares none."""
+        return blocks_for(num_tokens, self.block_size)
+
+    def sequences(self) -> list[int]:
+        """All sequences, those on the GPU first."""
+        return [*self._gpu.tables, *self._cpu.tables]
+
+    def is_swapped(self, seq_id: int) -> bool:
+        return self._home(seq_id) is self._cpu
+
+    def num_tokens(self, seq_id: int) -> int:
+        """Tokens that have a slot, wherever the sequence lives."""
+        return self._home(seq_id).tables[seq_id].num_tokens
+
+    def block_table(self, seq_id: int) -> list[int]:
+        """A copy of the page table, logical -> physical; in the CPU pool if the sequence is swapped out."""
+        return self._home(seq_id).tables[seq_id].blocks.copy()
+
+    def slots(self, seq_id: int, start: int, count: int) -> list[int]:
+        """Where the tokens at positions start .. start + count - 1 go. The sequence must be on the GPU."""
+        return self._table(self._gpu, seq_id).slots(start, count)
+
+    def allocate(self, seq_id: int, num_tokens: int, keep_free: int = 0) -> Allocated | NoSpace:
+        """Start a sequence with slots for `num_tokens` tokens, and leave at least `keep_free` blocks free."""
+        self._must_be_new(seq_id)
+        if num_tokens < 0:
+            raise MisuseError(f"sequence {seq_id} cannot start with {num_tokens} tokens")
+        blocks = self._gpu.allocator.allocate(self.blocks_for(num_tokens), keep_free)
+        if isinstance(blocks, NoSpace):
+            return blocks
+        self._gpu.tables[seq_id] = PageTable(self.block_size, blocks, num_tokens)
+        return Allocated(blocks.copy())
+
+    def append(self, counts: dict[int, int], keep_free: int = 0) -> Appended | NoSpace:
+        """Give each sequence slots for `counts[seq_id]` more tokens: to all of them, or to none.
+
+        A sequence about to write into a block that others hold too gets a copy of it first. Only its last
+        block can be such a one, since the others are full: at most one copy for each sequence. When all
+        holders write, the last of them is alone by then and writes in place (paper, section 4.4).
+        """
+        growths = self._growths(counts)
+        blocks = self._gpu.allocator.allocate(sum(g.copy + g.new_blocks for g in growths), keep_free)
+        if isinstance(blocks, NoSpace):
+            return blocks
+        fresh, copies = iter(blocks), []
+        for table, num_tokens, copy, new_blocks in growths:
+            if copy:
+                source, target = table.blocks[-1], next(fresh)
+                self._gpu.allocator.release(source)
+                table.blocks[-1] = target
+                copies.append((source, target))
+            table.blocks.extend(islice(fresh, new_blocks))
+            table.num_tokens += num_tokens
+        self._counters.copies += len(copies)
+        return Appended(copies)
+
+    def blocks_needed(self, counts: dict[int, int]) -> int:
+        """How many free blocks `append(counts)` would take."""
+        return sum(g.copy + g.new_blocks for g in self._growths(counts))
+
+    def _growths(self, counts: dict[int, int]) -> list[_Growth]:
+        growths = []
+        holders: dict[int, int] = {}  # of last blocks: how many are left once those before got their copies
+        for seq_id, num_tokens in counts.items():
+            table = self._table(self._gpu, seq_id)
+            if num_tokens < 0:
+                raise MisuseError(f"sequence {seq_id} cannot grow by {num_tokens} tokens")
+            copy = False
+            if num_tokens and table.room:
+                last = table.blocks[-1]
+                left = holders.get(last) or self._gpu.allocator.ref_count(last)
+                copy = left > 1
+                holders[last] = left - copy
+            new_blocks = self.blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
+            growths.append(_Growth(table, num_tokens, copy, new_blocks))
+        return growths
+
+    def fork(self, parent: int, child: int) -> None:
+        """Start `child` with all tokens of `parent`: it shares every block, and nothing is copied.
+
+        All slots of the parent must be written by then: a shared slot that is written later changes both.
+        """
+        home = self._home(parent)
+        self._must_be_new(child)
+        table = home.tables[parent]
+        for block in table.blocks:
+            home.allocator.share(block)
+        home.tables[child] = PageTable(self.block_size, table.blocks.copy(), table.num_tokens)
+
+    def free(self, seq_id: int) -> None:
+        """End a sequence, wherever it lives. Blocks that no other sequence holds become free."""
+        home = self._home(seq_id)
+        for block in home.tables.pop(seq_id).blocks:
+            home.allocator.release(block)
+
+    def take_freed(self) -> list[int]:
+        """GPU blocks that became free since the last call: see `BlockAllocator.take_freed`."""
+        return self._gpu.allocator.take_freed()
+
+    def swap_out(self, seq_ids: Iterable[int]) -> Swapped | NoSpace:
+        """Move a group of sequences to the CPU pool (paper, section 4.5).
+
+        Blocks shared within the group move once and stay shared. A block that a sequence outside holds too
+        remains there for that one, and the group takes a copy along.
+        """
+        answer = self._move(seq_ids, self._gpu, self._cpu, keep_free=0)
+        if isinstance(answer, Swapped):
+            self._counters.swapped_out_blocks += len(answer.moves)
+        return answer
+
+    def swap_in(self, seq_ids: Iterable[int], keep_free: int = 0) -> Swapped | NoSpace:
+        """Move a group of sequences back, and leave at least `keep_free` GPU blocks free."""
+        answer = self._move(seq_ids, self._cpu, self._gpu, keep_free)
+        if isinstance(answer, Swapped):
+            self._counters.swapped_in_blocks += len(answer.moves)
+        return answer
+
+    def _move(self, seq_ids: Iterable[int], old: Pool, new: Pool, keep_free: int) -> Swapped | NoSpace:
+        tables = {seq_id: self._table(old, seq_id) for seq_id in seq_ids}
+        sources = list(dict.fromkeys(block for table in tables.values() for block in table.blocks))
+        targets = new.allocator.allocate(len(sources), keep_free)
+        if isinstance(targets, NoSpace):
+            return targets
+        moves = dict(zip(sources, targets, strict=True))
+        unheld = set(targets)  # their count of 1 waits for a holder
+        for seq_id, table in tables.items():
+            for logical, source in enumerate(table.blocks):
+                target = table.blocks[logical] = moves[source]
+                old.allocator.release(source)
+                if target in unheld:
+                    unheld.remove(target)
+                else:
+                    new.allocator.share(target)
+            new.tables[seq_id] = old.tables.pop(seq_id)
+        return Swapped(list(moves.items()))
+
+    def usage(self) -> MemoryUsage:
+        """The account of this moment; cheap."""
+        return measure(self._gpu, self._cpu, self.block_size, self._counters)
+
+    def check(self) -> None:
+        """Raise IntegrityError if page tables, counts and free lists contradict each other."""
+        if both := self._gpu.tables.keys() & self._cpu.tables.keys():
+            raise IntegrityError(f"sequences {sorted(both)} live on the GPU and on the CPU")
+        for pool in (self._gpu, self._cpu):
+            check_pool(pool, self.block_size)
+
+    def _home(self, seq_id: int) -> Pool:
+        for pool in (self._gpu, self._cpu):
+            if seq_id in pool.tables:
+                return pool
+        raise MisuseError(f"there is no sequence {seq_id}")
+
+    def _table(self, pool: Pool, seq_id: int) -> PageTable:
+        if self._home(seq_id) is not pool:
+            raise MisuseError(f"sequence {seq_id} is {'swapped out' if pool is self._gpu else 'on the GPU'}")
+        return pool.tables[seq_id]
+
+    def _must_be_new(self, seq_id: int) -> None:
+        if seq_id in self._gpu.tables or seq_id in self._cpu.tables:
+            raise MisuseError(f"sequence {seq_id} exists already")

@@ -1,0 +1,97 @@
+"""Models by name: ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
+
+Reading order: config.py, llama.py, gpt2.py, then the loading: checkpoint.py, gguf.py, fetch.py, tokenizer.py.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
+from minipaged.models.config import ModelConfig, ModelError
+from minipaged.models.fetch import fetch_from_hub, fetch_smollm2
+from minipaged.models.gguf import GGUFCheckpoint
+from minipaged.models.gpt2 import GPT2
+from minipaged.models.llama import Llama
+from minipaged.models.tokenizer import Tokenizer
+
+__all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_model", "open_checkpoint"]
+
+Checkpoint = FolderCheckpoint | GGUFCheckpoint
+Model = Llama | GPT2
+Progress = Callable[[int, int], None]  # tensors read so far, tensors in all
+
+ARCHITECTURES: dict[str, type[Model]] = {"llama": Llama, "gpt2": GPT2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Loaded:
+    """A model with all that it takes to run it."""
+
+    config: ModelConfig
+    model: Model
+    tokenizer: Tokenizer
+    generation_defaults: dict[str, Any]  # generation_config.json; only its end-of-text tokens are applied
+
+
+def load(
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    name_or_path: "smollm2" (fetched once, then kept), a folder, a .gguf file, or a hub id such as "gpt2".
+    dtype: float32, bfloat16 or float16; the weights are converted to it.
+    Raises ModelError for anything that is wrong with the name, the files or their contents.
+    """
+    checkpoint = open_checkpoint(name_or_path)
+    tokenizer = checkpoint.tokenizer()
+    config, model = load_model(checkpoint, dtype, device, progress)
+    tokenizer.eos_token_ids = config.eos_token_ids
+    return Loaded(config, model, tokenizer, checkpoint.generation_config)
+
+
+def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Find a model's files, fetching them if need be, and read everything but the weights."""
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name == "smollm2":
+        return GGUFCheckpoint(fetch_smollm2())
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file, but not a .gguf file; of a model folder, pass the folder")
+        return GGUFCheckpoint(path)
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ModelError(f"{path} does not exist. Pass a folder in Hugging Face layout, a .gguf file, or smollm2")
+    return FolderCheckpoint(fetch_from_hub(name))
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, Model]:
+    """The model alone. All names and shapes are checked before the first tensor is read."""
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
+    config = ModelConfig.from_hf(checkpoint.config)
+    model_class = ARCHITECTURES[config.architecture]
+    expected = model_class.tensor_shapes(config)
+    names = checkpoint.names(expected)
+    check_tensors(expected, {name: checkpoint.shapes[stored] for stored, name in names.items()}, checkpoint.path)
+    weights = {}
+    for stored, name in names.items():
+        if name in expected:
+            weights[name] = checkpoint.tensor(stored).to(device, dtype)
+            if progress:
+                progress(len(weights), len(expected))
+    return config, model_class(config, weights)

@@ -1,0 +1,91 @@
+"""The GPT-2 architecture over paged memory: learned positions, LayerNorm, biases everywhere.
+
+Symbols as in llama.py, with one kind of heads: T tokens in the batch, E hidden size,
+H heads, D head size, F width of the MLP, V vocabulary.
+"""
+
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+import kernels
+from minipaged.models.config import ACTIVATIONS, ModelConfig
+
+Norm = tuple[Tensor, Tensor]  # weight, bias
+
+
+class GPT2Layer:
+    """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor]):
+        def take(name: str) -> Norm:
+            path = f"transformer.h.{layer}.{name}"
+            return weights.pop(f"{path}.weight"), weights.pop(f"{path}.bias")
+
+        def linear(name: str) -> kernels.Linear:
+            weight, bias = take(name)  # Hugging Face's Conv1D: [in, out]
+            return kernels.Linear(weight.t().contiguous(), bias)
+
+        self.config = config
+        self.scale = config.attention_scale(layer)
+        self.activation = ACTIVATIONS[config.activation]
+        self.attention_norm, self.mlp_norm = take("ln_1"), take("ln_2")
+        self.qkv, self.out = linear("attn.c_attn"), linear("attn.c_proj")
+        self.up, self.down = linear("mlp.c_fc"), linear("mlp.c_proj")
+
+    def __call__(self, x: Tensor, layer_cache: Tensor, batch: kernels.Batch) -> Tensor:
+        """x [T, E], changed in place. Returns x."""
+        shape, eps = x.shape[-1:], self.config.norm_eps
+        x += self.attention(layer_norm(x, shape, *self.attention_norm, eps), layer_cache, batch)
+        x += self.down(self.activation(self.up(layer_norm(x, shape, *self.mlp_norm, eps))))
+        return x
+
+    def attention(self, x: Tensor, layer_cache: Tensor, batch: kernels.Batch) -> Tensor:
+        """x [T, E] -> [T, E]; writes this step's keys and values into the cache."""
+        q, k, v = self.qkv(x).view(len(x), 3, self.config.num_heads, -1).unbind(1)  # each [T, H, D]
+        kernels.write_kv(k, v, layer_cache, batch.slot_mapping)
+        return self.out(kernels.paged_attention(q, layer_cache, batch, self.scale).flatten(1))
+
+
+class GPT2:
+    """A decoder of L layers between the embeddings (token + position) and a projection to the vocabulary.
+
+    weights: the tensors of tensor_shapes(config); each is taken out of the dict as it is used.
+    """
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
+        self.config = config
+        self.embedding = weights.pop("transformer.wte.weight")  # [V, E]
+        self.position_embedding = weights.pop("transformer.wpe.weight")  # [max_model_len, E]
+        self.layers = [GPT2Layer(config, layer, weights) for layer in range(config.num_layers)]
+        self.norm: Norm = weights.pop("transformer.ln_f.weight"), weights.pop("transformer.ln_f.bias")
+        tied = config.tie_word_embeddings
+        self.head = kernels.Linear(self.embedding if tied else weights.pop("lm_head.weight"))
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
+        """input_ids and positions [T], cache [L, 2, H, N, B, D] -> hidden [T, E], after the final norm."""
+        x = self.embedding[input_ids] + self.position_embedding[positions]
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, layer_cache, batch)
+        return layer_norm(x, x.shape[-1:], *self.norm, self.config.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, E], only the rows that are wanted -> [R, V], fp32."""
+        return self.head(hidden).float()
+
+    @staticmethod
+    def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the model needs, by its Hugging Face name."""
+        e, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+        linears = {"attn.c_attn": (e, 3 * e), "attn.c_proj": (e, e), "mlp.c_fc": (e, f), "mlp.c_proj": (f, e)}
+        norms = {"ln_1": (e,), "ln_2": (e,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "transformer.wte.weight": (v, e),
+            "transformer.wpe.weight": (config.max_model_len, e),
+            "transformer.ln_f.weight": (e,),
+            "transformer.ln_f.bias": (e,),
+        }
+        for layer in range(config.num_layers):
+            for name, shape in (norms | linears).items():
+                shapes[f"transformer.h.{layer}.{name}.weight"] = shape
+                shapes[f"transformer.h.{layer}.{name}.bias"] = shape[-1:]
+        return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (v, e)}

@@ -1,0 +1,120 @@
+"""The Llama architecture over paged memory; Mistral, Qwen2 and Qwen3 are the same with a flag or two.
+
+Symbols: T tokens in the batch (of any number of sequences, in one row), E hidden
+size, H query heads, G key/value heads, D head size, F width of the MLP, V vocabulary.
+Nothing here knows about sequences, prefill or decode: only attention looks at
+other tokens, and it finds them through the batch's page tables.
+"""
+
+import torch
+from torch import Tensor
+
+import kernels
+from minipaged.models.config import ModelConfig
+from minipaged.models.rope import Rope, RopeConfig
+
+
+class LlamaLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor]):
+        def take(name: str) -> Tensor:
+            return weights.pop(f"model.layers.{layer}.{name}")
+
+        def stack(names: tuple[str, ...], kind: str) -> Tensor:
+            tensors = [take(f"{name}.{kind}") for name in names]
+            return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+        def linear(*names: str, bias: bool) -> kernels.Linear:
+            """One Linear for all that read the same input: one large product is faster than small ones."""
+            return kernels.Linear(stack(names, "weight"), stack(names, "bias") if bias else None)
+
+        self.config = config
+        self.scale = config.attention_scale(layer)
+        self.attention_norm = take("input_layernorm.weight")
+        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
+        self.out = linear("self_attn.o_proj", bias=config.out_bias)
+        self.mlp_norm = take("post_attention_layernorm.weight")
+        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj", bias=config.mlp_bias)
+        self.down = linear("mlp.down_proj", bias=config.mlp_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = take("self_attn.q_norm.weight"), take("self_attn.k_norm.weight")
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: kernels.Batch
+    ) -> Tensor:
+        """x [T, E], changed in place. cos and sin [T, D/2]. Returns x."""
+        eps = self.config.norm_eps
+        x += self.attention(kernels.rms_norm(x, self.attention_norm, eps), cos, sin, layer_cache, batch)
+        x += self.down(kernels.silu_and_mul(self.gate_up(kernels.rms_norm(x, self.mlp_norm, eps))))
+        return x
+
+    def attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: kernels.Batch
+    ) -> Tensor:
+        """x [T, E] -> [T, E]; writes this step's keys and values into the cache."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (-1, self.config.head_size))  # [T, H + 2G, D]
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.config.qk_norm:
+            q = kernels.rms_norm(qk[:, :heads], self.q_norm, self.config.norm_eps)
+            qk = torch.cat((q, kernels.rms_norm(qk[:, heads:], self.k_norm, self.config.norm_eps)), 1)
+        qk = kernels.rope(qk, cos, sin)  # q and k turn by the same angles: one call
+        q, k = qk[:, :heads], qk[:, heads:]  # [T, H, D], [T, G, D]
+        kernels.write_kv(k, v, layer_cache, batch.slot_mapping)
+        return self.out(kernels.paged_attention(q, layer_cache, batch, self.scale).flatten(1))
+
+
+class Llama:
+    """A decoder of L layers between an embedding and a projection to the vocabulary.
+
+    weights: the tensors of tensor_shapes(config). Each is taken out of the dict as it is used, so that
+    no second copy of the model stays in memory.
+    """
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
+        self.config = config
+        self.embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
+        self.layers = [LlamaLayer(config, layer, weights) for layer in range(config.num_layers)]
+        self.norm = weights.pop("model.norm.weight")
+        tied = config.tie_word_embeddings
+        self.head = kernels.Linear(self.embedding if tied else weights.pop("lm_head.weight"))
+        self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.embedding.device)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
+        """input_ids and positions [T], cache [L, 2, G, N, B, D] -> hidden [T, E], after the final norm."""
+        x = self.embedding[input_ids]
+        cos, sin = self.rope(positions)
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, cos, sin, layer_cache, batch)
+        return kernels.rms_norm(x, self.norm, self.config.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, E], only the rows that are wanted -> [R, V], fp32."""
+        return self.head(hidden).float()
+
+    @staticmethod
+    def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the model needs, by its Hugging Face name."""
+        e, f, d = config.hidden_size, config.intermediate_size, config.head_size
+        q, kv = config.num_heads * d, config.num_kv_heads * d
+        linears = {  # name: (out, in, bias)
+            "self_attn.q_proj": (q, e, config.qkv_bias),
+            "self_attn.k_proj": (kv, e, config.qkv_bias),
+            "self_attn.v_proj": (kv, e, config.qkv_bias),
+            "self_attn.o_proj": (e, q, config.out_bias),
+            "mlp.gate_proj": (f, e, config.mlp_bias),
+            "mlp.up_proj": (f, e, config.mlp_bias),
+            "mlp.down_proj": (e, f, config.mlp_bias),
+        }
+        norms = {"input_layernorm": e, "post_attention_layernorm": e}
+        if config.qk_norm:
+            norms |= {"self_attn.q_norm": d, "self_attn.k_norm": d}
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, e)}
+        for layer in range(config.num_layers):
+            prefix = f"model.layers.{layer}"
+            shapes |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
+            shapes |= {f"{prefix}.{name}.weight": (out, into) for name, (out, into, _) in linears.items()}
+            shapes |= {f"{prefix}.{name}.bias": (out,) for name, (out, _, bias) in linears.items() if bias}
+        shapes["model.norm.weight"] = (e,)
+        return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, e)}

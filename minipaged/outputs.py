@@ -1,0 +1,114 @@
+"""What a caller gets back: names as in vLLM's `RequestOutput`; and the text of a sequence while it grows."""
+
+from dataclasses import dataclass
+
+from minipaged.detokenizer import StreamDecoder
+from minipaged.models.tokenizer import Tokenizer
+from minipaged.sampling_params import SamplingParams
+from minipaged.sequence import Request, RequestMetrics, Sequence
+
+
+@dataclass
+class CompletionOutput:
+    """One output of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]  # with the stop token, if one ended it
+    cumulative_logprob: float | None = None  # sampling: only if logprobs were asked for
+    logprobs: list[dict[int, float]] | None = None  # for each token: {token id: logprob}, the drawn one among them
+    finish_reason: str | None = None  # "stop", "length", "abort"; None while it runs
+    stop_reason: int | str | None = None  # the stop string, or the id of one of stop_token_ids
+    score: float | None = None  # beam search: the length-normalised score
+
+
+@dataclass
+class RequestOutput:
+    """The state of a request after a step, or at its end."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds between the tokens after the first."""
+        return self.metrics.time_per_output_token(max((len(o.token_ids) for o in self.outputs), default=0))
+
+
+class SequenceText:
+    """The text of one sequence: streamed token by token, and cut where a stop string is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
+        self._decoder = StreamDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
+        self._stops = params.stop_strings
+        self._keep_stop = params.include_stop_str_in_output
+        self._text = ""
+        self.num_tokens = 0
+
+    def add(self, token_id: int, silent: bool = False, check_stops: bool = True) -> str | None:
+        """Add a token, without its text if silent. Returns the stop string that it completed: the text ends there.
+
+        Where one token completes several, the one that ends first counts, and of those the longest: so the cut
+        does not depend on where the borders between tokens happen to lie.
+        """
+        self.num_tokens += 1
+        old = len(self._text)
+        self._text += "" if silent else self._decoder.add(token_id)
+        found = []
+        for stop in self._stops if check_stops else ():
+            start = self._text.find(stop, max(0, old - len(stop) + 1))
+            if start >= 0:
+                found.append((start + len(stop), start, stop))
+        if not found:
+            return None
+        end, start, stop = min(found)
+        self._text = self._text[: end if self._keep_stop else start]
+        return stop
+
+    def finish(self) -> None:
+        """Nothing comes any more: give out what was held back for a character that might have become whole."""
+        self._text += self._decoder.flush()
+
+    def shown(self, finished: bool) -> str:
+        """The text so far, without an ending that may turn out to be the beginning of a stop string."""
+        if finished:
+            return self._text
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for length in range(min(longest, len(self._text)), 0, -1):
+            if any(stop.startswith(self._text[-length:]) for stop in self._stops):
+                return self._text[:-length]
+        return self._text
+
+
+def sampled_output(seq: Sequence, text: SequenceText | None) -> CompletionOutput:
+    """The output of a sequence of a sampling request. text: None before its first token."""
+    logprobs = [t.top_logprobs for t in seq.sampled if t.top_logprobs is not None]
+    own = [t.logprob for t in seq.sampled if t.logprob is not None]
+    asked = bool(seq.sampled) and len(own) == len(seq.sampled)
+    return CompletionOutput(
+        index=seq.index,
+        text=text.shown(seq.finish_reason is not None) if text else "",
+        token_ids=seq.output_token_ids.copy(),
+        cumulative_logprob=sum(own) if asked else None,
+        logprobs=logprobs if asked else None,
+        finish_reason=seq.finish_reason,
+        stop_reason=seq.stop_reason,
+    )
+
+
+def beam_outputs(request: Request, tokenizer: Tokenizer) -> list[CompletionOutput]:
+    """The best hypotheses of a beam search, as far as it got."""
+    assert request.search is not None
+    skip = request.search.params.skip_special_tokens
+    outputs = []
+    for index, h in enumerate(request.search.hypotheses()):
+        ids = list(h.token_ids)
+        decoder = StreamDecoder(tokenizer, request.prompt_token_ids, skip)
+        text = "".join(map(decoder.add, ids)) + decoder.flush()
+        own = h.stop_token_id if h.stop_token_id not in request.eos_token_ids else None
+        outputs.append(CompletionOutput(index, text, ids, h.cumulative_logprob, None, h.finish_reason, own, h.score))
+    return outputs

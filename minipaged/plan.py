@@ -1,0 +1,66 @@
+"""What the scheduler and the runner say to each other: plain data, no tensors.
+
+A plan can be printed, drawn, written to a file, replayed, and tested with no model at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from minipaged.sampling_params import Draw, SampledToken
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """The tokens that one sequence computes in this step."""
+
+    seq_id: int
+    request_id: str
+    token_ids: list[int]
+    start: int  # the position of the first of them: so many tokens were computed before
+    slots: list[int]  # where their keys and values go, one for each token
+    block_table: list[int]
+    draw: Draw | None = None  # what to draw from the logits of the last token
+    num_candidates: int = 0  # beam search: how many of the best next tokens to return instead
+
+    @property
+    def context_len(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. Memory is moved first, in the order of the fields; then the tokens are computed.
+
+    Pairs are (from, to): swap_out from a GPU block to a CPU block, swap_in back, copies inside the GPU pool.
+    """
+
+    step: int
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)  # nobody's any more: poisoned in debug mode
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)  # request ids, as are the next two
+    preempted: list[tuple[str, str]] = field(default_factory=list)  # (request id, "swap" or "recompute")
+    resumed: list[str] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.sequences)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a trace. A draw is reduced to a yes: what it draws from is in the request."""
+        sequences = [{**vars(s), "draw": s.draw is not None} for s in self.sequences]
+        return {**vars(self), "sequences": sequences}
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What came of a step, by sequence id."""
+
+    tokens: dict[int, list[SampledToken]] = field(default_factory=dict)
+    candidates: dict[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

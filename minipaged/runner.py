@@ -1,0 +1,159 @@
+"""Carries a plan out: tensors in the shape of the plan, the model, and what was drawn from its logits.
+
+The runner owns the keys and values of all blocks. It decides nothing: which block, which token, who goes first
+stands in the plan.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+import kernels
+from minipaged.models import Model
+from minipaged.models.config import ModelConfig
+from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.sampling import sample, top_candidates
+from minipaged.stats import Times
+
+
+DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
+}  # fmt: skip
+
+
+def resolve(dtype: str, device: str) -> tuple[torch.dtype, str]:
+    """The real dtype and device behind the names, "auto" among them. ValueError if there is no such thing here."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r}: must be auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': PyTorch sees no GPU here; use cpu or auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" else "fp32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be auto, fp32, bf16 or fp16")
+    return DTYPES[dtype], device
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values: 2 L G D itemsize (paper, section 4: 800 KB for OPT-13B in fp16)."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+
+
+class ModelRunner:
+    """Runs `model` over a pool of N = num_blocks blocks of B = block_size slots, in all L layers.
+
+    debug: fill freed blocks with NaN, so that a stale read shows in the output, and check every table.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int,
+        block_size: int,
+        num_cpu_blocks: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        debug: bool = False,
+    ):
+        self.model = model
+        self.device = device
+        self.debug = debug
+        self.block_size = block_size
+        self.times = Times()
+        config = model.config
+        shape = (block_size, config.num_kv_heads, config.head_size, dtype)
+        self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
+        self.cpu_cache = kernels.new_cache(config.num_layers, num_cpu_blocks, *shape)
+        if debug:
+            self.cache.fill_(torch.nan)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Move memory as the plan says, compute its tokens, and draw from the logits where it says so."""
+        began = time.perf_counter()
+        self._move_memory(plan)
+        if not plan.sequences:
+            return StepOutput()
+        input_ids, positions, batch = self._batch(plan.sequences)
+        prepared = time.perf_counter()
+        hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
+        logits, wanted = self._logits(plan.sequences, batch, hidden)
+        computed = time.perf_counter()
+        output = self._draw(logits, wanted)
+        self.times.prepare += prepared - began
+        self.times.model += computed - prepared
+        self.times.sample += time.perf_counter() - computed
+        return output
+
+    def _move_memory(self, plan: StepPlan) -> None:
+        """The order matters: out before freed blocks are poisoned or reused, in and copies before new tokens."""
+        if plan.swap_out:
+            kernels.move_blocks(self.cache, self.cpu_cache, *self._pairs(plan.swap_out))
+        if self.debug and plan.freed:
+            self.cache[:, :, :, plan.freed] = torch.nan
+        if plan.swap_in:
+            kernels.move_blocks(self.cpu_cache, self.cache, *self._pairs(plan.swap_in))
+        if plan.copies:
+            kernels.copy_blocks(self.cache, *self._pairs(plan.copies))
+
+    def _pairs(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        source, target = torch.tensor(pairs).T
+        return source, target
+
+    def _batch(self, sequences: list[ScheduledSequence]) -> tuple[Tensor, Tensor, kernels.Batch]:
+        """All tokens of the step in one row: input_ids [T], positions [T], and where they live."""
+        if self.debug:
+            self._check(sequences)
+        starts, longest = [0], max(len(s.block_table) for s in sequences)
+        for s in sequences:
+            starts.append(starts[-1] + len(s.token_ids))
+        batch = kernels.Batch(
+            slot_mapping=self._tensor([slot for s in sequences for slot in s.slots]),
+            query_start=self._tensor(starts),
+            context_lens=self._tensor([s.context_len for s in sequences]),
+            block_tables=self._tensor([s.block_table + [0] * (longest - len(s.block_table)) for s in sequences]),
+        )
+        input_ids = self._tensor([token for s in sequences for token in s.token_ids])
+        positions = self._tensor([p for s in sequences for p in range(s.start, s.context_len)])
+        return input_ids, positions, batch
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def _check(self, sequences: list[ScheduledSequence]) -> None:
+        """A wrong table reads somebody else's memory and says nothing: look before the kernels do."""
+        num_blocks = self.cache.shape[3]
+        for s in sequences:
+            if not all(0 <= block < num_blocks for block in s.block_table):
+                raise IndexError(f"sequence {s.seq_id}: table {s.block_table} leaves the pool of {num_blocks} blocks")
+            own = [self.block_size * s.block_table[p // self.block_size] + p % self.block_size
+                   for p in range(s.start, s.context_len)]  # fmt: skip
+            if s.slots != own:
+                raise IndexError(f"sequence {s.seq_id}: slots {s.slots} are not those of its table, {own}")
+
+    def _logits(
+        self, sequences: list[ScheduledSequence], batch: kernels.Batch, hidden: Tensor
+    ) -> tuple[Tensor, list[ScheduledSequence]]:
+        """Logits [R, V] after the last token of those sequences that draw from them."""
+        rows = [i for i, s in enumerate(sequences) if s.draw or s.num_candidates]
+        last = batch.query_start[1:][rows] - 1
+        return self.model.logits(hidden[last]), [sequences[i] for i in rows]
+
+    def _draw(self, logits: Tensor, wanted: list[ScheduledSequence]) -> StepOutput:
+        output = StepOutput()
+        draws = [(i, s.draw) for i, s in enumerate(wanted) if s.draw]
+        if draws:
+            rows = logits if len(draws) == len(wanted) else logits[[i for i, _ in draws]]
+            tokens = sample(rows, [draw for _, draw in draws])
+            output.tokens.update({wanted[i].seq_id: row for (i, _), row in zip(draws, tokens, strict=True)})
+        beams = [i for i, s in enumerate(wanted) if s.num_candidates]
+        if beams:
+            best = top_candidates(logits[beams], max(wanted[i].num_candidates for i in beams))
+            for i, row in zip(beams, best, strict=True):
+                output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
+        return output

@@ -1,0 +1,334 @@
+"""From logits to tokens: what a request may ask for, and how its tokens are drawn.
+
+`SamplingParams` says what is wanted (names, defaults and meanings are vLLM's), `sample` draws for a whole
+batch, `top_candidates` serves beam search. A row of logits takes these steps, in vLLM's order:
+
+    1. min_tokens   while the output is too short, the tokens that would end it are forbidden
+    2. penalties    repetition (tokens of prompt and output), then frequency and presence (output only)
+    3. greedy?      temperature 0 takes the largest logit, and is done
+    4. temperature  logits / temperature
+    5. min_p        drop what is less probable than min_p times the most probable token
+    6. top_k        keep the k most probable
+    7. top_p        keep the fewest most probable tokens that hold top_p of the probability left
+    8. draw         by inverse CDF: the first token at which the running sum of probabilities exceeds u
+
+The random number u doesn't come from a generator, whose state would depend on who else drew from it. It is
+computed, u = hash(seed, sample, position in the output), so that a request gets the same tokens alone or in
+a crowd, on whatever step, and again after a preemption.
+
+Logprobs are the raw model's: log-softmax of the logits as they came in, before step 1.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+GREEDY_BELOW = 1e-5  # a smaller temperature is taken as 0, as in vLLM
+RUNGS = (128, 4096)  # for top_k and top_p so many candidates are tried before all are sorted
+BLOCK = 256  # tokens per block of the two-level inverse CDF
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request wants. A value out of range is a ValueError that names it and the range.
+
+    >>> SamplingParams(temperature=0.8, top_p=1.5)
+    Traceback (most recent call last):
+    ValueError: top_p=1.5: must be a number > 0 and <= 1 (1: off)
+    """
+
+    n: int = 1  # samples of one prompt
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0  # subtracted once from every token that stands in the output
+    frequency_penalty: float = 0.0  # subtracted as often as the token stands in the output
+    repetition_penalty: float = 1.0  # divides the logit of a token seen before, multiplies it if negative
+    seed: int | None = None  # None: a new one for each request
+    max_tokens: int | None = 16  # None: as many as the model's length allows
+    min_tokens: int = 0  # so many tokens before end of text or a token of stop_token_ids
+    stop: str | Sequence[str] | None = None  # the output ends before the first of these
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None  # so many best tokens with each token drawn, besides its own
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name, (kind, low, high, allowed) in _ALLOWED.items():
+            value = getattr(self, name)
+            if value is None and allowed.startswith("None"):
+                continue
+            if not _is(kind, value) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: must be {allowed}")
+        if not _all_are(str, self.stop_strings) or "" in self.stop_strings:
+            raise ValueError(f"stop={self.stop!r}: must be None, a string or a list of strings, none empty")
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not _all_are(int, ids) or any(i < 0 for i in ids):
+            raise ValueError(f"stop_token_ids={ids!r}: must be None or a list of integers >= 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens}: must be <= max_tokens={self.max_tokens}")
+        if self.greedy and self.n > 1:
+            raise ValueError(f"n={self.n}: n must be 1 when using greedy sampling (temperature=0)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def stop_strings(self) -> Sequence[str]:
+        """`stop` as a sequence, whichever of its forms was given."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop if self.stop is not None else []
+
+
+_TINY, _HUGE = 1e-30, 1e30  # what float32 can still multiply and divide by
+_ALLOWED: dict[str, tuple[type, float, float, str]] = {  # type, least, most, in words
+    "n": (int, 1, math.inf, "an integer >= 1"),
+    "temperature": (float, 0, _HUGE, "a finite number >= 0 (0: greedy)"),
+    "top_k": (int, -1, math.inf, "an integer >= 1, or 0 or -1 (off)"),
+    "top_p": (float, _TINY, 1, "a number > 0 and <= 1 (1: off)"),
+    "min_p": (float, 0, 1, "a number >= 0 (off) and <= 1"),
+    "presence_penalty": (float, -2, 2, "a number from -2 to 2 (0: off)"),
+    "frequency_penalty": (float, -2, 2, "a number from -2 to 2 (0: off)"),
+    "repetition_penalty": (float, _TINY, _HUGE, "a finite number > 0 (1: off)"),
+    "seed": (int, 0, math.inf, "None or an integer >= 0"),
+    "max_tokens": (int, 1, math.inf, "None or an integer >= 1"),
+    "min_tokens": (int, 0, math.inf, "an integer >= 0"),
+    "ignore_eos": (bool, 0, 1, "True or False"),
+    "logprobs": (int, 0, math.inf, "None or an integer >= 0"),
+    "include_stop_str_in_output": (bool, 0, 1, "True or False"),
+    "skip_special_tokens": (bool, 0, 1, "True or False"),
+}
+
+
+def _is(kind: type, value: Any) -> bool:
+    """isinstance, but an integer is a float too, and True and False are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _all_are(kind: type, values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(_is(kind, value) for value in values)
+
+
+@dataclass
+class Draw:
+    """What to draw from one row of logits."""
+
+    params: SamplingParams
+    seed: int  # the request's: params.seed, or a random one
+    index: int  # which sample of the request the first draw is
+    num_draws: int  # n if the prompt of n samples was just computed, else 1
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    stop_ids: frozenset[int]  # end of text and stop_token_ids, forbidden before min_tokens
+
+    @property
+    def forbidden(self) -> frozenset[int]:
+        return self.stop_ids if len(self.output_token_ids) < self.params.min_tokens else frozenset()
+
+
+@dataclass
+class SampledToken:
+    token_id: int
+    logprob: float | None = None  # this and the next only if params.logprobs is given
+    top_logprobs: dict[int, float] | None = None  # falling; the drawn token last if it isn't among them
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[list[SampledToken]]:
+    """Draw draws[r].num_draws tokens from row r of logits [R, V] float32. The logits are not changed.
+
+    ValueError if a row to be sampled from has NaN or +inf in it, or -inf for every token.
+    """
+    adjusted = _adjust(logits, draws)
+    tokens: dict[int, list[int]] = {}
+    for way in (_best_token, _draw_any, _draw_truncated):
+        rows = [r for r, d in enumerate(draws) if _way(d.params) is way]
+        if rows:
+            tokens |= zip(rows, way(_take(adjusted, rows), [draws[r] for r in rows]), strict=True)
+    sampled = [[SampledToken(token) for token in tokens[r]] for r in range(len(draws))]
+    _add_logprobs(logits, draws, sampled)
+    return sampled
+
+
+def _way(params: SamplingParams) -> Callable[[Tensor, list[Draw]], list[list[int]]]:
+    if params.greedy:
+        return _best_token
+    return _draw_truncated if params.top_k > 0 or params.top_p < 1 else _draw_any
+
+
+def _take(x: Tensor, rows: list[int]) -> Tensor:
+    """x[rows] for rows in rising order, but faster, and no copy if that's all of them."""
+    return x if len(rows) == len(x) else x.index_select(0, torch.tensor(rows, device=x.device))
+
+
+def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """min_tokens and penalties on a copy, or the logits themselves where there is nothing to change."""
+    forbidden = [(r, t) for r, d in enumerate(draws) for t in d.forbidden if t < logits.shape[1]]
+    penalties = [entry for r, d in enumerate(draws) if d.params.penalises for entry in _penalties(r, d)]
+    if not forbidden and not penalties:
+        return logits
+    x = logits.clone()
+    if forbidden:
+        x[_columns(forbidden, x, torch.long)] = -torch.inf
+    if penalties:
+        where = _columns([entry[:2] for entry in penalties], x, torch.long)
+        repetition, subtract = _columns([entry[2:] for entry in penalties], x, x.dtype)
+        x[where] = torch.where(x[where] > 0, x[where] / repetition, x[where] * repetition) - subtract
+    return x
+
+
+def _penalties(row: int, draw: Draw) -> list[tuple[int, int, float, float]]:
+    """(row, token, factor of repetition, amount to subtract) of each distinct token to be penalised."""
+    p, counts = draw.params, Counter(draw.output_token_ids)
+    subtract = {t: p.presence_penalty + p.frequency_penalty * count for t, count in counts.items()}
+    seen = subtract.keys() | set(draw.prompt_token_ids if p.repetition_penalty != 1 else ())
+    return [(row, t, p.repetition_penalty, subtract.get(t, 0.0)) for t in seen]
+
+
+def _columns(rows: list[Any], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A list of tuples as one tensor for each place of the tuple."""
+    return torch.tensor(rows, dtype=dtype, device=like.device).unbind(1)
+
+
+def _best_token(x: Tensor, draws: list[Draw]) -> list[list[int]]:
+    """Of equal ones the lowest id. NumPy's argmax is 2 to 4 times as fast as PyTorch's on a CPU."""
+    best = x.numpy().argmax(-1) if x.device.type == "cpu" else x.argmax(-1)
+    return [[token] * d.num_draws for token, d in zip(best.tolist(), draws, strict=True)]
+
+
+def _draw_any(x: Tensor, draws: list[Draw]) -> list[list[int]]:
+    return _draw(_scale(x, draws).exp_(), draws)
+
+
+def _scale(x: Tensor, draws: list[Draw]) -> Tensor:
+    """Temperature and min_p: a new tensor, each row's best token at 0, dropped tokens at -inf."""
+    x = x - x.amax(-1, keepdim=True)
+    x /= _column([d.params.temperature for d in draws], x)
+    if any(d.params.min_p for d in draws):
+        least = _column([math.log(d.params.min_p) if d.params.min_p else -math.inf for d in draws], x)
+        x.masked_fill_(x < least, -torch.inf)
+    return x
+
+
+def _column(values: list[Any], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=dtype or like.dtype).unsqueeze(1)
+
+
+def _draw_truncated(x: Tensor, draws: list[Draw]) -> list[list[int]]:
+    """With top_k and top_p. Sorting the vocabulary is slow, so first a few candidates are tried, then more.
+
+    How many a row needs depends on that row alone, so the batch has no part in its tokens.
+    """
+    x, vocab = _scale(x, draws), x.shape[1]
+    tokens: dict[int, list[int]] = {}
+    for rung in (*RUNGS, vocab):
+        rows = [r for r in range(len(draws)) if r not in tokens]
+        if rows:
+            left = [draws[r] for r in rows]
+            weights, ids, enough = _nucleus(_take(x, rows), min(rung, vocab), left)
+            drawn = zip(rows, _draw(weights, left, ids), enough.tolist(), strict=True)
+            tokens |= {r: row_tokens for r, row_tokens, ok in drawn if ok}
+    return [tokens[r] for r in range(len(draws))]
+
+
+def _nucleus(x: Tensor, rung: int, draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights [R, rung] of the best tokens, 0 where top_k or top_p cuts, their ids, and if no more count.
+
+    x is scaled, so that exp(x) is a weight of at most 1. top_p is a part of what min_p and top_k have left.
+    """
+    best, ids = x.topk(rung, dim=-1)
+    vocab = x.shape[1]
+    top_k = [d.params.top_k if 0 < d.params.top_k < vocab else vocab for d in draws]
+    k = _column(top_k, x, torch.long)
+    weights = best.exp_().masked_fill_(torch.arange(rung, device=x.device) >= k, 0)
+    running = weights.cumsum(-1, dtype=torch.float64)
+    total = running[:, -1:]
+    if vocab in top_k:
+        total = torch.where(k < vocab, total, x.exp().sum(-1, keepdim=True))
+    limit = total * _column([d.params.top_p for d in draws], x, torch.float64)
+    enough = (k <= rung) | ((k == vocab) & (running[:, -1:] >= limit)) | (weights[:, -1:] == 0)
+    return weights.masked_fill_(running - weights >= limit, 0), ids, enough.squeeze(1)
+
+
+def _draw(weights: Tensor, draws: list[Draw], ids: Tensor | None = None) -> list[list[int]]:
+    """Tokens by inverse CDF of weights [R, C] >= 0, which need not sum to 1. ids [R, C]: whose they are.
+
+    Two levels: sums of blocks choose a block, a running sum within it the token. A single running sum over
+    the vocabulary is slower, and in float32 it loses tokens of small weight.
+    """
+    owner = [r for r, d in enumerate(draws) for _ in range(d.num_draws)]
+    u = [uniform(d.seed, d.index + i, len(d.output_token_ids)) for d in draws for i in range(d.num_draws)]
+    blocks = pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)[owner]  # [draws, blocks]
+    if not sums[:, -1].isfinite().all():
+        raise ValueError("nothing to sample from: a row of logits has NaN or +inf in it, or nothing but -inf")
+    target = _column(u, sums) * sums[:, -1:]
+    block = _first_above(sums, target)
+    target -= pad(sums, (1, 0)).gather(1, block)  # what is left of it at the start of the block
+    inner = blocks[owner, block.squeeze(1)].cumsum(-1, dtype=torch.float64)  # [draws, BLOCK]
+    index = block * BLOCK + _first_above(inner, target)
+    tokens = iter((index if ids is None else ids[owner].gather(1, index)).squeeze(1).tolist())
+    return [[next(tokens) for _ in range(d.num_draws)] for d in draws]
+
+
+def _first_above(running: Tensor, target: Tensor) -> Tensor:
+    """Index [.., 1] of the first running sum above target: never one of weight 0, for that adds nothing.
+
+    Rounding may have put target at the last sum or beyond; it's moved below, to the last weight that counts.
+    """
+    last = running[:, -1:]
+    below = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
+    return torch.searchsorted(running, below, right=True)
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """The random number in [0, 1) for token `position` of a sample's output: 53 bits of a hash.
+
+    >>> uniform(7, 0, 0) == uniform(7, 0, 0) != uniform(7, 1, 0)
+    True
+    """
+    digest = hashlib.blake2b(f"{seed}/{sample}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _add_logprobs(logits: Tensor, draws: Sequence[Draw], sampled: list[list[SampledToken]]) -> None:
+    limits = {r: d.params.logprobs for r, d in enumerate(draws) if d.params.logprobs is not None}
+    if not limits:
+        return
+    raw = _take(logits, list(limits)).log_softmax(-1)
+    best = _best(raw, max(limits.values()))
+    drawn = [(i, limit, token) for i, (r, limit) in enumerate(limits.items()) for token in sampled[r]]
+    values = raw[_columns([(i, token.token_id) for i, _, token in drawn], raw, torch.long)].tolist()
+    for (i, limit, token), value in zip(drawn, values, strict=True):
+        token.logprob, token.top_logprobs = value, {**dict(best[i][:limit]), token.token_id: value}
+
+
+def top_candidates(logits: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """The k best (token, raw logprob) of each row of logits [R, V], best first, equal ones by token id."""
+    return _best(logits.log_softmax(-1), k)
+
+
+def _best(logprobs: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    k = min(k, logprobs.shape[1])
+    if k == 0:
+        return [[] for _ in logprobs]
+    kth = logprobs.topk(k, dim=-1).values[:, -1:]
+    where = (logprobs >= kth).nonzero(as_tuple=True)  # more than k where some equal the k-th
+    result: list[list[tuple[int, float]]] = [[] for _ in logprobs]
+    for row, token, value in zip(*(t.tolist() for t in (*where, logprobs[where])), strict=True):
+        result[row].append((token, value))
+    return [sorted(row, key=lambda pair: -pair[1])[:k] for row in result]  # stable: equal ones stay in order of id

@@ -1,0 +1,1 @@
+from minipaged.sampling import *

@@ -1,0 +1,348 @@
+"""Who computes how many tokens in this step, and who makes way when memory runs out.
+
+    plan = scheduler.schedule()        decides, and books the memory
+    output = runner.execute(plan)      computes
+    scheduler.update(plan, output)     appends what was drawn, forks, frees
+
+Continuous batching (Orca): requests join and leave at every step. First come, first served, and the latest
+arrival is preempted first (paper, section 4.5); the sequences of one request go together. So the earliest
+request always moves on, and nothing starves.
+
+A request is in exactly one of three lists, each in the order of arrival:
+
+    waiting --admit--> running --finish-->
+       ^                |   ^
+       +--- recompute --+   +-- swap in --+
+                        +--- swap out --> swapped
+"""
+
+import math
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from minipaged.beam_search import memory_moves
+from minipaged.memory import KVCacheManager, NoSpace
+from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.sampling_params import Draw, SamplingParams
+from minipaged.sequence import Request, Sequence
+
+PREEMPTION_MODES = ("auto", "recompute", "swap")
+
+
+class RequestRefused(ValueError):
+    """A request that can never be served; the message has the numbers."""
+
+
+@dataclass
+class _Step:
+    """The plan of one step while it is being made."""
+
+    plan: StepPlan
+    spare: int  # tokens of the budget that are nobody's yet
+    filled: bool = False  # whether a request got more than one token for each sequence
+    counts: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Decides step by step. It sees integers and lists; what a tensor is, it does not know.
+
+    memory: where the tokens live; this is its only user.
+    max_num_seqs: the most sequences that run at a time.
+    max_num_batched_tokens: the most tokens computed in one step. Every running sequence is sure of one of them;
+        the others go to those that have more to compute. A prompt that does not fit into what is left waits for
+        the next step, and one longer than a whole step's budget is computed over several.
+    preemption: "recompute", "swap", or "auto": swap if the request has several sequences, since their sharing is
+        worth keeping, else recompute. When swap space runs out, recompute.
+    watermark: the share of blocks that an admission leaves free, so that it does not cause a preemption at once.
+    """
+
+    def __init__(
+        self,
+        memory: KVCacheManager,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        preemption: str = "auto",
+        watermark: float = 0.01,
+    ):
+        if preemption not in PREEMPTION_MODES:
+            raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(PREEMPTION_MODES)}")
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={max_num_batched_tokens}: must be at least max_num_seqs={max_num_seqs}, "
+                "so that every running sequence can have a token"
+            )
+        if not 0 <= watermark < 1:
+            raise ValueError(f"watermark={watermark}: must be at least 0 and less than 1")
+        self.memory = memory
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.preemption = preemption
+        self.watermark_blocks = math.ceil(watermark * memory.num_blocks)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.swapped: list[Request] = []
+        self.num_preemptions = {"recompute": 0, "swap": 0}
+        self._sequences: dict[int, Sequence] = {}
+        self._next_seq_id = 0
+        self._num_steps = 0
+
+    # --- requests come and go -----------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Let a request wait. RequestRefused if it could not be served even if it were alone."""
+        if request.width > self.max_num_seqs:
+            raise RequestRefused(
+                f"the request wants {request.width} sequences at once, but max_num_seqs is {self.max_num_seqs}"
+            )
+        most = request.most_blocks(self.memory.block_size)
+        if most > self.memory.num_blocks:
+            raise RequestRefused(
+                f"the request can need {most} blocks ({len(request.prompt_token_ids)} prompt tokens, up to "
+                f"{request.max_tokens} output tokens, {request.width} sequence(s), block size "
+                f"{self.memory.block_size}), but the pool has {self.memory.num_blocks}: "
+                "lower max_tokens, shorten the prompt, or give the pool more blocks"
+            )
+        request.sequences = [self._new_sequence(Sequence(-1, request.prompt_token_ids))]
+        insort(self.waiting, request, key=_arrival)
+
+    def abort(self, request: Request) -> None:
+        """End a request at once, wherever it is, and free everything it holds."""
+        for seq in request.live:
+            self.finish(request, seq, "abort")
+
+    def finish(self, request: Request, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End one sequence, and its request with the last of them."""
+        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        self._forget(seq)
+        if request.finished:
+            for queue in (self.waiting, self.running, self.swapped):
+                if request in queue:
+                    queue.remove(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running or self.swapped)
+
+    # --- deciding -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Decide on the next step, and book the slots for it."""
+        self._num_steps += 1
+        step = _Step(StepPlan(self._num_steps), self.max_num_batched_tokens)
+        self._continue_running(step)
+        if not step.plan.preempted:
+            self._resume_swapped(step)
+            if not self.swapped:
+                self._admit_waiting(step)
+        for request, counts in step.counts:
+            step.plan.sequences.extend(self._scheduled(request, counts))
+        step.plan.freed.extend(self.memory.take_freed())
+        return step.plan
+
+    def _continue_running(self, step: _Step) -> None:
+        step.spare -= sum(len(request.live) for request in self.running)
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            counts = self._counts(request, step)
+            while isinstance(grown := self.memory.append(counts), NoSpace):
+                victim = self.running.pop()  # the latest arrival; it has not been scheduled in this step
+                self._preempt(victim, step)
+                if victim is request:
+                    break
+            else:
+                self._take(step, request, counts, grown.copies)
+                index += 1
+
+    def _resume_swapped(self, step: _Step) -> None:
+        """Bring back who was swapped out, the earliest first, while there is room."""
+        while self.swapped:
+            request = self.swapped[0]
+            if self._num_running_seqs() + request.width > self.max_num_seqs or step.spare < len(request.live):
+                return
+            held = [seq.seq_id for seq in request.live if seq.in_memory]
+            moved = self.memory.swap_in(held, self._keep_free())
+            if isinstance(moved, NoSpace):
+                return
+            step.plan.swap_in.extend(moved.moves)
+            step.plan.resumed.append(request.request_id)
+            insort(self.running, self.swapped.pop(0), key=_arrival)
+            step.spare -= len(request.live)
+            counts = self._counts(request, step)
+            if not isinstance(grown := self.memory.append(counts), NoSpace):
+                self._take(step, request, counts, grown.copies)  # otherwise it computes in the next step
+
+    def _admit_waiting(self, step: _Step) -> None:
+        while self.waiting:
+            request = self.waiting[0]
+            leader = request.live[0]
+            wanted = request.target(leader)
+            if self._num_running_seqs() + request.width > self.max_num_seqs or step.spare < 1:
+                return
+            if wanted > step.spare and step.filled:
+                return  # it gets a step of its own
+            count = min(wanted, step.spare)
+            if isinstance(self.memory.allocate(leader.seq_id, count, self._keep_free()), NoSpace):
+                return
+            leader.in_memory = True
+            step.plan.admitted.append(request.request_id)
+            insort(self.running, self.waiting.pop(0), key=_arrival)
+            step.spare -= 1
+            self._take(step, request, {leader.seq_id: count}, [])
+
+    def _counts(self, request: Request, step: _Step) -> dict[int, int]:
+        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
+        counts, spare = {}, step.spare
+        for seq in request.live:
+            todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
+            if todo > 0:
+                counts[seq.seq_id] = 1 + min(todo - 1, spare)
+                spare -= counts[seq.seq_id] - 1
+        return counts
+
+    def _take(self, step: _Step, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
+        extra = sum(counts.values()) - len(counts)
+        step.spare -= extra
+        step.filled |= extra > 0
+        step.plan.copies.extend(copies)
+        step.counts.append((request, counts))
+
+    def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
+        for seq_id, count in counts.items():
+            seq = self._sequences[seq_id]
+            start = seq.num_computed_tokens
+            last = start + count == len(seq)  # its logits tell the next token
+            yield ScheduledSequence(
+                seq_id,
+                request.request_id,
+                seq.tokens(start, count),
+                start,
+                self.memory.slots(seq_id, start, count),
+                self.memory.block_table(seq_id),
+                draw=self._draw(request, seq) if last and not request.search else None,
+                num_candidates=request.search.num_candidates if last and request.search else 0,
+            )
+
+    def _draw(self, request: Request, seq: Sequence) -> Draw:
+        params = request.params
+        assert isinstance(params, SamplingParams)
+        num_draws = 1 if seq.output_token_ids else params.n
+        prompt, output = seq.prompt_token_ids, seq.output_token_ids
+        return Draw(params, request.seed, seq.index, num_draws, prompt, output, request.stop_ids)
+
+    def _num_running_seqs(self) -> int:
+        return sum(request.width for request in self.running)
+
+    def _keep_free(self) -> int:
+        """The watermark holds while others run; alone, a request may have the whole pool."""
+        return self.watermark_blocks if self.running else 0
+
+    # --- making way ---------------------------------------------------------------------------------------------
+
+    def _preempt(self, request: Request, step: _Step) -> None:
+        held = [seq for seq in request.live if seq.in_memory]
+        step.spare += len(request.live)
+        request.metrics.num_preemptions += 1
+        mode = self.preemption
+        if mode == "auto":
+            mode = "swap" if len(held) > 1 else "recompute"
+        if mode == "swap":
+            moved = self.memory.swap_out([seq.seq_id for seq in held])
+            if isinstance(moved, NoSpace):
+                mode = "recompute"
+            else:
+                step.plan.swap_out.extend(moved.moves)
+                insort(self.swapped, request, key=_arrival)
+        if mode == "recompute":
+            for seq in held:
+                self.memory.free(seq.seq_id)
+                seq.in_memory, seq.num_computed_tokens = False, 0
+            insort(self.waiting, request, key=_arrival)
+        step.plan.preempted.append((request.request_id, mode))
+        self.num_preemptions[mode] += 1
+
+    # --- learning what came of it -------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, output: StepOutput) -> list[Request]:
+        """Append the new tokens, fork and free. Returns the requests that got new tokens."""
+        touched = {s.request_id for s in plan.sequences}
+        requests = [request for request in self.running if request.request_id in touched]
+        for s in plan.sequences:
+            self._sequences[s.seq_id].num_computed_tokens += len(s.token_ids)
+        changed = []
+        for request in requests:
+            self._share_rebuilt_prompt(request)
+            if request.search:
+                new = self._advance_beams(request, output)
+            else:
+                new = [self._append(request, seq, output) for seq in request.live if seq.seq_id in output.tokens]
+            if new:
+                changed.append(request)
+        return changed
+
+    def _share_rebuilt_prompt(self, request: Request) -> None:
+        """After a recomputation: once the prompt is there again, the other sequences fork it."""
+        leader, *others = request.live
+        if leader.in_memory and leader.num_computed_tokens == len(request.prompt_token_ids):
+            for seq in others:
+                if not seq.in_memory:
+                    self.memory.fork(leader.seq_id, seq.seq_id)
+                    seq.in_memory, seq.num_computed_tokens = True, leader.num_computed_tokens
+
+    def _append(self, request: Request, seq: Sequence, output: StepOutput) -> Sequence:
+        """The drawn token of a sequence; n of them, where a prompt of n samples was computed: fork, then append."""
+        first, *others = output.tokens[seq.seq_id]
+        children = [self._fork(seq, index) for index in range(1, 1 + len(others))]
+        request.sequences.extend(children)
+        for one, token in zip([seq, *children], [first, *others], strict=True):
+            one.sampled.append(token)
+            one.output_token_ids.append(token.token_id)
+            if token.token_id in request.stop_ids:
+                own = token.token_id not in request.eos_token_ids
+                self.finish(request, one, "stop", token.token_id if own else None)
+            elif len(one.output_token_ids) >= request.max_tokens:
+                self.finish(request, one, "length")
+        return seq
+
+    def _advance_beams(self, request: Request, output: StepOutput) -> list[Sequence]:
+        search, beams = request.search, request.sequences
+        assert search is not None
+        if any(beam.seq_id not in output.candidates for beam in beams):
+            return []
+        survivors = search.advance([output.candidates[beam.seq_id] for beam in beams])
+        moves = memory_moves(survivors, len(beams))
+        heirs = {new: self._fork(beams[old], new) for old, new in moves.fork}
+        heirs.update({new: beams[old] for old, new in moves.keep})
+        request.sequences = [heirs[new] for new in range(len(survivors))]
+        for old in moves.free:
+            beams[old].finish_reason = "dropped"
+            self._forget(beams[old])
+        for seq, survivor in zip(request.sequences, survivors, strict=True):
+            seq.output_token_ids.append(survivor.token_id)
+        if search.done:
+            self.running.remove(request)
+        return beams
+
+    def _fork(self, parent: Sequence, index: int) -> Sequence:
+        child = self._new_sequence(parent.child(-1, index))
+        self.memory.fork(parent.seq_id, child.seq_id)
+        return child
+
+    def _new_sequence(self, seq: Sequence) -> Sequence:
+        seq.seq_id = self._next_seq_id
+        self._next_seq_id += 1
+        self._sequences[seq.seq_id] = seq
+        return seq
+
+    def _forget(self, seq: Sequence) -> None:
+        if seq.in_memory:
+            self.memory.free(seq.seq_id)
+            seq.in_memory = False
+        del self._sequences[seq.seq_id]
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival

@@ -1,0 +1,147 @@
+"""What is being computed: `Sequence`, one stream of tokens, and `Request`, one prompt with all its sequences.
+
+A sequence has no phase. It knows its tokens and how many of them have been computed, that is, have keys and
+values in memory; the difference is the work to be done. A prompt that just arrived, a chunk of it, one more token,
+and everything again after a preemption are the same thing with other numbers:
+
+    token_ids    |  prompt ...................  |  output ........ |
+    computed     |==============================|=========|        ^ not yet computed: at least the newest token
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from minipaged.beam_search import BeamSearch, BeamSearchParams
+from minipaged.sampling_params import SampledToken, SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One stream of tokens: a prompt, shared with the other sequences of the request, and its own output."""
+
+    seq_id: int
+    prompt_token_ids: list[int]
+    index: int = 0  # which sample of its request
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    in_memory: bool = False  # whether it has a page table, on the GPU or swapped out
+    sampled: list[SampledToken] = field(default_factory=list)  # the output again, with logprobs where asked for
+    finish_reason: str | None = None  # "stop", "length", or "abort"
+    stop_reason: int | str | None = None  # the stop token or the stop string, if one of the request's own ended it
+
+    def __len__(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self) - self.num_computed_tokens
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """The tokens at positions start .. start + count - 1."""
+        split = len(self.prompt_token_ids)
+        if start >= split:
+            return self.output_token_ids[start - split : start - split + count]
+        end = start + count
+        return self.prompt_token_ids[start:end] + self.output_token_ids[: max(0, end - split)]
+
+    def child(self, seq_id: int, index: int) -> "Sequence":
+        """A second sequence with the same past. Its memory is forked by the scheduler."""
+        return Sequence(
+            seq_id,
+            self.prompt_token_ids,
+            index,
+            self.output_token_ids.copy(),
+            self.num_computed_tokens,
+            self.in_memory,
+            self.sampled.copy(),
+        )
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic`, and how often the request was preempted."""
+
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from the arrival to the first computation."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    def time_per_output_token(self, num_tokens: int) -> float | None:
+        """Mean seconds between the tokens after the first; num_tokens: the length of the longest output."""
+        if self.first_token_time is None or self.finished_time is None or num_tokens < 2:
+            return None
+        return (self.finished_time - self.first_token_time) / (num_tokens - 1)
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and all its sequences (the paper's sequence group): scheduled and preempted together."""
+
+    request_id: str
+    arrival: int  # its place in the order of arrivals
+    prompt_token_ids: list[int]
+    params: SamplingParams | BeamSearchParams
+    max_tokens: int  # params.max_tokens, or less where the model's length ends
+    eos_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    prompt: str | None = None
+    sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
+    search: BeamSearch | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.params, BeamSearchParams):
+            self.search = BeamSearch(self.params, self.max_tokens, self.eos_token_ids)
+        own = frozenset(self.params.stop_token_ids or ())
+        self.stop_ids = own if self.params.ignore_eos else own | self.eos_token_ids
+
+    @property
+    def width(self) -> int:
+        """How many sequences it will have, or has left."""
+        if self.search:
+            return self.search.params.beam_width
+        assert isinstance(self.params, SamplingParams)
+        return len(self.live) if len(self.sequences) > 1 else self.params.n
+
+    @property
+    def live(self) -> list[Sequence]:
+        return [seq for seq in self.sequences if seq.finish_reason is None]
+
+    @property
+    def finished(self) -> bool:
+        return not self.live
+
+    def target(self, seq: Sequence) -> int:
+        """Up to which position this sequence may be computed now.
+
+        Two cases are not simply "to its end", both after a preemption by recomputation. While there are
+        sequences without memory, the first one rebuilds only the prompt, which all will share again by fork. And
+        beams are ranked against each other, so none computes its last token until all can.
+        """
+        live = self.live
+        if any(not other.in_memory for other in live):
+            return len(self.prompt_token_ids) if len(live) > 1 else len(seq)
+        if self.search and len(live) > 1 and any(other.num_uncomputed > 1 for other in live):
+            return len(seq) - 1
+        return len(seq)
+
+    def most_blocks(self, block_size: int) -> int:
+        """The blocks it can need at the worst: the full blocks of the prompt are shared, the rest is not.
+
+        The very last token is never computed, since nothing comes after it.
+        """
+        shared = len(self.prompt_token_ids) // block_size
+        longest = len(self.prompt_token_ids) + self.max_tokens - 1
+        width = self.width if self.max_tokens > 1 else 1  # a single token comes from the prompt's own sequence
+        return shared + width * (math.ceil(longest / block_size) - shared)

@@ -1,0 +1,90 @@
+"""The account of the engine: what the memory holds and held, what was done, where the time went."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from minipaged.memory import MemoryUsage
+
+CPU_SHARE = 0.25  # of the free memory goes to the pool, if nothing is said; on a GPU that is nobody else's, most of it
+CUDA_SHARE = 0.85
+
+
+@dataclass
+class Peak:
+    """The moment at which most blocks were in use."""
+
+    usage: MemoryUsage | None = None
+    contiguous_blocks: int = 0  # what contiguous reservation would have taken at that moment
+
+    def record(self, usage: MemoryUsage, contiguous_blocks: int) -> None:
+        if self.usage is None or usage.used > self.usage.used:
+            self.usage, self.contiguous_blocks = usage, contiguous_blocks
+
+
+@dataclass
+class Times:
+    """Seconds since the beginning, by what they were spent on."""
+
+    schedule: float = 0.0
+    prepare: float = 0.0  # memory moves and batch building
+    model: float = 0.0
+    sample: float = 0.0
+    update: float = 0.0
+    text: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What `LLM.stats` says. Memory is counted in blocks of block_bytes bytes."""
+
+    memory: MemoryUsage
+    peak: Peak
+    block_bytes: int
+    contiguous_blocks: int  # what contiguous reservation to the maximum length would take now
+    num_waiting: int
+    num_running: int
+    num_swapped: int
+    num_finished: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_preemptions: dict[str, int] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)
+
+
+def choose_num_blocks(
+    num_blocks: int | None, kv_cache_memory: int | None, block_bytes: int, most: int, device: str
+) -> int:
+    """The size of the pool: as told, in blocks or in bytes, else a share of the memory that is free.
+
+    most: as many blocks as can ever be used; more is never taken by default.
+    """
+    if num_blocks is not None and kv_cache_memory is not None:
+        raise ValueError("give num_blocks or kv_cache_memory, not both")
+    if num_blocks is None:
+        given = kv_cache_memory is not None
+        budget = kv_cache_memory if kv_cache_memory is not None else default_kv_cache_memory(device)
+        num_blocks = budget // block_bytes if given else min(budget // block_bytes, most)
+        if num_blocks < 1:
+            raise ValueError(f"kv_cache_memory={budget}: one block takes {block_bytes} bytes")
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks={num_blocks}: must be at least 1")
+    return num_blocks
+
+
+def default_kv_cache_memory(device: str) -> int:
+    """A share of the bytes that are free now."""
+    if device.startswith("cuda"):
+        return int(CUDA_SHARE * torch.cuda.mem_get_info()[0])
+    return int(CPU_SHARE * free_memory())
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free; where only the total is known (macOS), half of it."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

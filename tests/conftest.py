@@ -1,0 +1,16 @@
+"""Settings for the whole suite."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run: a failure in CI is a failure here. HYPOTHESIS_PROFILE=explore draws new ones.
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("suite", derandomize=True, **common)
+settings.register_profile("explore", max_examples=2000, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+# pytest-xdist runs one worker a core; threads inside a worker would only fight over the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
