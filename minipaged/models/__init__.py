@@ -1,6 +1,6 @@
 """Models by name: ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
-Reading order: config.py, llama.py, gpt2.py, then the loading: checkpoint.py, gguf.py, fetch.py, tokenizer.py.
+Reading order: config.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py, gguf.py, fetch.py.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
-from minipaged.models.fetch import fetch_from_hub, fetch_smollm2
+from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
@@ -23,7 +23,7 @@ __all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_mod
 
 Checkpoint = FolderCheckpoint | GGUFCheckpoint
 Model = Llama | GPT2
-Progress = Callable[[int, int], None]  # tensors read so far, tensors in all
+Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 
 ARCHITECTURES: dict[str, type[Model]] = {"llama": Llama, "gpt2": GPT2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,12 +65,11 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         return GGUFCheckpoint(fetch_smollm2())
     if path.is_dir():
         return FolderCheckpoint(path)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{path} is a file, but not a .gguf file; of a model folder, pass the folder")
+    if path.suffix == ".gguf" and path.is_file():
         return GGUFCheckpoint(path)
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ModelError(f"{path} does not exist. Pass a folder in Hugging Face layout, a .gguf file, or smollm2")
+    if path.exists() or path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {what}: {INSTEAD}, or smollm2")
     return FolderCheckpoint(fetch_from_hub(name))
 
 
@@ -84,14 +83,14 @@ def load_model(
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
     config = ModelConfig.from_hf(checkpoint.config)
-    model_class = ARCHITECTURES[config.architecture]
-    expected = model_class.tensor_shapes(config)
+    expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
-    check_tensors(expected, {name: checkpoint.shapes[stored] for stored, name in names.items()}, checkpoint.path)
+    found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
+    check_tensors(expected, found, checkpoint.path)
     weights = {}
     for stored, name in names.items():
         if name in expected:
-            weights[name] = checkpoint.tensor(stored).to(device, dtype)
+            weights[name] = checkpoint.tensor(stored, dtype).to(device)
             if progress:
                 progress(len(weights), len(expected))
-    return config, model_class(config, weights)
+    return config, ARCHITECTURES[config.architecture](config, weights)

@@ -1,6 +1,6 @@
-"""Reads a model folder in Hugging Face layout, and checks any checkpoint's tensors against what a model needs.
+"""Reads a model folder in Hugging Face layout; checks any checkpoint's tensors against what the model needs.
 
-Only ``*.safetensors`` files are ever opened for weights: a pickle (``*.bin``, ``*.pt``) runs code when it is read.
+Weights are read from ``*.safetensors`` only: a pickle (``*.bin``, ``*.pt``) can run code when it is opened.
 """
 
 import json
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer as Backend
 
 from minipaged.models.config import ModelError
-from minipaged.models.tokenizer import Tokenizer, parse_backend
+from minipaged.models.fields import Fields
+from minipaged.models.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that chat templates use by name
 # Tensors that old exporters wrote although they can be computed: rope's frequencies and GPT-2's causal masks.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\bh\.\d+\.attn\.(bias|masked_bias)$")
 
@@ -31,11 +34,11 @@ class FolderCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json: a model folder needs one, with *.safetensors beside it")
+            raise ModelError(f"{path} has no config.json; a model folder has one, and *.safetensors")
         self.config = read_json(path / "config.json")
         self.generation_config = read_json(path / "generation_config.json", missing_ok=True)
-        eos = _as_list(self.config.get("eos_token_id")) + _as_list(self.generation_config.get("eos_token_id"))
-        self.config["eos_token_id"] = list(dict.fromkeys(eos))
+        both = Fields(self.config), Fields(self.generation_config)
+        self.config["eos_token_id"] = [i for fields in both for i in fields.token_ids("eos_token_id")]
         self._files: dict[str, Any] = {}  # tensor name -> the open safetensors file that holds it
         for file in _weight_files(path):
             handle = _open_weights(file)
@@ -48,88 +51,72 @@ class FolderCheckpoint:
             self.config["tie_word_embeddings"] = False
 
     def names(self, expected: dict[str, Shape]) -> dict[str, str]:
-        """Each tensor's name in the file -> the name the model has for it. GPT-2 goes with and without its prefix."""
+        """Each tensor's name in the file -> the model's name for it. GPT-2's may lack their prefix."""
         known = {name.removeprefix("transformer."): name for name in expected}
         return {name: known.get(name.removeprefix("transformer."), name) for name in self.shapes}
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor, copied out of the file: another process may overwrite that while we run."""
         tensor = self._files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ModelError(f"{self.path}: tensor {name} is {tensor.dtype}; quantized folders are not supported")
-        return tensor
+            raise ModelError(f"{self.path}: tensor {name} is {tensor.dtype}: quantized, not supported")
+        return tensor.to(dtype, copy=True)
 
     def tokenizer(self) -> Tokenizer:
         file = self.path / "tokenizer.json"
         if not file.is_file():
-            raise ModelError(
-                f"{self.path} has no tokenizer.json; with transformers, "
-                f"AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one"
-            )
+            how = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one"
+            raise ModelError(f"{self.path} has no tokenizer.json; {how}")
         settings = read_json(self.path / "tokenizer_config.json", missing_ok=True)
-        special = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
-        return Tokenizer(
-            parse_backend(_read_text(file), str(file)),
-            self._chat_template(settings.get("chat_template")),
-            {name: token for name, token in special.items() if token is not None},
-        )
-
-    def _chat_template(self, template: Any) -> str | None:
-        """From chat_template.jinja, else tokenizer_config.json: a string, or several with names."""
-        file = self.path / "chat_template.jinja"
-        if file.is_file():
-            return _read_text(file)
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+        try:
+            named = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name)}
+            named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+            template = settings.get("chat_template")
+            if isinstance(template, list):  # several, with names
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            if (self.path / "chat_template.jinja").is_file():
+                template = (self.path / "chat_template.jinja").read_text("utf-8")
+            return Tokenizer(Backend.from_file(str(file)), template, named)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{self.path}: tokenizer.json or what belongs to it is damaged: {error}") from error
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ModelError(f"{index}: {name!r} is not the name of a .safetensors file in this folder")
-    else:
-        names = ["model.safetensors"] if (path / "model.safetensors").is_file() else []
-    if not names:
-        pickles = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if not index.is_file():
         raise ModelError(
-            f"{path} has no model.safetensors and no model.safetensors.index.json"
-            + f"; {sorted(pickles)[0]} is a pickle, which can run code, and is never opened: with transformers, "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) converts it" * bool(pickles)
+            f"{path} has no model.safetensors. Pickles such as pytorch_model.bin can run code and are never opened; "
+            "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) converts them"
         )
+    names = set(Fields(read_json(index).get("weight_map"), "weight_map").values.values())
     for name in names:
-        if not (path / name).is_file():
-            raise ModelError(f"{path}: {name} is missing, but the index needs it")
-    return [path / name for name in names]
+        if Path(str(name)).name != name or not (path / name).is_file() or not name.endswith(".safetensors"):
+            raise ModelError(f"{index} names {name!r:.60}, which is no .safetensors file in this folder")
+    return sorted(path / name for name in names)
 
 
 def _open_weights(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is broken: {_first_cut_tensor(file) or error}; fetch or copy it again") from error
+        raise ModelError(f"{file} is broken: {_first_cut_tensor(file) or error}; fetch it again") from error
 
 
 def _first_cut_tensor(file: Path) -> str | None:
     """Names the first tensor beyond the end of a truncated file. Layout: u64 length, JSON header, bytes."""
-    data = file.open("rb")
-    with data:
+    size = file.stat().st_size
+    with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
-        header = data.read(min(length, file.stat().st_size))
+        header = data.read(min(length, size))
     try:
-        entries = [(e["data_offsets"][1], name) for name, e in json.loads(header).items() if name != "__metadata__"]
-        cut = sorted((end, name) for end, name in entries if 8 + length + end > file.stat().st_size)
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        ends = sorted((8 + length + entry["data_offsets"][1], name) for name, entry in entries.items())
     except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return f"it ends before the end of tensor {cut[0][1]}" if cut else None
+        return None  # the header itself is broken
+    return next((f"it ends before the end of tensor {name}" for end, name in ends if end > size), None)
 
 
 def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
@@ -137,19 +124,9 @@ def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
     if missing_ok and not file.is_file():
         return {}
     try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
+        return dict(json.loads(file.read_bytes()).items())
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise ModelError(f"{file} does not hold a JSON object: {error}") from error
 
 
 def check_tensors(expected: dict[str, Shape], found: dict[str, Shape], where: Path) -> None:
@@ -157,8 +134,7 @@ def check_tensors(expected: dict[str, Shape], found: dict[str, Shape], where: Pa
 
     >>> check_tensors({"a": (2, 3), "b": (4,)}, {"a": (3, 2), "c": (1,)}, Path("model"))
     Traceback (most recent call last):
-    minipaged.models.config.ModelError: model does not fit its config: 1 tensor missing: b; 1 tensor not known to \
-the model: c; 1 tensor of the wrong shape: a is (3, 2) and should be (2, 3)
+    ...ModelError: model does not fit its config: 1 tensor missing: b; 1 tensor not known to the model: c; ...
     """
     both = [name for name in expected if name in found]
     wrong = [f"{n} is {found[n]} and should be {expected[n]}" for n in both if found[n] != expected[n]]

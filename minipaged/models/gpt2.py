@@ -4,31 +4,37 @@ Symbols as in llama.py, with one kind of heads: T tokens in the batch, E hidden 
 H heads, D head size, F width of the MLP, V vocabulary.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 import kernels
 from minipaged.models.config import ACTIVATIONS, ModelConfig
 
-Norm = tuple[Tensor, Tensor]  # weight, bias
+
+def _take(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    return weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias")
+
+
+def _norm(weights: dict[str, Tensor], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight, bias = _take(weights, name)
+    return weight.to(dtype), bias.to(dtype)
 
 
 class GPT2Layer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor]):
-        def take(name: str) -> Norm:
-            path = f"transformer.h.{layer}.{name}"
-            return weights.pop(f"{path}.weight"), weights.pop(f"{path}.bias")
-
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], dtype: torch.dtype):
         def linear(name: str) -> kernels.Linear:
-            weight, bias = take(name)  # Hugging Face's Conv1D: [in, out]
+            weight, bias = _take(weights, f"{prefix}.{name}")  # Hugging Face's Conv1D: [in, out]
             return kernels.Linear(weight.t().contiguous(), bias)
 
+        prefix = f"transformer.h.{layer}"
         self.config = config
         self.scale = config.attention_scale(layer)
         self.activation = ACTIVATIONS[config.activation]
-        self.attention_norm, self.mlp_norm = take("ln_1"), take("ln_2")
+        self.attention_norm = _norm(weights, f"{prefix}.ln_1", dtype)
+        self.mlp_norm = _norm(weights, f"{prefix}.ln_2", dtype)
         self.qkv, self.out = linear("attn.c_attn"), linear("attn.c_proj")
         self.up, self.down = linear("mlp.c_fc"), linear("mlp.c_proj")
 
@@ -56,14 +62,15 @@ class GPT2:
         self.config = config
         self.embedding = weights.pop("transformer.wte.weight")  # [V, E]
         self.position_embedding = weights.pop("transformer.wpe.weight")  # [max_model_len, E]
-        self.layers = [GPT2Layer(config, layer, weights) for layer in range(config.num_layers)]
-        self.norm: Norm = weights.pop("transformer.ln_f.weight"), weights.pop("transformer.ln_f.bias")
+        self.dtype = kernels.compute_dtype(self.embedding.dtype, self.embedding.device)
+        self.layers = [GPT2Layer(config, layer, weights, self.dtype) for layer in range(config.num_layers)]
+        self.norm = _norm(weights, "transformer.ln_f", self.dtype)
         tied = config.tie_word_embeddings
         self.head = kernels.Linear(self.embedding if tied else weights.pop("lm_head.weight"))
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
         """input_ids and positions [T], cache [L, 2, H, N, B, D] -> hidden [T, E], after the final norm."""
-        x = self.embedding[input_ids] + self.position_embedding[positions]
+        x = self.embedding[input_ids].to(self.dtype) + self.position_embedding[positions]
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache, batch)
         return layer_norm(x, x.shape[-1:], *self.norm, self.config.norm_eps)

@@ -17,9 +17,12 @@ from minipaged.models.rope import Rope, RopeConfig
 class LlamaLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor]):
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], dtype: torch.dtype):
         def take(name: str) -> Tensor:
             return weights.pop(f"model.layers.{layer}.{name}")
+
+        def norm(name: str) -> Tensor:
+            return take(f"{name}.weight").to(dtype)
 
         def stack(names: tuple[str, ...], kind: str) -> Tensor:
             tensors = [take(f"{name}.{kind}") for name in names]
@@ -31,14 +34,14 @@ class LlamaLayer:
 
         self.config = config
         self.scale = config.attention_scale(layer)
-        self.attention_norm = take("input_layernorm.weight")
+        self.attention_norm = norm("input_layernorm")
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
         self.out = linear("self_attn.o_proj", bias=config.out_bias)
-        self.mlp_norm = take("post_attention_layernorm.weight")
+        self.mlp_norm = norm("post_attention_layernorm")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj", bias=config.mlp_bias)
         self.down = linear("mlp.down_proj", bias=config.mlp_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = take("self_attn.q_norm.weight"), take("self_attn.k_norm.weight")
+            self.q_norm, self.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: kernels.Batch
@@ -75,15 +78,16 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.config = config
         self.embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
-        self.layers = [LlamaLayer(config, layer, weights) for layer in range(config.num_layers)]
-        self.norm = weights.pop("model.norm.weight")
+        self.dtype = kernels.compute_dtype(self.embedding.dtype, self.embedding.device)
+        self.layers = [LlamaLayer(config, layer, weights, self.dtype) for layer in range(config.num_layers)]
+        self.norm = weights.pop("model.norm.weight").to(self.dtype)
         tied = config.tie_word_embeddings
         self.head = kernels.Linear(self.embedding if tied else weights.pop("lm_head.weight"))
         self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.embedding.device)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
         """input_ids and positions [T], cache [L, 2, G, N, B, D] -> hidden [T, E], after the final norm."""
-        x = self.embedding[input_ids]
+        x = self.embedding[input_ids].to(self.dtype)
         cos, sin = self.rope(positions)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, cos, sin, layer_cache, batch)

@@ -1,6 +1,6 @@
 """Text to token ids and back, and chat messages to the one string that a chat model was trained on.
 
-Works on a ``tokenizers.Tokenizer``, whether it came from a ``tokenizer.json`` or was built from GGUF metadata.
+Works on a ``tokenizers.Tokenizer``, be it from a ``tokenizer.json`` or built from GGUF metadata.
 """
 
 import json
@@ -12,7 +12,7 @@ import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minipaged.models.config import ModelError
+Message = dict[str, Any]  # {"role": "user", "content": "Hello"}
 
 
 class Tokenizer:
@@ -21,7 +21,8 @@ class Tokenizer:
     backend: the tokenizers.Tokenizer that does the work.
     chat_template: jinja source or None; a checkpoint's template is foreign code and runs in jinja2's sandbox.
     special_tokens: names that a template may use, such as {"bos_token": "<s>"}.
-    eos_token_ids: the tokens that end an answer.
+
+    eos_token_ids, the tokens that end an answer, come from the model's config: load() sets them.
     """
 
     def __init__(
@@ -29,19 +30,17 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         chat_template: str | None = None,
         special_tokens: dict[str, str] | None = None,
-        eos_token_ids: Sequence[int] = (),
     ):
         backend.no_truncation()  # some tokenizer.json files cut at 512 tokens, or pad to them
         backend.no_padding()
         self.backend = backend
         self.chat_template = chat_template
         self.special_tokens = special_tokens or {}
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.eos_token_ids: tuple[int, ...] = ()
         self.special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        # Ids of <0x00> to <0xFF>, where the decoder joins runs of them to characters (sentencepiece's byte fallback).
-        decoder = backend.decoder.__getstate__() if backend.decoder else b""
-        bytes_ = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)) if b"ByteFallback" in decoder else ()
-        self.byte_ids = {i for i in bytes_ if i is not None}
+        # Sentencepiece's byte fallback: ids of <0x00> to <0xFF>, which the decoder joins to characters.
+        fallback = backend.decoder is not None and b"ByteFallback" in backend.decoder.__getstate__()
+        self.byte_ids = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if fallback else 0)}
 
     @property
     def vocab_size(self) -> int:
@@ -64,9 +63,10 @@ class Tokenizer:
 
     def is_silent(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether decode() passes over this token: unknown ids, and special ones if they are skipped."""
-        return self.backend.id_to_token(token_id) is None or (skip_special_tokens and token_id in self.special_ids)
+        skipped = skip_special_tokens and token_id in self.special_ids
+        return skipped or self.backend.id_to_token(token_id) is None
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, as transformers renders it.
 
         messages: [{"role": "user", "content": "Hello"}, ...], oldest first.
@@ -74,27 +74,23 @@ class Tokenizer:
         Raises ValueError if there is no template, if messages are malformed, or if the template fails.
         """
         if self.chat_template is None:
-            raise ValueError("this model has no chat template: give it plain text prompts instead of messages")
+            raise ValueError("this model has no chat template: give it plain text instead of messages")
         _check_messages(messages)
+        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None}
         try:
-            return _template_environment().from_string(self.chat_template).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **self.special_tokens},
-            )
+            template = _template_environment().from_string(self.chat_template)
+            return template.render(variables | self.special_tokens)
         except Exception as error:  # foreign code: anything may come out of it
             raise ValueError(f"the model's chat template failed: {type(error).__name__}: {error}") from error
 
 
 def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"chat messages must be a list of at least one message, not {messages!r:.80}")
-    for index, message in enumerate(messages):
-        valid = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not valid:
-            raise ValueError(
-                f"chat message {index} must be a dict with the strings 'role' and 'content', not {message!r:.80}"
-            )
+    for i, message in enumerate(messages):
+        texts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"chat message {i} must be {{'role': str, 'content': str}}, not {message!r:.80}")
 
 
 def _raise_exception(message: str) -> None:
@@ -115,11 +111,3 @@ def _template_environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
-
-
-def parse_backend(text: str, where: str) -> tokenizers.Tokenizer:
-    """A tokenizer from the text of a tokenizer.json; where names it in the ModelError."""
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"{where} is not a tokenizer that the tokenizers package can read: {error}") from error

@@ -1,0 +1,33 @@
+# make run    set up, then let the real model answer a few prompts from paged memory
+# make test   set up, then run all tests
+# make bench  this engine beside others on the same weights (about ten minutes)
+# make lint   style and types
+
+PYTHON ?= python3
+VENV   ?= .venv
+READY  := $(VENV)/.ready
+RUN    := $(VENV)/bin/python -m
+
+.PHONY: run test bench lint clean
+
+run: $(READY)
+	$(RUN) minipaged.generate --n 2 --temperature 0.8 --seed 1 --max-tokens 48 --stats \
+	  "What is the capital of France?" "Write one sentence about the sea." "Why is the sky blue?"
+
+test: $(READY)
+	$(RUN) pytest -n auto --dist loadgroup
+
+bench: $(READY)
+	$(RUN) minipaged.bench
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) mypy
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,433 @@
+"""The recall model: scheduler and memory put to the test with a model that does nothing but remember.
+
+`RecallRunner` takes the place of the runner. Its keys and values are plain Python: the entry of a slot is the
+(token, position) that was computed there, and a digest of all that this token read of the positions before it,
+as a deeper layer's would be. The next token is a hash of everything read back through the page table, so one
+wrong slot anywhere, or one right slot too late, and the output is another. A slot that was freed, or never
+written, must not be read at all.
+
+What a request should give is computed beside it by `expected`, from its true history and without any memory.
+`run(seed)` makes up a random schedule (arrivals, samples, beams, stops, aborts, a pool as small as can be),
+steps through it, and checks every plan on its way. A seed that fails says how to see it happen:
+
+    python -m tests.recall --seed 123 --verbose
+    python -m tests.recall --seeds 0 1000000          look for one that fails
+"""
+
+import argparse
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from minipaged.beam_search import BeamSearch, BeamSearchParams
+from minipaged.memory import KVCacheManager
+from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.sampling_params import SampledToken, SamplingParams
+from minipaged.scheduler import RequestRefused, Scheduler
+from minipaged.sequence import Request, Sequence
+
+Entry = tuple[int, int, int]  # token, position, digest of what it read
+NEVER, FREED = "never written", "freed"
+END, STOP, CUT, WORD = 0, 1, 2, 3  # end of text, a stop token, a token that completes a stop string, the others
+ODDS = 60  # one token in so many is END, one STOP, and one CUT
+
+
+# --- the model ------------------------------------------------------------------------------------------------
+
+
+def read_on(digest: int, token: int, position: int, past: int) -> int:
+    """The digest of a context and one more entry."""
+    return hash((digest, token, position, past))
+
+
+def next_token(digest: int, seed: int, sample: int, prompt: list[int], output: list[int], forbidden: Any) -> int:
+    number = hash((digest, seed, sample, tuple(prompt), tuple(output)))
+    kind = number % ODDS
+    return kind if kind < WORD and kind not in forbidden else WORD + number // ODDS % 1_000_000
+
+
+def best_tokens(digest: int, count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens with falling log-probabilities; now and then there are stop tokens among them."""
+    best, logprob = [], 0.0
+    for rank in range(count):
+        number = hash((digest, rank))
+        logprob -= 0.01 + (number >> 16) % 65536 / 65536
+        special = number % 20 if number % 20 in (END, STOP) else None
+        token = 100 * (number % 1_000_003) + rank + WORD
+        best.append((token if special is None or special in dict(best) else special, logprob))
+    return best
+
+
+class RecallRunner:
+    """`execute(plan)` like ModelRunner, but it remembers instead of computing."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_cpu_blocks: int):
+        self.gpu: list[list[Any]] = [[NEVER] * block_size for _ in range(num_blocks)]
+        self.cpu: list[list[Any]] = [[NEVER] * block_size for _ in range(num_cpu_blocks)]
+        self.block_size = block_size
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        self._move(plan)
+        for s in plan.sequences:  # a first layer: all write before any reads
+            for position, (token, slot) in enumerate(zip(s.token_ids, s.slots, strict=True), s.start):
+                self._write(slot, (token, position, 0))
+        output = StepOutput()
+        for s in plan.sequences:  # and a second: what was read becomes part of what is written
+            digest = self._read(s)
+            if d := s.draw:
+                output.tokens[s.seq_id] = [
+                    SampledToken(
+                        next_token(digest, d.seed, d.index + i, d.prompt_token_ids, d.output_token_ids, d.forbidden)
+                    )
+                    for i in range(d.num_draws)
+                ]
+            if s.num_candidates:
+                output.candidates[s.seq_id] = best_tokens(digest, s.num_candidates)
+        return output
+
+    def _move(self, plan: StepPlan) -> None:
+        for source, target in plan.swap_out:
+            self.cpu[target] = self.gpu[source].copy()
+        for block in plan.freed:
+            self.gpu[block] = [FREED] * self.block_size
+        for source, target in plan.swap_in:
+            self.gpu[target], self.cpu[source] = self.cpu[source], [FREED] * self.block_size
+        for source, target in plan.copies:
+            self.gpu[target] = self.gpu[source].copy()
+
+    def _write(self, slot: int, entry: Entry) -> None:
+        self.gpu[slot // self.block_size][slot % self.block_size] = entry
+
+    def _read(self, s: ScheduledSequence) -> int:
+        entries = [entry for block in s.block_table for entry in self.gpu[block]][: s.context_len]
+        assert len(entries) == s.context_len, f"{s}: the page table is too short"
+        digest = 0
+        for where, entry in enumerate(entries):
+            assert isinstance(entry, tuple), f"{s}: position {where} reads a slot that was {entry}"
+            token, position, past = entry
+            if where >= s.start:
+                past = digest
+                self._write(s.slots[where - s.start], (token, position, past))
+            digest = read_on(digest, token, position, past)
+        return digest
+
+
+# --- what should come out -------------------------------------------------------------------------------------
+
+
+def digest_of(tokens: list[int], start: int = 0, digest: int = 0) -> int:
+    for position, token in enumerate(tokens, start):
+        digest = read_on(digest, token, position, digest)
+    return digest
+
+
+def expected(request: Request) -> list[tuple[list[int], str | None]]:
+    """(tokens, finish reason) of each output of a request that nobody aborts."""
+    if isinstance(request.params, BeamSearchParams):
+        return [(list(h.token_ids), h.finish_reason) for h in expected_search(request).hypotheses()]
+    return [expected_sample(request, index) for index in range(request.params.n)]
+
+
+def expected_sample(request: Request, index: int) -> tuple[list[int], str]:
+    prompt, output = request.prompt_token_ids, []
+    digest = digest_of(prompt)
+    while True:
+        forbidden = request.stop_ids if len(output) < request.params.min_tokens else ()
+        token = next_token(digest, request.seed, index, prompt, output, forbidden)
+        output.append(token)
+        if token in request.stop_ids:
+            return output, "stop"
+        if len(output) == request.max_tokens:
+            return output, "length"
+        if token == CUT:
+            return output, "cut"
+        digest = digest_of([token], len(prompt) + len(output) - 1, digest)
+
+
+def expected_search(request: Request) -> BeamSearch:
+    search = BeamSearch(request.params, request.max_tokens, request.eos_token_ids)
+    digests = {(): digest_of(request.prompt_token_ids)}
+    while not search.done:
+        search.advance([best_tokens(digests[b.token_ids], search.num_candidates) for b in search.running])
+        for tokens, _ in search.running:
+            at = len(request.prompt_token_ids) + len(tokens) - 1
+            digests[tokens] = digest_of([tokens[-1]], at, digests[tokens[:-1]])
+    return search
+
+
+# --- a random schedule ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scenario:
+    """Everything that a schedule is made of, drawn from one seed."""
+
+    memory: dict[str, Any]
+    scheduler: dict[str, Any]
+    requests: list[Request]
+    arrivals: list[int]  # the step before which each request is added
+    aborts: dict[int, list[Request]] = field(default_factory=dict)  # by the step before which it happens
+
+
+def random_request(rng: random.Random, number: int) -> Request:
+    length = rng.choice([rng.randint(1, 4), rng.randint(1, 24)])
+    limit = rng.choice([1, rng.randint(1, 8), rng.randint(8, 24)])
+    stops = rng.choice([None, [STOP], [STOP, 77]])
+    common: dict[str, Any] = {"max_tokens": limit, "stop_token_ids": stops, "ignore_eos": rng.random() < 0.3}
+    params: SamplingParams | BeamSearchParams
+    if rng.random() < 0.25:
+        early = rng.choice([False, True, "never"])
+        params = BeamSearchParams(rng.randint(1, 6), **common, early_stopping=early)
+    else:
+        n = rng.choice([1, 1, rng.randint(2, 5)])
+        params = SamplingParams(n=n, **common, min_tokens=rng.choice([0, 0, rng.randint(0, limit)]))
+    prompt = [rng.randint(WORD, 1_000_000) for _ in range(length)]
+    return Request(f"r{number}", number, prompt, params, limit, frozenset({END}), seed=rng.getrandbits(31))
+
+
+def scenario(seed: int) -> Scenario:
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 3, 4, 8, 16])
+    requests = [random_request(rng, number) for number in range(rng.choice([1, 3, 5, 8]))]
+    spread = rng.choice([0, 3, 20])
+    arrivals = sorted(rng.randint(0, spread) for _ in requests)
+    need = max(r.most_blocks(block_size) for r in requests)
+    num_blocks = need + rng.choice([0, 0, 1, rng.randint(0, need), 4 * need])
+    max_num_seqs = max(r.width for r in requests) + rng.choice([0, 2, 8, 16])
+    result = Scenario(
+        memory={
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "num_cpu_blocks": rng.choice([0, rng.randint(0, num_blocks), num_blocks, 3 * num_blocks]),
+            "free_order": rng.sample(range(num_blocks), num_blocks),
+        },
+        scheduler={
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 4, 16, 60]),
+            "preemption": rng.choice(["auto", "recompute", "swap"]),
+            "watermark": rng.choice([0.0, 0.0, 0.01, 0.2, 0.7]),
+        },
+        requests=requests,
+        arrivals=arrivals,
+    )
+    for request, arrival in zip(requests, arrivals, strict=True):
+        if rng.random() < 0.2:
+            result.aborts.setdefault(arrival + rng.randint(0, 25), []).append(request)
+    return result
+
+
+# --- running it -----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One schedule, step by step. Counts what happened in `seen`."""
+
+    def __init__(self, given: Scenario, verbose: bool = False):
+        self.given, self.verbose = given, verbose
+        self.memory = KVCacheManager(**given.memory)
+        self.scheduler = Scheduler(self.memory, **given.scheduler)
+        sizes = (given.memory["num_blocks"], given.memory["block_size"], given.memory["num_cpu_blocks"])
+        self.runner = RecallRunner(*sizes)
+        self.seen: Counter[str] = Counter()
+        self.aborted: set[str] = set()
+
+    def run(self) -> Counter[str]:
+        pending = list(zip(self.given.arrivals, self.given.requests, strict=True))
+        work = sum(len(r.prompt_token_ids) + r.width * r.max_tokens for r in self.given.requests)
+        clock = 0
+        while pending or self.scheduler.has_unfinished:
+            while pending and pending[0][0] <= clock:
+                self.add(pending.pop(0)[1])
+            for request in self.given.aborts.pop(clock, []):
+                self.abort(request)
+            if self.scheduler.has_unfinished:
+                self.step()
+            clock += 1
+            assert self.seen["steps"] <= 20 * work + 100, "it goes on and on"
+        self.check_end()
+        return self.seen
+
+    def add(self, request: Request) -> None:
+        self.refuse(request)
+        self.scheduler.add(request)
+        self.say(f"add {request.request_id}: {len(request.prompt_token_ids)} prompt tokens, {request.params}")
+
+    def refuse(self, like: Request) -> None:
+        """A request that needs one block, or one sequence, too many is refused, and nothing else happens."""
+        spare = self.memory.num_blocks - like.most_blocks(self.memory.block_size) + 1
+        more = like.prompt_token_ids + [WORD] * spare * self.memory.block_size
+        beams = BeamSearchParams(self.scheduler.max_num_seqs + 1, max_tokens=1)
+        for prompt, params in ((more, like.params), (like.prompt_token_ids, beams)):
+            try:
+                self.scheduler.add(Request("refused", like.arrival, prompt, params, like.max_tokens))
+            except RequestRefused:
+                self.seen["refused"] += 1
+            else:
+                raise AssertionError(f"a request that can never fit was not refused: {params}")
+
+    def abort(self, request: Request) -> None:
+        queues = ("waiting", "running", "swapped")
+        where = [name for name in queues if request in getattr(self.scheduler, name)]
+        ids = {seq.seq_id for seq in request.sequences}
+        self.scheduler.abort(request)
+        self.say(f"abort {request.request_id}, {where}")
+        if where:
+            self.aborted.add(request.request_id)
+            self.seen[f"aborted {where[0]}"] += 1
+            self.seen["aborted beams"] += bool(request.search) and len(ids) > 1
+        assert not ids & set(self.memory.sequences()), "an aborted request still holds memory"
+        assert not any(request in getattr(self.scheduler, name) for name in queues)
+        self.memory.check()
+
+    def step(self) -> None:
+        plan = self.scheduler.schedule()
+        self.say(show(plan))
+        check_plan(plan, self)
+        output = self.runner.execute(plan)
+        live = {s.seq_id for r in self.given.requests for s in r.live}
+        changed = self.scheduler.update(plan, output)
+        self.memory.check()
+        self.count(plan, live)
+        assert {r.request_id for r in changed} == {
+            s.request_id for s in plan.sequences if s.seq_id in output.tokens or s.seq_id in output.candidates
+        }
+        for request in changed:  # the engine's part: stop strings
+            for seq in request.live if not request.search else ():
+                if seq.output_token_ids[-1] == CUT:
+                    self.scheduler.finish(request, seq, "cut")
+                    self.seen["cut"] += 1
+        self.memory.check()
+
+    def count(self, plan: StepPlan, before: set[int]) -> None:
+        seen, by_id = self.seen, {r.request_id: r for r in self.given.requests}
+        seen.update(steps=1, tokens=plan.num_tokens, copies=len(plan.copies))
+        seen.update(swapped_out=len(plan.swap_out), swapped_in=len(plan.swap_in), resumed=len(plan.resumed))
+        for request_id, mode in plan.preempted:
+            seen[mode] += 1
+            seen["recompute several"] += mode == "recompute" and len(by_id[request_id].sequences) > 1
+            seen["swap space exhausted"] += mode == "recompute" and self.scheduler.preemption == "swap"
+        for s in plan.sequences:
+            prompt = len(by_id[s.request_id].prompt_token_ids)
+            seen["chunks of a prompt"] += s.context_len < prompt
+            seen["again after a preemption"] += s.context_len > prompt and len(s.token_ids) > 1
+        born = {s.seq_id: bool(r.search) for r in self.given.requests for s in r.live if s.seq_id not in before}
+        seen.update(forked_samples=list(born.values()).count(False), forked_beams=list(born.values()).count(True))
+
+    def check_end(self) -> None:
+        usage = self.memory.usage()
+        assert not self.memory.sequences() and usage.free == usage.num_blocks and usage.cpu_used == 0
+        assert not self.scheduler._sequences, "the scheduler keeps ended sequences"
+        self.seen["whole pool used"] += usage.peak_used == usage.num_blocks
+        for request in self.given.requests:
+            assert request.finished, f"{request.request_id} did not finish"
+            name, wanted = request.request_id, expected(request)
+            if name in self.aborted:
+                check_aborted(request, wanted)
+            elif request.search:
+                assert request.search.done
+                assert request.search.hypotheses() == expected_search(request).hypotheses(), name
+                self.seen["searches"] += 1
+            else:
+                assert outputs(request.sequences) == wanted, name
+                self.seen.update(f"ended: {reason}" for _, reason in wanted)
+
+    def say(self, text: str) -> None:
+        if self.verbose:
+            print(text)
+
+
+def outputs(sequences: list[Sequence]) -> list[tuple[list[int], str | None]]:
+    assert [seq.index for seq in sequences] == list(range(len(sequences)))
+    return [(seq.output_token_ids, seq.finish_reason) for seq in sequences]
+
+
+def check_aborted(request: Request, wanted: list[tuple[list[int], str | None]]) -> None:
+    """Up to its abort a request gave what it should."""
+    if request.search:
+        assert {seq.finish_reason for seq in request.sequences} == {"abort"}
+        return
+    for (tokens, reason), (whole, end) in zip(outputs(request.sequences), wanted, strict=False):
+        assert tokens == whole[: len(tokens)] and reason in ("abort", end), request.request_id
+
+
+def check_plan(plan: StepPlan, run: Run) -> None:
+    """What must hold for every plan, whatever the schedule."""
+    scheduler, memory = run.scheduler, run.memory
+    memory.check()
+    assert plan.sequences, "a step that computes nothing, though there is work"
+    assert plan.num_tokens <= scheduler.max_num_batched_tokens
+    assert sum(len(r.live) for r in scheduler.running) <= scheduler.max_num_seqs
+    written = [slot for s in plan.sequences for slot in s.slots]
+    assert len(set(written)) == len(written), "a slot is written twice"
+    for s in plan.sequences:
+        size = memory.block_size
+        own = [s.block_table[p // size] * size + p % size for p in range(s.start, s.context_len)]
+        assert s.token_ids and s.slots == own, "a sequence writes where it does not read"
+    check_moves(plan)
+    arrival = {r.request_id: r.arrival for r in run.given.requests}
+    computing = {arrival[s.request_id] for s in plan.sequences}
+    for request_id, _ in plan.preempted:
+        assert arrival[request_id] > max(computing), "preempted, while a later arrival goes on"
+    for request_id in plan.admitted:
+        assert all(r.arrival > arrival[request_id] for r in scheduler.waiting), "it jumped the queue"
+        assert not scheduler.swapped, "admitted, while others are swapped out"
+    assert not (plan.preempted and (plan.admitted or plan.resumed)), "preempted for a newcomer"
+    for queue in (scheduler.waiting, scheduler.running, scheduler.swapped):
+        assert queue == sorted(queue, key=lambda r: r.arrival)
+
+
+def check_moves(plan: StepPlan) -> None:
+    targets = [target for pairs in (plan.swap_in, plan.copies) for _, target in pairs]
+    assert len(set(targets)) == len(targets), "two moves to one block"
+    assert len({target for _, target in plan.swap_out}) == len(plan.swap_out)
+    assert not {source for source, _ in plan.copies} & {target for _, target in plan.copies}
+    new = {target for _, target in plan.copies}
+    users = [s.seq_id for s in plan.sequences for block in s.block_table if block in new]
+    assert len(users) == len(set(users)) == len(new), "a copy is one sequence's, and its only one"
+
+
+# --- seeing it ------------------------------------------------------------------------------------------------
+
+
+def show(plan: StepPlan) -> str:
+    parts = [f"step {plan.step}:"]
+    for name in ("preempted", "resumed", "admitted", "swap_out", "freed", "swap_in", "copies"):
+        if value := getattr(plan, name):
+            parts.append(f"{name} {value}")
+    lines = [
+        f"    {s.request_id} seq {s.seq_id}: {len(s.token_ids)} at {s.start}, table {s.block_table}"
+        f"{', draw ' + str(s.draw.num_draws) if s.draw else ''}{', beam' if s.num_candidates else ''}"
+        for s in plan.sequences
+    ]
+    return "\n".join([" ".join(parts), *lines])
+
+
+def run(seed: int, verbose: bool = False) -> Counter[str]:
+    """Run the schedule of a seed, and count what happened; AssertionError with a way to replay it if it fails."""
+    given = scenario(seed)
+    if verbose:
+        print(f"memory {given.memory}\nscheduler {given.scheduler}")
+    try:
+        return Run(given, verbose).run()
+    except Exception as error:
+        error.add_note(f"replay it: python -m tests.recall --seed {seed} --verbose")
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run random schedules on the recall model.")
+    parser.add_argument("--seed", type=int, help="run this one")
+    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "END"), help="run all of these")
+    parser.add_argument("--verbose", action="store_true", help="print every plan")
+    args = parser.parse_args()
+    first, end = args.seeds or (args.seed or 0, (args.seed or 0) + 1)
+    seen: Counter[str] = Counter()
+    for seed in range(first, end):
+        seen.update(run(seed, args.verbose))
+    for name, count in sorted(seen.items()):
+        print(f"{count:10,}  {name}")
+
+
+if __name__ == "__main__":
+    main()
