@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from minipaged.beam_search import BeamSearchParams
 from minipaged.memory import KVCacheManager
@@ -226,10 +226,10 @@ class LLM:
         if isinstance(prompt, str):
             text, token_ids = prompt, self.tokenizer.encode(prompt)
         elif prompt and isinstance(prompt[0], dict):
-            text = self.tokenizer.apply_chat_template(prompt)
+            text = self.tokenizer.apply_chat_template(cast(Many[dict[str, Any]], prompt))
             token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            text, token_ids = None, list(prompt)
+            text, token_ids = None, list(cast(Many[int], prompt))
         if not token_ids:
             raise ValueError("the prompt is empty: it needs at least one token")
         vocab = self.config.vocab_size
@@ -299,5 +299,5 @@ class LLM:
 def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
     """One prompt or many: token ids and messages are lists themselves."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast(Prompt, prompts)]
+    return list(cast(Many[Prompt], prompts))

@@ -164,7 +164,7 @@ class Scheduler:
             if self._num_running_seqs() + request.width > self.max_num_seqs or step.spare < len(request.live):
                 return
             held = [seq.seq_id for seq in request.live if seq.in_memory]
-            moved = self.memory.swap_in(held, self._keep_free())
+            moved = self.memory.swap_in(held, self._keep_free(len(request.live)))
             if isinstance(moved, NoSpace):
                 return
             step.plan.swap_in.extend(moved.moves)
@@ -185,7 +185,8 @@ class Scheduler:
             if wanted > step.spare and step.filled:
                 return  # it gets a step of its own
             count = min(wanted, step.spare)
-            if isinstance(self.memory.allocate(leader.seq_id, count, self._keep_free()), NoSpace):
+            rest = request.num_blocks(self.memory.block_size) - self.memory.blocks_for(count)
+            if isinstance(self.memory.allocate(leader.seq_id, count, self._keep_free(rest)), NoSpace):
                 return
             leader.in_memory = True
             step.plan.admitted.append(request.request_id)
@@ -236,9 +237,13 @@ class Scheduler:
     def _num_running_seqs(self) -> int:
         return sum(request.width for request in self.running)
 
-    def _keep_free(self) -> int:
-        """The watermark holds while others run; alone, a request may have the whole pool."""
-        return self.watermark_blocks if self.running else 0
+    def _keep_free(self, rest: int) -> int:
+        """What must be left when a request joins others: the watermark, and the rest that it wants at once.
+
+        The rest is what it had before a preemption, what a long prompt needs in later steps, or the next block of
+        each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
+        """
+        return self.watermark_blocks + rest if self.running else 0
 
     # --- making way ---------------------------------------------------------------------------------------------
 

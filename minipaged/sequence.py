@@ -136,6 +136,11 @@ class Request:
             return len(seq) - 1
         return len(seq)
 
+    def num_blocks(self, block_size: int) -> int:
+        """The blocks for all the tokens that it has now, with only the full blocks of the prompt shared."""
+        shared = len(self.prompt_token_ids) // block_size
+        return shared + sum(math.ceil(len(seq) / block_size) - shared for seq in self.live)
+
     def most_blocks(self, block_size: int) -> int:
         """The blocks it can need at the worst: the full blocks of the prompt are shared, the rest is not.
 

@@ -14,3 +14,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 # pytest-xdist runs one worker a core; threads inside a worker would only fight over the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--schedules", type=int, default=2000, help="random schedules on the recall model (2000)")

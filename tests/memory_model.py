@@ -1,9 +1,9 @@
 """A model of the memory room that shares no code and no idea with it, and a small runner that moves contents.
 
 The model knows no block numbers. It keeps a `Cell` where the manager keeps a block: a Python object, shared
-by standing in several lists, copied by making a new one. After every operation the cells and the blocks of all
-page tables must map one to one, and every sequence must read its own tokens back through its page table. The
-tests of test_memory_machine.py drive it.
+by standing in several lists, copied by making a new one. After every operation the cells must map one to
+one to the blocks of all page tables, and every sequence must read its own tokens back through its page table.
+test_memory_machine.py drives it.
 """
 
 from collections import Counter

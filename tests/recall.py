@@ -168,19 +168,20 @@ class Scenario:
     requests: list[Request]
     arrivals: list[int]  # the step before which each request is added
     aborts: dict[int, list[Request]] = field(default_factory=dict)  # by the step before which it happens
+    doomed: list[Request] = field(default_factory=list)  # aborted as soon as they are swapped out
 
 
-def random_request(rng: random.Random, number: int) -> Request:
-    length = rng.choice([rng.randint(1, 4), rng.randint(1, 24)])
-    limit = rng.choice([1, rng.randint(1, 8), rng.randint(8, 24)])
+def random_request(rng: random.Random, number: int, longest: int, widest: int) -> Request:
+    length = rng.randint(1, rng.choice([4, longest]))
+    limit = rng.choice([rng.randint(1, 4), rng.randint(1, longest), longest])
     stops = rng.choice([None, [STOP], [STOP, 77]])
-    common: dict[str, Any] = {"max_tokens": limit, "stop_token_ids": stops, "ignore_eos": rng.random() < 0.3}
+    common: dict[str, Any] = {"max_tokens": limit, "stop_token_ids": stops, "ignore_eos": rng.random() < 0.5}
     params: SamplingParams | BeamSearchParams
     if rng.random() < 0.25:
         early = rng.choice([False, True, "never"])
-        params = BeamSearchParams(rng.randint(1, 6), **common, early_stopping=early)
+        params = BeamSearchParams(rng.randint(1, widest), **common, early_stopping=early)
     else:
-        n = rng.choice([1, 1, rng.randint(2, 5)])
+        n = rng.choice([1, rng.randint(1, widest)])
         params = SamplingParams(n=n, **common, min_tokens=rng.choice([0, 0, rng.randint(0, limit)]))
     prompt = [rng.randint(WORD, 1_000_000) for _ in range(length)]
     return Request(f"r{number}", number, prompt, params, limit, frozenset({END}), seed=rng.getrandbits(31))
@@ -189,12 +190,13 @@ def random_request(rng: random.Random, number: int) -> Request:
 def scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 4, 8, 16])
-    requests = [random_request(rng, number) for number in range(rng.choice([1, 3, 5, 8]))]
+    longest, widest = rng.choice([6, 12, 24]), rng.choice([1, 2, 4, 6])
+    requests = [random_request(rng, number, longest, widest) for number in range(rng.choice([1, 4, 8]))]
     spread = rng.choice([0, 3, 20])
     arrivals = sorted(rng.randint(0, spread) for _ in requests)
     need = max(r.most_blocks(block_size) for r in requests)
     num_blocks = need + rng.choice([0, 0, 1, rng.randint(0, need), 4 * need])
-    max_num_seqs = max(r.width for r in requests) + rng.choice([0, 2, 8, 16])
+    max_num_seqs = max(r.width for r in requests) + rng.choice([0, 4, 16])
     result = Scenario(
         memory={
             "num_blocks": num_blocks,
@@ -214,6 +216,8 @@ def scenario(seed: int) -> Scenario:
     for request, arrival in zip(requests, arrivals, strict=True):
         if rng.random() < 0.2:
             result.aborts.setdefault(arrival + rng.randint(0, 25), []).append(request)
+        elif rng.random() < 0.1:
+            result.doomed.append(request)
     return result
 
 
@@ -240,6 +244,8 @@ class Run:
             while pending and pending[0][0] <= clock:
                 self.add(pending.pop(0)[1])
             for request in self.given.aborts.pop(clock, []):
+                self.abort(request)
+            for request in [r for r in self.given.doomed if r in self.scheduler.swapped]:
                 self.abort(request)
             if self.scheduler.has_unfinished:
                 self.step()

@@ -258,10 +258,34 @@ def test_early_stopping():
     assert finish_two(early_stopping=False).done  # -2.2 / 2 < -1: no better now
     assert not finish_two(early_stopping="never").done  # -2.2 / 10 > -1: could become better
     assert finish_two(early_stopping="never", length_penalty=0.0).done  # a longer output is never likelier
-    assert finish_two(early_stopping="never", length_penalty=-1.0).done
     going_on = finish_two(early_stopping="never")
     going_on.advance([[(0, -0.1), (5, -9.0)], [(5, -9.0)]])
     assert [h.token_ids for h in going_on.hypotheses()] == [(5, 5, 0), (5, 0)]  # -2.3 / 3 came to beat -2 / 2
+
+
+def finish_one_by_one(second, **options):
+    """One hypothesis of -1.5 finishes after a token, one of -1 + second after two; a beam of -1.3 runs."""
+    search = start(width=2, **options)
+    search.advance([[(5, -1.0), (0, -1.5), (6, -8.0)]])
+    search.advance([[(5, -0.3), (0, second)], [(5, -9.0)]])
+    assert len(search.finished) == 2
+    return search
+
+
+def test_early_stopping_goes_by_the_worst_of_the_finished():
+    assert finish_one_by_one(-0.2, early_stopping=True).done
+    assert not finish_one_by_one(-0.2, early_stopping=False).done  # -1.3 / 2 > -1.5 / 1
+    assert not finish_one_by_one(-0.2, early_stopping="never").done
+    # A length penalty below zero: the present length counts for "never" too, -1.3 * 2 and not -1.3 * 10.
+    assert not finish_one_by_one(-5.0, early_stopping="never", length_penalty=-1.0).done  # worst: -6 * 2
+    assert finish_one_by_one(-0.1, early_stopping="never", length_penalty=-1.0).done  # worst: -1.1 * 2
+
+
+def test_a_running_beam_that_is_only_as_good_ends_the_search():
+    search = start(width=2)
+    search.advance([[(5, -1.0), (6, -1.0)]])
+    search.advance([[(0, -1.0)], [(0, -1.0), (5, -1.0)]])
+    assert search.done and [h.score for h in search.hypotheses()] == [-1.0, -1.0]
 
 
 def test_at_the_limit_running_beams_compete_with_finished_ones():

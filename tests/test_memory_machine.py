@@ -123,7 +123,7 @@ def one_operation(rng, memory):
 
 def test_random_walks():
     done = Counter()
-    for seed in range(300):
+    for seed in range(200):
         try:
             memory = walk(seed)
         except Exception as error:
@@ -191,6 +191,6 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestMemory = MemoryMachine.TestCase
-TestMemory.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestMemory.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestAllocator = AllocatorMachine.TestCase
 TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -53,7 +53,10 @@ ROPES = {
         "original_max_position_embeddings": 4096,
         "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
     },
-    "yarn, a factor of 1": {"rope_scaling": {"type": "yarn", "factor": 1.0}},
+    "yarn, a factor below 1": {"rope_scaling": {"type": "yarn", "factor": 0.5}},
+    "yarn, all pairs stretched": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},
+    },
     "yarn, narrow": {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 1}},
 }
 
@@ -159,6 +162,9 @@ HARMLESS = [
     (LLAMA, {"quantization_config": None, "unsloth_version": "2025.1", "auto_map": {"AutoModel": "x.y"}}),
     (LLAMA, {"sliding_window": 8192, "layer_types": ["full_attention"] * 30}),
     (QWEN, {"sliding_window": 128}),
+    (QWEN, {"sliding_window": 128, "use_sliding_window": None}),
+    (QWEN, {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["full_attention"] * 24}),
+    (QWEN, {"attention_bias": True}),  # Qwen2 does not read it
     (GPT, {"add_cross_attention": False, "tie_encoder_decoder": False, "n_inner": None}),
 ]
 

@@ -1,9 +1,12 @@
 """The models against transformers: the same weights give the same logits, through scrambled pages."""
 
+import functools
 import json
 import math
 import random
+from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -41,12 +44,12 @@ class Paged:
     that a read from a wrong place shows.
     """
 
-    def __init__(self, model, sequences: list[list[int]], dtype=torch.float32, seed=0):
+    def __init__(self, model, sequences: list[list[int]], dtype=torch.float32):
         config = model.config
         self.model, self.sequences, self.computed = model, sequences, [0] * len(sequences)
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
         need = [math.ceil(len(tokens) / BLOCK_SIZE) for tokens in sequences]
-        free = random.Random(seed).sample(range(2 * sum(need)), sum(need))
+        free = random.Random(0).sample(range(2 * sum(need)), sum(need))
         self.tables = [[free.pop() for _ in range(count)] for count in need]
         shape = (config.num_layers, 2 * sum(need), BLOCK_SIZE, config.num_kv_heads, config.head_size)
         self.cache = kernels.new_cache(*shape, dtype).fill_(math.nan)
@@ -77,9 +80,9 @@ class Paged:
         return [torch.cat(parts) for parts in self.logits]
 
 
-def oracle(config: transformers.PreTrainedConfig, seed=0):
+def oracle(config: transformers.PreTrainedConfig):
     """A transformers model whose every parameter matters: biases and norms too."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,36 +90,30 @@ def oracle(config: transformers.PreTrainedConfig, seed=0):
     return model
 
 
-def weights_of(model, dtype=torch.float32) -> dict[str, Tensor]:
-    """What a checkpoint of this model holds."""
-    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    return weights
-
-
-def ours(model, dtype=torch.float32, config_json: dict | None = None):
+def ours(model, dtype=torch.float32):
     """Our model with the weights of a transformers model, its config through JSON as a checkpoint has it."""
-    config = ModelConfig.from_hf(config_json or json.loads(model.config.to_json_string()))
+    config = ModelConfig.from_hf(json.loads(model.config.to_json_string()))
     architecture = {"llama": Llama, "gpt2": GPT2}[config.architecture]
-    weights = weights_of(model, dtype)
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # not stored in a checkpoint
     assert {name: tuple(w.shape) for name, w in weights.items()} == architecture.tensor_shapes(config)
     built = architecture(config, weights)
     assert not weights  # each tensor was taken out as it was used
     return built
 
 
-def sequences_for(vocab_size: int, lengths=LENGTHS, seed=0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+def sequences_for(vocab_size: int) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(vocab_size) for _ in range(length)] for length in LENGTHS]
 
 
 @torch.no_grad()
-def assert_same_logits(model, reference, plans=PLANS) -> None:
+def assert_same_logits(model, reference) -> None:
     sequences = sequences_for(model.config.vocab_size)
     expected = [reference(torch.tensor([tokens])).logits[0] for tokens in sequences]
     assert max(logits.std() for logits in expected) > 0.5  # or else the tolerance would mean nothing
-    for plan in plans:
+    for plan in PLANS:
         for got, want in zip(Paged(model, sequences).run(plan), expected, strict=True):
             torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
 
@@ -222,10 +219,15 @@ PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start
 
 @pytest.fixture(scope="session")
 def smollm2_in_transformers():
-    """The real model as transformers reads it from the GGUF file. Takes 10 s or more."""
+    """The real model, its weights as transformers reads them from the GGUF file. Takes 10 s."""
     file = fetch_smollm2()
-    load_oracle = transformers.AutoModelForCausalLM.from_pretrained
-    return load_oracle(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    config = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
+    config = transformers.LlamaConfig(**config["SmolLM2-135M-Instruct"]["config"])
+    with pytest.MonkeyPatch.context() as patch:  # else transformers builds this table 400 times over
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+        ).eval()
 
 
 @torch.no_grad()

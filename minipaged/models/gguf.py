@@ -111,16 +111,15 @@ class GGUFCheckpoint:
             raise ModelError(f"{self.path}: tensor {name} has type {kind.name}: can't be read") from error
         tensor = torch.from_numpy(weights if weights.flags.writeable else weights.copy()).to(dtype)
         if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-            return self._undo_permutation(
-                tensor, "num_attention_heads" if "q" in name else "num_key_value_heads"
-            )
+            return self._undo_permutation(tensor, is_query=".attn_q." in name)
         return tensor
 
-    def _undo_permutation(self, tensor: torch.Tensor, heads_key: str) -> torch.Tensor:
+    def _undo_permutation(self, tensor: torch.Tensor, is_query: bool) -> torch.Tensor:
         """llama.cpp's rope turns the neighbours (0, 1), (2, 3), ...; Hugging Face's, and ours, (i, i + D/2).
         Its converter reordered the rows of each head accordingly; this orders them back.
         """
-        heads = self.config.get(heads_key, self.config["num_attention_heads"])
+        heads = self.config["num_attention_heads"]
+        heads = heads if is_query else self.config.get("num_key_value_heads", heads)
         return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def tokenizer(self) -> Tokenizer:

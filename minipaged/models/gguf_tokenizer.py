@@ -57,7 +57,7 @@ def _build(metadata: dict[str, Any], words: str) -> Tokenizer:
     backend.add_tokens([AddedToken(token, normalized=False, special=control) for token, control in whole])
     ids = {name: metadata.get(f"ggml.{name}_id") for name in ("bos_token", "eos_token")}
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    bos, eos = ([special[name]] * bool(metadata.get(f"ggml.add_{name}")) for name in ("bos_token", "eos_token"))
+    bos, eos = ([special[name]] if metadata.get(f"ggml.add_{name}") else [] for name in ids)
     backend.post_processor = processors.TemplateProcessing(
         single=[*bos, "$A", *eos], special_tokens=[(token, vocabulary[token]) for token in bos + eos]
     )

@@ -76,10 +76,10 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("this model has no chat template: give it plain text instead of messages")
         _check_messages(messages)
-        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None}
+        variables: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": None}
         try:
             template = _template_environment().from_string(self.chat_template)
-            return template.render(variables | self.special_tokens)
+            return template.render(variables | self.special_tokens, messages=list(messages))
         except Exception as error:  # foreign code: anything may come out of it
             raise ValueError(f"the model's chat template failed: {type(error).__name__}: {error}") from error
 

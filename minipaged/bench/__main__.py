@@ -1,0 +1,168 @@
+"""The run: flags in, contenders in turns, a report out."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from typing import Any
+
+import torch
+
+from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, Options
+from minipaged.bench.loads import NAMES, Load, Run, make_load
+from minipaged.bench.report import machine, print_report, summarize
+from minipaged.bench.worker import ContenderFailed, Worker
+from minipaged.models import ModelConfig, ModelError, open_checkpoint
+from minipaged.runner import DTYPES, kv_bytes_per_token
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        report = bench(args)
+    except ModelError as error:
+        _say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    print(json.dumps(report, indent=2)) if args.json else print_report(report)
+    return 1 if report["failed"] else 0
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """Run what the flags ask for. ModelError if there is no such model, or it is too small for a load."""
+    checkpoint = open_checkpoint(args.model)
+    config = ModelConfig.from_hf(checkpoint.config)
+    loads = [make_load(name, config.vocab_size, args.quick) for name in args.load]
+    for load in loads:
+        if load.longest > config.max_model_len:
+            raise ModelError(
+                f"load {load.name} needs {load.longest} positions, and the model has {config.max_model_len}"
+            )
+    left_out = missing(args.peer)
+    for name, reason in left_out.items():
+        _say(f"left out: {LABELS[name]}: {reason}")
+    names = ["minipaged", *(name for name in PEERS if name in args.peer and name not in left_out)]
+    threads = args.threads or torch.get_num_threads()
+    report: dict[str, Any] = {
+        "model": args.model,
+        "quick": args.quick,
+        "machine": machine(threads),
+        "left_out": left_out,
+        "failed": {},
+        "results": [],
+    }
+    for dtype in args.dtype:
+        options = Options(
+            model=str(checkpoint.path),
+            dtype=dtype,
+            threads=threads,
+            longest_load=max(load.blocks(BLOCK_SIZE) for load in loads),
+            kv_bytes_per_token=kv_bytes_per_token(config, DTYPES[dtype]),
+            num_blocks=args.num_blocks,
+            kv_cache_memory=args.kv_cache_memory,
+        )
+        results, failed = Contest(names, options, args.repeat).run(loads)
+        report["results"] += results
+        report["failed"] |= failed
+    return report
+
+
+class Contest:
+    """The contenders in one dtype. One that fails is out of it; the others go on."""
+
+    def __init__(self, names: list[str], options: Options, rounds: int):
+        self.options, self.rounds = options, rounds
+        self.failed: dict[str, str] = {}
+        _say(f"{options.dtype}: loading {', '.join(LABELS[name] for name in names)}")
+        self.workers = {name: Worker(name, options) for name in names}
+
+    def run(self, loads: list[Load]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """The rows, and what failed: {"static fp32": why}."""
+        try:
+            for name in list(self.workers):
+                self._guard(name, lambda worker: worker.wait())
+            rows = []
+            for load in loads:
+                rows += summarize(load, self.options.dtype, self._rounds(load))
+            return rows, self.failed
+        finally:
+            for worker in self.workers.values():
+                worker.close()
+
+    def _rounds(self, load: Load) -> dict[str, list[Run]]:
+        runs: dict[str, list[Run]] = {name: [] for name in self.workers}
+        for name in list(self.workers):
+            self._guard(name, lambda worker: worker.run(load.warmup()))
+        for number in range(1, self.rounds + 1):
+            for name in list(self.workers):  # in turns: what is compared ran side by side
+                run = self._guard(name, lambda worker: worker.run(load))
+                if run is not None:
+                    runs[name].append(run)
+                    _say(
+                        f"{self.options.dtype} {load.name}, round {number} of {self.rounds}: {LABELS[name]}: "
+                        f"{run.tokens_per_second:.1f} tok/s in {run.seconds:.1f} s"
+                    )
+        return runs
+
+    def _guard(self, name: str, action):
+        try:
+            return action(self.workers[name])
+        except ContenderFailed as error:
+            _say(f"failed: {error}")
+            self.failed[f"{name} {self.options.dtype}"] = str(error)
+            self.workers.pop(name).close()
+            return None
+
+
+def missing(peers: list[str]) -> dict[str, str]:
+    """The peers that can't be run here, and why."""
+    if importlib.util.find_spec("transformers") is not None:
+        return {}
+    return dict.fromkeys(peers, "transformers is not installed (pip install transformers accelerate)")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m minipaged.bench",
+        description="Run minipaged beside others, on the same weights and loads, in turns. The table goes to standard "
+        "output, progress to standard error.",
+        epilog="Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, a .gguf file or a hub id")
+    add("--load", nargs="+", choices=NAMES, default=list(NAMES), metavar="LOAD",
+        help=f"of {', '.join(NAMES)} (default: all). mixed: 32 requests with 8 to 256 tokens in and out; "
+        "batchN: N requests with 64 in and 64 out")  # fmt: skip
+    add("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32"], metavar="DTYPE",
+        help="of fp32, bf16, fp16 (default: fp32)")  # fmt: skip
+    add("--peer", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER",
+        help="of static (transformers' generate in padded batches) and continuous (its continuous batching); "
+        "default: both; with no name, minipaged runs alone")  # fmt: skip
+    add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
+    add("--threads", type=_count, metavar="N", help="for each contender (default: PyTorch's own choice)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--num-blocks", type=_count, metavar="N",
+                      help="minipaged's pool, in blocks of 16 tokens (default: enough for the largest load)")  # fmt: skip
+    size.add_argument("--kv-cache-memory", type=_count, metavar="BYTES", help="minipaged's pool, in bytes")
+    add("--quick", action="store_true", help="an eighth of the tokens, to try it out")
+    add("--json", action="store_true", help="print JSON, with more figures than the table")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

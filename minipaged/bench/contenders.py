@@ -1,0 +1,93 @@
+"""This engine as a contender, and the list of all.
+
+A contender loads the model once, and then runs loads: `run(load) -> Run`.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+
+from minipaged.bench.loads import Load, Run
+from minipaged.engine import LLM
+from minipaged.plan import StepOutput, StepPlan
+from minipaged.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all contenders are told. model: a folder in Hugging Face layout, or a .gguf file.
+
+    longest_load: blocks of BLOCK_SIZE that hold any of the loads whole; the pool's size if nothing else is said.
+    kv_bytes_per_token: of one token, in all layers.
+    """
+
+    model: str
+    dtype: str
+    threads: int
+    longest_load: int
+    kv_bytes_per_token: int
+    num_blocks: int | None = None
+    kv_cache_memory: int | None = None
+
+
+BLOCK_SIZE = 16
+
+
+class Contender(Protocol):
+    def run(self, load: Load) -> Run: ...
+
+
+class Minipaged:
+    """This engine, with its defaults but for the size of the pool: enough for the largest load, if nothing is said.
+
+    kv_bytes: the blocks in use at the moment when most were.
+    """
+
+    def __init__(self, options: Options):
+        size: dict[str, int | None]
+        if options.num_blocks is None and options.kv_cache_memory is None:
+            size = {"num_blocks": int(1.02 * options.longest_load) + 2, "num_cpu_blocks": 0}  # and the watermark
+        else:
+            size = {"num_blocks": options.num_blocks, "kv_cache_memory": options.kv_cache_memory}
+        self.llm = LLM(options.model, dtype=options.dtype, device="cpu", block_size=BLOCK_SIZE, **size)
+        self.llm.observers.append(self._observe)
+        self._most_blocks = 0
+
+    def run(self, load: Load) -> Run:
+        params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in load.outputs]
+        self._most_blocks = 0
+        before = asdict(self.llm.stats().times)
+        began = time.perf_counter()
+        outputs = self.llm.generate(load.prompts, params)
+        seconds = time.perf_counter() - began
+        times = {name: spent - before[name] for name, spent in asdict(self.llm.stats().times).items()}
+        return Run(
+            tokens=[output.outputs[0].token_ids for output in outputs],
+            seconds=seconds,
+            first_token=[output.metrics.time_to_first_token or 0.0 for output in outputs],
+            kv_bytes=self._most_blocks * self.llm.block_bytes,
+            times=times,
+        )
+
+    def _observe(self, plan: StepPlan, output: StepOutput) -> None:
+        self._most_blocks = max(self._most_blocks, sum(len(s.block_table) for s in plan.sequences))
+
+
+LABELS = {
+    "minipaged": "minipaged",
+    "static": "transformers, padded batches",
+    "continuous": "transformers, continuous batching",
+}
+PEERS = ("static", "continuous")  # the order of the turns
+
+
+def build(name: str, options: Options) -> Contender:
+    """Load a contender, in the process that it is to live in."""
+    torch.set_num_threads(options.threads)
+    if name == "minipaged":
+        return Minipaged(options)
+    from minipaged.bench import peers  # transformers is loaded only where it is needed
+
+    return peers.Static(options) if name == "static" else peers.Continuous(options)

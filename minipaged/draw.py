@@ -1,0 +1,229 @@
+"""Draws the memory as text: the map of blocks, the page tables, the account.
+
+Plain data in, lines of text out; nothing here runs an engine. The same pictures serve the live view
+(watch.py), the redrawing of a trace (trace.py) and the chapters. The lines are rich's Text: coloured in a
+terminal or a notebook, and `line.plain` says the same without colour. Only ASCII is used.
+"""
+
+from collections.abc import Iterable
+
+from rich.text import Text
+
+from minipaged.snapshot import Snapshot, Table, request_of
+
+COLORS = ("cyan", "green", "yellow", "magenta", "bright_blue", "orange1",
+          "bright_cyan", "bright_green", "khaki1", "plum2", "sky_blue1", "light_salmon1")  # fmt: skip
+SHARED, FREE, HEADING = "bold reverse", "dim", "bold"
+
+
+def picture(
+    snapshot: Snapshot,
+    title: str = "",
+    events: Iterable[str] = (),
+    width: int = 80,
+    height: int | None = None,
+) -> Text:
+    """One moment on one screen: at most `height` lines, or as many as it takes, none longer than `width`.
+
+    Where not everything fits it says how much is left out.
+    """
+    head = [headline(snapshot, title), *account(snapshot, width), Text()]
+    tail = [Text(event if len(event) <= width else event[: width - 3] + "...") for event in events]
+    tail = [Text(), *tail] if tail else []
+    if height is None:
+        pool, tables = block_map(snapshot, width), page_tables(snapshot, width)
+    else:
+        space = max(2, height - len(head) - len(tail) - 3)  # without the two legends and the gap between
+        for_tables = -(-len(snapshot.tables) // 2)  # lines that they need in two columns
+        pool = block_map(snapshot, width, rows=max(1, space // 2, space - for_tables))
+        tables = page_tables(snapshot, width, rows=max(1, space + 1 - len(pool)))
+    lines = [*head, *pool, Text(), *tables, *tail]
+    for line in lines:
+        line.truncate(width, overflow="crop")
+    return Text("\n").join(lines[:height])
+
+
+def headline(snapshot: Snapshot, title: str) -> Text:
+    """The title, and which requests run, wait, and are swapped out."""
+    line = Text().append(title, HEADING)
+    for word in ("running", "waiting", "swapped"):
+        line.append(f"  {word} ").append(_some(getattr(snapshot, word), most=8) or "-", HEADING)
+    return line
+
+
+def account(snapshot: Snapshot, width: int = 80) -> list[Text]:
+    """The pool as a bar, and its numbers: two lines."""
+    usage = snapshot.usage
+    words = f"] {usage.used} of {usage.num_blocks} blocks in use, {usage.shared} of them shared"
+    room = max(10, width - len(words) - 1)
+    used, shared = (-(-room * count // max(1, usage.num_blocks)) for count in (usage.used, usage.shared))
+    bar = Text("[").append("*" * shared, SHARED).append("#" * (used - shared))
+    bar.append("." * (room - used), FREE)
+    saved = f", {usage.blocks_saved_by_sharing} blocks saved by sharing" if usage.shared else ""
+    moved = usage.swapped_out_blocks, usage.swapped_in_blocks
+    stored = f"{usage.tokens_stored} tokens, waste {usage.waste_percent:.0f} %{saved}"
+    so_far = f"{usage.copies} copied" + (f", {moved[0]} swapped out, {moved[1]} in" if any(moved) else "")
+    return [bar.append(words), Text(f"{stored} | {so_far}")]
+
+
+# --- the map of blocks --------------------------------------------------------------------------------------
+
+
+def block_map(snapshot: Snapshot, width: int = 80, rows: int | None = None) -> list[Text]:
+    """The pool, block by block, under a line that explains it; rows: how many lines there are for the blocks.
+
+    Rows that are wholly free are folded. If that is not enough, one character stands for several blocks.
+    """
+    usage, holders = snapshot.usage, snapshot.holders()
+    labels = {block: _label(names) for block, names in holders.items()}
+    cell = 1 + max([2, *map(len, labels.values())])
+    margin = len(str(usage.num_blocks)) + 2
+    per_row = _tens((width - margin) // cell)
+    starts = range(0, usage.num_blocks, per_row)
+    lines: list[Text] = []
+    free_since: int | None = None
+    for start in starts:
+        row = range(start, min(start + per_row, usage.num_blocks))
+        if len(starts) > 2 and not any(block in labels for block in row):
+            first = free_since = start if free_since is None else free_since
+            if first != start:
+                lines.pop()
+            words = f"{first:>{margin - 1}} ... {row.stop - first} free blocks, to {row[-1]}"
+            lines.append(Text(words, FREE))
+            continue
+        free_since = None
+        lines.append(Text(f"{start:>{margin - 1}} "))
+        for block in row:
+            _put_cell(lines[-1], labels.get(block, "."), holders.get(block, []), cell)
+    if rows is not None and len(lines) > rows:
+        return _coarse_map(snapshot, width, rows)
+    star = next((label for label in labels.values() if "*" in label), "A*")
+    alone = next((label for label in labels.values() if "*" not in label), "A1")
+    sharers = "several" if star == "**" else f"several of {star[:-1]}'s"
+    words = (
+        f" of {usage.block_size} tokens: {alone} held by sequence {alone}, {star} shared by {sharers}, . free"
+    )
+    return [Text().append("BLOCKS", HEADING).append(words), *lines]
+
+
+def _put_cell(line: Text, label: str, names: list[str], cell: int) -> None:
+    style = FREE if not names else SHARED if len(names) > 1 else f"black on {color(names[0])}"
+    line.append(" ").append(label, style).append(" " * (cell - 1 - len(label)))
+
+
+def _coarse_map(snapshot: Snapshot, width: int, rows: int) -> list[Text]:
+    """One character for `each` blocks in a row: a pool that is too large to be drawn block by block."""
+    total, holders = snapshot.usage.num_blocks, snapshot.holders()
+    margin = len(str(total)) + 2
+    per_row = _tens(width - margin)
+    each = max(1, -(-total // (rows * per_row)))
+    lines = []
+    for start in range(0, total, per_row * each):
+        line = Text(f"{start:>{margin - 1}} ")
+        for first in range(start, min(start + per_row * each, total), each):
+            held = [holders[block] for block in range(first, min(first + each, total)) if block in holders]
+            line.append(*_coarse_cell(held))
+        lines.append(line)
+    words = f", {each} in each character: " if each > 1 else ": "
+    words += "A only of request A, a also shared, + of several, . free"
+    return [Text().append("BLOCKS", HEADING).append(words), *lines]
+
+
+def _coarse_cell(held: list[list[str]]) -> tuple[str, str]:
+    requests = {request_of(name) for names in held for name in names}
+    if len(requests) != 1:
+        return ("+", SHARED) if requests else (".", FREE)
+    request = requests.pop()
+    letter = request if len(request) == 1 else "#"
+    return letter.lower() if any(len(names) > 1 for names in held) else letter, f"black on {color(request)}"
+
+
+def _label(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    requests = {request_of(name) for name in names}
+    return f"{requests.pop()}*" if len(requests) == 1 else "**"
+
+
+# --- page tables --------------------------------------------------------------------------------------------
+
+
+def page_tables(snapshot: Snapshot, width: int = 80, rows: int | None = None) -> list[Text]:
+    """The page table of each sequence under a line that explains them, in two columns if there are many."""
+    size = snapshot.usage.block_size
+    legend = Text().append("PAGE TABLES", HEADING)
+    legend.append(f" tokens: blocks in order, * shared, (n/{size}) only n slots filled")
+    tables, more = snapshot.tables, 0
+    columns = 2 if rows is not None and len(tables) > rows and width >= 60 else 1
+    if rows is not None and len(tables) > rows * columns:
+        more = len(tables) - rows * columns + 1
+        tables = tables[:-more]
+    shared = {False: _shared(snapshot, False), True: _shared(snapshot, True)}
+    column = width // columns
+    name_width = max([1, *(len(table.name) for table in tables)])
+    cells = [_table_line(table, size, shared[table.swapped], name_width, column - 1) for table in tables]
+    if more:
+        cells.append(Text(f"and {more} more sequences", FREE))
+    height = -(-len(cells) // columns)
+    lines = cells[:height]
+    for left, right in zip(lines, cells[height:], strict=False):
+        left.append(" " * (column - len(left))).append(right)
+    return [legend, *lines]
+
+
+def _table_line(table: Table, size: int, shared: set[int], name_width: int, width: int) -> Text:
+    line = Text().append(f"{table.name:<{name_width}}", color(table.name)).append(f"{table.num_tokens:>6}: ")
+    line.append("on the CPU " if table.swapped else "", FREE)
+    filled = table.num_tokens - (len(table.blocks) - 1) * size
+    words = [f"{b}*" if b in shared else str(b) for b in table.blocks]
+    if words and filled < size:
+        words[-1] += f"({filled}/{size})"
+    fitting = _elide(words, width - len(line))
+    for word in fitting:
+        line.append(word, "bold" if "*" in word else "").append(" ")
+    return line
+
+
+def _shared(snapshot: Snapshot, swapped: bool) -> set[int]:
+    return {block for block, names in snapshot.holders(swapped).items() if len(names) > 1}
+
+
+def _elide(words: list[str], width: int) -> list[str]:
+    """All words, or the first ones and the last, with the number of those between.
+
+    >>> _elide(["10", "11", "12", "13", "14(3/16)"], 19)
+    ['10', '..3..', '14(3/16)']
+    """
+    if len(" ".join(words)) <= width or len(words) < 3:
+        return words
+    for left in range(len(words) - 2, 0, -1):
+        short = [*words[:left], f"..{len(words) - left - 1}..", words[-1]]
+        if len(" ".join(short)) <= width:
+            return short
+    return [f"..{len(words) - 1}..", words[-1]]
+
+
+# --- small things -------------------------------------------------------------------------------------------
+
+
+def color(name: str) -> str:
+    """The colour of a sequence or a request, always the same for the same name.
+
+    >>> color("A1"), color("A2"), color("B1"), color("A")
+    ('cyan', 'green', 'magenta', 'cyan')
+    """
+    request = request_of(name)
+    place = 0
+    for letter in request:
+        place = 26 * place + ord(letter) - ord("A")
+    return COLORS[(3 * place + int(name[len(request) :] or 1) - 1) % len(COLORS)]
+
+
+def _some(names: list[str], most: int) -> str:
+    more = [f"+{len(names) - most}"] if len(names) > most else []
+    return " ".join([*names[:most], *more])
+
+
+def _tens(count: int) -> int:
+    """As many cells in a row as fit, but a round number, so that blocks are easily counted."""
+    return count // 10 * 10 if count >= 10 else max(1, count)

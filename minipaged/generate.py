@@ -1,0 +1,154 @@
+"""The command line: `python -m minipaged.generate [PROMPT ...]`.
+
+Reading order: options.py (the flags), prompts.py (what is asked), this file (what is done), report.py (what
+is said), snapshot.py and draw.py (what is drawn), watch.py and trace.py (where it goes).
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console
+
+from minipaged.memory import KVCacheManager
+from minipaged.options import HINTS, BadInput, parse
+from minipaged.prompts import Job, NoPrompt, for_each, read_jobs
+from minipaged.report import Results, ignore_closed_pipe, show_account
+from minipaged.scheduler import Scheduler
+from minipaged.trace import TraceError, TraceWriter
+from minipaged.watch import Display, EventLines, ProgressLine, Watch, can_draw, waiting
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
+    from minipaged.engine import LLM
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit status: see the end of --help."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        with contextlib.ExitStack() as stack:
+            args = parse(argv)
+            return _generate(args, read_jobs(args), stack)
+    except BadInput as error:
+        if isinstance(error, NoPrompt) and not argv:
+            print(HINTS)
+            return 0
+        for line in str(error).splitlines():
+            print(f"minipaged.generate: error: {line}", file=sys.stderr)
+        return BAD_INPUT
+    except TraceError as error:
+        print(f"minipaged.generate: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return ignore_closed_pipe()
+
+
+def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:
+    _check_limits(args)
+    console = Console(stderr=True, no_color=args.no_color or None, highlight=False)
+    trace = stack.enter_context(_open_trace(args.trace)) if args.trace else None
+    llm = _load(args, console)
+    _add_all(llm, jobs, args.chat)
+    if trace:
+        with contextlib.suppress(OSError):  # a pipe has nothing to be removed
+            trace.truncate(0)
+        llm.observers.append(TraceWriter(llm, trace))
+    return _run(llm, jobs, args, console)
+
+
+def _check_limits(args: argparse.Namespace) -> None:
+    """Let a scheduler of nothing say now what the real one would say after loading."""
+    try:
+        Scheduler(KVCacheManager(1, 1), args.max_num_seqs, args.max_num_batched_tokens, args.preemption)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _open_trace(path: str) -> IO[str]:
+    """Opened before anything runs; but what it held is kept until there is something to write."""
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot write the trace {path}: {error.strerror}") from None
+
+
+def _load(args: argparse.Namespace, console: Console) -> "LLM":
+    with waiting(console, "loading PyTorch"):
+        from minipaged.engine import LLM
+        from minipaged.models.fetch import fetch_smollm2
+
+    names = ["dtype", "device", "block_size", "num_blocks", "kv_cache_memory"]
+    names += ["max_num_seqs", "max_num_batched_tokens", "preemption", "debug"]
+    try:
+        if args.model == "smollm2":
+            fetch_smollm2()  # by itself, since it draws a progress bar of its own
+        fetched = args.model == "smollm2" or Path(args.model).exists()
+        with waiting(console, f"loading {args.model}") if fetched else contextlib.nullcontext():
+            return LLM(args.model, **{name: getattr(args, name) for name in names})
+    except (ValueError, OSError, MemoryError) as error:
+        raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
+    except RuntimeError as error:  # PyTorch's way to say that there is no memory
+        if "memory" not in str(error):
+            raise
+        raise BadInput("not enough memory: lower --num-blocks or --kv-cache-memory") from error
+
+
+def _add_all(llm: "LLM", jobs: list[Job], chat: bool | None) -> None:
+    """Add all requests, or, if the engine refuses some, none."""
+    chat = llm.tokenizer.has_chat_template if chat is None else chat
+    if chat and not llm.tokenizer.has_chat_template:
+        raise BadInput(f"--chat: {llm.model_name} has no chat template; use --raw")
+
+    def add(numbered: tuple[int, Job]) -> None:
+        number, job = numbered
+        as_message = chat and isinstance(job.prompt, str)
+        prompt = [{"role": "user", "content": job.prompt}] if as_message else job.prompt
+        try:
+            llm.add_request(prompt, job.params, str(number))
+        except ValueError as error:
+            raise BadInput(f"{job.where}: {error}") from None
+
+    for_each(enumerate(jobs), add)
+
+
+def _run(llm: "LLM", jobs: list[Job], args: argparse.Namespace, console: Console) -> int:
+    streaming = len(jobs) == 1 and jobs[0].is_single and not args.json
+    results = Results(jobs, sys.stdout, args.json, streaming)
+    status, began = 0, time.monotonic()
+    try:
+        with _display(llm, args.watch, streaming, console) as display:
+            while llm.has_unfinished_requests:
+                for output in llm.step():
+                    results.add(output)
+                if results.ready:
+                    display.print(results.flush)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    finally:
+        results.close()
+    seconds = time.monotonic() - began
+    if status:
+        print(f"interrupted: {results.num_finished} of {len(jobs)} prompts were finished", file=sys.stderr)
+    if results.num_cut and console.file.isatty():
+        print(f"({results.num_cut} of {len(jobs)} prompts: cut at --max-tokens)", file=sys.stderr)
+    if args.stats:
+        show_account(llm.stats(), seconds, console)
+    return status
+
+
+def _display(llm: "LLM", watch: bool, streaming: bool, console: Console) -> Display:
+    if watch:
+        return Watch(llm, console) if can_draw(console) else EventLines(llm, console)
+    return Display(llm, console) if streaming or not can_draw(console) else ProgressLine(llm, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The flags of the command line."""
+
+import argparse
+import re
+from typing import NoReturn
+
+from minipaged.scheduler import PREEMPTION_MODES
+
+PROGRAM = "python -m minipaged.generate"
+HINTS = """\
+minipaged answers prompts with a language model whose memory is paged. Try:
+
+  python -m minipaged.generate "What is the capital of France?"
+  python -m minipaged.generate --raw "Once upon a time" --temperature 0.8 --seed 1
+  python -m minipaged.generate "A name for a cat" --n 3 --stats      three samples share a prompt
+  python -m minipaged.generate "A name for a cat" --beam-width 4     beam search
+  python -m minipaged.generate "Count to 20." "Tell a joke." --n 3 --num-blocks 24 --watch
+  python -m minipaged.generate --prompts-file prompts.txt --json     a prompt a line
+  echo "Say hello" | python -m minipaged.generate
+
+The default model, smollm2 (93 MB), is fetched once. --help tells of all options."""
+
+MAX_TOKENS = 256
+TEMPERATURE = 0.8  # where chance is asked for
+
+DESCRIPTION = (
+    "Answer prompts. A single answer is streamed; of several, each is printed when it is ready, in order. "
+    "Results go to standard output, all else to standard error."
+)
+EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
+PROMPTS_FILE_HELP = (
+    "more prompts, one a line (-: standard input). If the first line begins with {, each is JSON: "
+    '{"prompt": TEXT}, {"messages": [...]} or {"prompt_token_ids": [...]}, where parameters may stand too '
+    'that override the flags: "max_tokens": 9'
+)
+TEMPERATURE_HELP = (
+    "0: always the likeliest token; above: by chance. The default is 0, and "
+    f"{TEMPERATURE} if --n or one of the next four is given"
+)
+PREEMPTION_HELP = (
+    "how a request makes room when memory runs out: recompute drops it, to be computed again; swap moves it "
+    "to CPU memory; auto swaps if it has several sequences"
+)
+TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
+
+
+class BadInput(ValueError):
+    """What the user gave can't be done; the message is for them."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (--help tells of all options)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked one by one. BadInput if one is wrong; --help ends the program."""
+    return _parser().parse_args(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="with none, one prompt is read from standard input")
+    add("--prompts-file", metavar="FILE", help=PROMPTS_FILE_HELP)
+    add(
+        "--model",
+        default="smollm2",
+        help="smollm2, a folder in Hugging Face layout, a .gguf file or a hub id",
+    )
+    form = parser.add_mutually_exclusive_group()
+    chat = "a prompt is a message to a chat model: the default if the model has a chat template"
+    form.add_argument("--chat", action="store_true", default=None, help=chat)
+    form.add_argument("--raw", dest="chat", action="store_false", help="a prompt is text to be continued")
+    _add_decoding(parser.add_argument_group("decoding"))
+    _add_memory(parser.add_argument_group("memory and scheduling"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_decoding(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, kind: type, metavar: str, words: str) -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, help=words)
+
+    add("--max-tokens", int, "N", f"the longest answer in tokens (default: {MAX_TOKENS})")
+    add("--temperature", float, "T", TEMPERATURE_HELP)
+    add("--top-p", float, "P", "draw from the likeliest tokens that hold this probability")
+    add("--top-k", int, "K", "draw from the K likeliest tokens")
+    add("--min-p", float, "P", "leave out tokens less likely than P times the likeliest")
+    add("--seed", int, "N", "draw the same tokens again at the next run")
+    add(
+        "--n",
+        int,
+        "N",
+        "samples of each prompt; with --beam-width: how many of the best beams (default: all)",
+    )
+    add("--beam-width", int, "W", "beam search with W beams instead of drawing by chance")
+    add("--length-penalty", float, "X", "beam search: above 0 favours long answers (default: 1)")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, default: int, words: str) -> None:
+        group.add_argument(
+            flag, type=_count, default=default, metavar="N", help=f"{words} (default: {default})"
+        )
+
+    add("--block-size", 16, "tokens in a block")
+    size = group.add_mutually_exclusive_group()
+    blocks = "blocks in the pool (default: as many as fit into a quarter of the free memory)"
+    size.add_argument("--num-blocks", type=_count, metavar="N", help=blocks)
+    memory = "the size of the pool instead, such as 512MiB or 2GB"
+    size.add_argument("--kv-cache-memory", type=parse_bytes, metavar="SIZE", help=memory)
+    add("--max-num-seqs", 64, "sequences that run at a time")
+    add("--max-num-batched-tokens", 2048, "tokens in a step")
+    group.add_argument("--preemption", choices=PREEMPTION_MODES, default="auto", help=PREEMPTION_HELP)
+    dtypes = ("auto", "fp32", "bf16", "fp16")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
+    devices = ("auto", "cpu", "cuda")
+    group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, words: str) -> None:
+        group.add_argument(flag, action="store_true", help=words)
+
+    add("--json", "one JSON object for each prompt, with tokens, scores and times")
+    add("--stats", "end with the account of the memory")
+    add("--watch", "show the memory live (where standard error is no terminal: a line for each event)")
+    group.add_argument("--trace", metavar="FILE", help=TRACE_HELP)
+    add("--no-color", "no colours (as with NO_COLOR set)")
+    add("--debug", "poison freed memory, and check all page tables at every step")
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
+    return int(text)
+
+
+def parse_bytes(text: str) -> int:
+    """A size with a unit: of KB, MB, GB (thousands), KiB, MiB, GiB (1024s), or none.
+
+    >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
+    (536870912, 1500000000, 4096)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512MiB, 2GB or a number of bytes")
+    power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -1,0 +1,168 @@
+"""What the command line says: results on standard output, and the account of the memory on standard error."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minipaged.snapshot import letters
+
+if TYPE_CHECKING:  # trace.py uses this file too, and must not load PyTorch
+    from minipaged.outputs import CompletionOutput, RequestOutput
+    from minipaged.prompts import Job
+    from minipaged.stats import EngineStats
+
+# What a terminal would obey instead of showing it; a model can write anything.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\ufffd")
+
+
+class Results:
+    """Prints results in the order of the prompts, each when it is finished; or, if streaming, as the text grows.
+
+    jobs: what was asked, in the order in which the requests were added: their ids are "0", "1", ...
+    """
+
+    def __init__(self, jobs: list["Job"], file: IO[str], as_json: bool, streaming: bool):
+        self._jobs, self._file, self._as_json, self._streaming = jobs, file, as_json, streaming
+        self._finished: dict[int, RequestOutput] = {}  # and not yet printed
+        self._next = 0  # the job to be printed next
+        self._streamed = 0  # characters that were printed
+        self._ready = ""
+        self.num_finished = 0
+        self.num_cut = 0  # prompts with an output that reached its limit
+
+    def add(self, output: "RequestOutput") -> None:
+        """Take what a step gave."""
+        if self._streaming:
+            self._ready += output.outputs[0].text[self._streamed :] + "\n" * output.finished
+            self._streamed = len(output.outputs[0].text)
+        elif output.finished:
+            self._finished[int(output.request_id)] = output
+        self.num_finished += output.finished
+        self.num_cut += output.finished and any(one.finish_reason == "length" for one in output.outputs)
+        while self._next in self._finished:
+            self._ready += self._written(self._finished.pop(self._next))
+            self._next += 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to print."""
+        return bool(self._ready)
+
+    def flush(self) -> None:
+        """Print what is ready."""
+        text, self._ready = self._ready, ""
+        self._file.write(text.translate(CONTROLS) if self._file.isatty() else text)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Nothing more comes: print the rest, also of what was finished out of turn."""
+        for _, output in sorted(self._finished.items()):
+            self._ready += self._written(output)
+        self._finished = {}
+        if self._streaming and self._streamed and not self.num_finished:
+            self._ready += "\n"
+        self.flush()
+
+    def _written(self, output: "RequestOutput") -> str:
+        if self._as_json:
+            return json.dumps(as_json(output), ensure_ascii=False) + "\n"
+        many = len(self._jobs) > 1 or len(output.outputs) > 1
+        return "".join(
+            (self._header(output, one) if many else "") + one.text + "\n" for one in output.outputs
+        )
+
+    def _header(self, output: "RequestOutput", one: "CompletionOutput") -> str:
+        number = int(output.request_id)
+        name, place = letters(number), f"prompt {number + 1}"
+        if one.score is not None:
+            place += f", beam {one.index + 1} with score {one.score:.3f}"
+        elif len(output.outputs) > 1:
+            name += str(one.index + 1)
+            place += f", sample {one.index + 1}"
+        return f"=== {name} ({place}): {self._jobs[number].title}\n"
+
+
+def as_json(output: "RequestOutput") -> dict[str, Any]:
+    """A finished request as plain data; times in seconds."""
+    outputs = [asdict(one) for one in output.outputs]
+    metrics = output.metrics
+    return {
+        "request_id": output.request_id,
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "outputs": [{k: v for k, v in one.items() if k != "logprobs" or v is not None} for one in outputs],
+        "metrics": {
+            "queue_time": metrics.queue_time,
+            "time_to_first_token": metrics.time_to_first_token,
+            "time_per_output_token": output.time_per_output_token,
+            "num_preemptions": metrics.num_preemptions,
+        },
+    }
+
+
+def show_account(stats: "EngineStats", seconds: float, console: Console) -> None:
+    """The account of a run: a table in a terminal, else plain text."""
+    rows = account(stats, seconds)
+    if not console.is_terminal:
+        width = max(len(name) for name, _ in rows)
+        text = "".join(f"  {name:<{width}}  {value}\n" for name, value in rows)
+        print(f"memory account\n{text}", end="", file=console.file)
+        return
+    table = Table(title="memory account", title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(Text(name, "bold"), value)
+    console.print(table)
+
+
+def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
+    """What the memory held and did, in rows of (name, value). seconds: the time it took, without loading."""
+    now, peak = stats.memory, stats.peak.usage or stats.memory
+    bytes_used, bytes_reserved = (
+        peak.used * stats.block_bytes,
+        stats.peak.contiguous_blocks * stats.block_bytes,
+    )
+    ratio = f", {bytes_reserved / bytes_used:,.1f} times as much" if bytes_used else ""
+    preemptions = ", ".join(f"{count} by {how}" for how, count in stats.num_preemptions.items())
+    return [
+        (
+            "pool",
+            f"{now.num_blocks:,} blocks of {now.block_size} tokens, {_mib(now.num_blocks * stats.block_bytes)}",
+        ),
+        (
+            "most in use",
+            f"{peak.used:,} blocks, {100 * peak.used / now.num_blocks:.1f} %, {_mib(bytes_used)}",
+        ),
+        ("- stored in them", f"{peak.tokens_stored:,} tokens"),
+        ("- waste", f"{peak.waste_percent:.1f} %: slots that were empty"),
+        (
+            "- shared",
+            f"{peak.shared:,} blocks, without which it had been {peak.blocks_saved_by_sharing:,} more",
+        ),
+        ("- if contiguous", f"{_mib(bytes_reserved)}, reserved up to the maximum length{ratio}"),
+        ("copied on write", f"{now.copies:,} blocks"),
+        ("swapped", f"{now.swapped_out_blocks:,} blocks out, {now.swapped_in_blocks:,} in"),
+        ("preemptions", preemptions),
+        ("in use now", f"{now.used:,} blocks"),
+        ("computed", f"{stats.num_prompt_tokens:,} prompt tokens, {stats.num_output_tokens:,} output tokens"),
+        (
+            "speed",
+            f"{stats.num_output_tokens / max(seconds, 1e-9):,.1f} output tokens/s, {stats.num_steps:,} steps",
+        ),
+    ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def ignore_closed_pipe() -> int:
+    """Whoever read our output has gone (`| head`): end quietly, with a shell's exit status for that."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at exit
+    return 141

@@ -1,0 +1,192 @@
+"""One moment of the memory as plain data: what draw.py draws, watch.py shows and trace.py keeps in a file.
+
+Sequences get short names, since their numbers say nothing to a reader: A, B, C are the requests in the order
+of their arrival, and A1, A2, A3 the sequences of a request that has several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from minipaged.memory import KVCacheManager, MemoryUsage
+
+if TYPE_CHECKING:  # only to name the types: a trace can be drawn without loading PyTorch
+    from minipaged.engine import LLM
+    from minipaged.plan import StepPlan
+    from minipaged.sequence import Request
+
+
+@dataclass(frozen=True)
+class Table:
+    """The page table of one sequence. blocks: logical -> physical; in the CPU pool if it is swapped out."""
+
+    name: str
+    num_tokens: int
+    blocks: list[int]
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All page tables, the account, and who is where; requests and sequences by name.
+
+    >>> memory = KVCacheManager(num_blocks=8, block_size=4, free_order=[7, 1, 3])
+    >>> _ = memory.allocate(0, num_tokens=7)
+    >>> memory.fork(0, 1)
+    >>> snapshot = Snapshot.of(memory)
+    >>> snapshot.tables[1]
+    Table(name='B', num_tokens=7, blocks=[7, 1], swapped=False)
+    >>> snapshot.holders()
+    {7: ['A', 'B'], 1: ['A', 'B']}
+    """
+
+    usage: MemoryUsage
+    tables: list[Table]
+    running: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    swapped: list[str] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @classmethod
+    def of(cls, memory: KVCacheManager, names: dict[int, str] | None = None, **queues: Any) -> Snapshot:
+        """What is in `memory` now. names: by sequence id; without them the sequences are A, B, C, ..."""
+        names = names or {i: letters(i) for i in memory.sequences()}
+        tables = [
+            Table(names[i], memory.num_tokens(i), memory.block_table(i), memory.is_swapped(i))
+            for i in memory.sequences()
+        ]
+        return cls(memory.usage(), sorted(tables, key=lambda table: _order(table.name)), **queues)
+
+    def holders(self, swapped: bool = False) -> dict[int, list[str]]:
+        """For each block in use, the names of the sequences that hold it: as many as its reference count.
+
+        swapped: of the CPU pool instead.
+        """
+        holders: dict[int, list[str]] = {}
+        for table in self.tables:
+            for block in table.blocks if table.swapped == swapped else ():
+                holders.setdefault(block, []).append(table.name)
+        return holders
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Snapshot:
+        """TypeError or KeyError if `data` is not what to_json gave."""
+        usage, tables = MemoryUsage(**data["usage"]), [Table(**table) for table in data["tables"]]
+        return cls(**{**data, "usage": usage, "tables": tables})
+
+
+class Observer:
+    """Follows an engine: keeps the names of its sequences, and tells in words what a step did.
+
+    Call `follow` once after each step, and `snapshot` when a picture is wanted.
+    """
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+        self._numbers: dict[int, int] = {}  # of the sequences of requests that have several
+        self._names: dict[int, str] = {}
+        self._requests: dict[str, str] = {}  # name of each request that is not finished, by its id
+        self._name_all()
+
+    def snapshot(self) -> Snapshot:
+        scheduler = self._llm.scheduler
+        lists = {"running": scheduler.running, "waiting": scheduler.waiting, "swapped": scheduler.swapped}
+        return Snapshot.of(
+            self._llm.memory,
+            self._names,
+            num_preemptions=sum(scheduler.num_preemptions.values()),
+            **{key: [letters(request.arrival) for request in requests] for key, requests in lists.items()},
+        )
+
+    def follow(self, plan: StepPlan) -> list[str]:
+        """Learn of a step that is over. Returns what it did to the memory, a sentence for each thing."""
+        before, names = self._requests, self._names
+        self._name_all()
+        names = {**names, **self._names}
+        requests = {**before, **self._requests}
+        finished = [name for i, name in before.items() if i not in self._requests]
+        return list(_tell(plan, requests, names, finished))
+
+    def _name_all(self) -> None:
+        scheduler = self._llm.scheduler
+        requests = [*scheduler.running, *scheduler.swapped, *scheduler.waiting]
+        numbers: dict[int, int] = {}
+        for request in requests:
+            numbers.update(self._number(request))
+        self._numbers = numbers
+        self._names = {
+            seq.seq_id: letters(request.arrival) + str(numbers.get(seq.seq_id, ""))
+            for request in requests
+            for seq in request.live
+        }
+        self._requests = {request.request_id: letters(request.arrival) for request in requests}
+
+    def _number(self, request: Request) -> dict[int, int]:
+        """Samples are numbered by their index. Beams come and go: each keeps its number while it lives."""
+        if max(len(request.sequences), request.width) == 1:
+            return {}
+        if request.search is None:
+            return {seq.seq_id: seq.index + 1 for seq in request.live}
+        known = {seq.seq_id: self._numbers[seq.seq_id] for seq in request.live if seq.seq_id in self._numbers}
+        unused = (number for number in count(1) if number not in known.values())
+        return known | {seq.seq_id: next(unused) for seq in request.live if seq.seq_id not in known}
+
+
+def _tell(
+    plan: StepPlan, requests: dict[str, str], names: dict[int, str], finished: list[str]
+) -> Iterator[str]:
+    def listed(ids: list[str]) -> str:
+        return " ".join(requests.get(i, i) for i in ids)
+
+    if ids := [i for i, how in plan.preempted if how == "swap"]:
+        yield f"{listed(ids)} swapped out to make room: {_moved(plan.swap_out)}"
+    if ids := [i for i, how in plan.preempted if how == "recompute"]:
+        yield f"{listed(ids)} dropped to make room, to be computed again later"
+    if plan.resumed:
+        yield f"{listed(plan.resumed)} swapped in again: {_moved(plan.swap_in)}"
+    if plan.admitted:
+        yield f"{listed(plan.admitted)} admitted"
+    if plan.copies:
+        writers = {block: names.get(s.seq_id, "?") for s in plan.sequences for block in s.block_table}
+        copies = [f"{writers.get(new, '?')} {old}->{new}" for old, new in plan.copies]
+        yield f"{len(copies)} copied on write: {', '.join(copies)}"
+    if finished:
+        yield f"{' '.join(finished)} finished"
+
+
+def _moved(pairs: list[tuple[int, int]]) -> str:
+    return f"{len(pairs)} blocks, " + " ".join(f"{old}->{new}" for old, new in pairs)
+
+
+def letters(number: int) -> str:
+    """Names for 0, 1, 2, ... like the columns of a spreadsheet.
+
+    >>> letters(0), letters(25), letters(26), letters(702)
+    ('A', 'Z', 'AA', 'AAA')
+    """
+    name = ""
+    while number >= 0:
+        number, letter = divmod(number, 26)
+        name = chr(ord("A") + letter) + name
+        number -= 1
+    return name
+
+
+def request_of(name: str) -> str:
+    """The request that a sequence belongs to: A of A1.
+
+    >>> request_of("AB12")
+    'AB'
+    """
+    return name.rstrip("0123456789")
+
+
+def _order(name: str) -> tuple[int, str, int]:
+    request = request_of(name)
+    return len(request), request, int(name[len(request) :] or 0)
