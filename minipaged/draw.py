@@ -5,7 +5,7 @@ Plain data in, lines of text out; nothing here runs an engine. The same pictures
 terminal or a notebook, and `line.plain` says the same without colour. Only ASCII is used.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.text import Text
 
@@ -59,11 +59,12 @@ def account(snapshot: Snapshot, width: int = 80) -> list[Text]:
     used, shared = (-(-room * count // max(1, usage.num_blocks)) for count in (usage.used, usage.shared))
     bar = Text("[").append("*" * shared, SHARED).append("#" * (used - shared))
     bar.append("." * (room - used), FREE)
-    saved = f", {usage.blocks_saved_by_sharing} blocks saved by sharing" if usage.shared else ""
-    moved = usage.swapped_out_blocks, usage.swapped_in_blocks
-    stored = f"{usage.tokens_stored} tokens, waste {usage.waste_percent:.0f} %{saved}"
-    so_far = f"{usage.copies} copied" + (f", {moved[0]} swapped out, {moved[1]} in" if any(moved) else "")
-    return [bar.append(words), Text(f"{stored} | {so_far}")]
+    numbers = (
+        f"{usage.tokens_stored} tokens, waste {usage.waste_percent:.0f} %, "
+        f"sharing saves {usage.blocks_saved_by_sharing} | so far copied {usage.copies}, "
+        f"swapped {usage.swapped_out_blocks} out {usage.swapped_in_blocks} in"
+    )
+    return [bar.append(words), Text(numbers)]
 
 
 # --- the map of blocks --------------------------------------------------------------------------------------
@@ -74,36 +75,43 @@ def block_map(snapshot: Snapshot, width: int = 80, rows: int | None = None) -> l
 
     Rows that are wholly free are folded. If that is not enough, one character stands for several blocks.
     """
-    usage, holders = snapshot.usage, snapshot.holders()
+    holders = snapshot.holders()
     labels = {block: _label(names) for block, names in holders.items()}
     cell = 1 + max([2, *map(len, labels.values())])
-    margin = len(str(usage.num_blocks)) + 2
+    margin = len(str(snapshot.usage.num_blocks)) + 2
     per_row = _tens((width - margin) // cell)
-    starts = range(0, usage.num_blocks, per_row)
     lines: list[Text] = []
-    free_since: int | None = None
-    for start in starts:
-        row = range(start, min(start + per_row, usage.num_blocks))
-        if len(starts) > 2 and not any(block in labels for block in row):
-            first = free_since = start if free_since is None else free_since
-            if first != start:
-                lines.pop()
-            words = f"{first:>{margin - 1}} ... {row.stop - first} free blocks, to {row[-1]}"
-            lines.append(Text(words, FREE))
-            continue
-        free_since = None
-        lines.append(Text(f"{start:>{margin - 1}} "))
-        for block in row:
-            _put_cell(lines[-1], labels.get(block, "."), holders.get(block, []), cell)
+    for row in _rows(snapshot.usage.num_blocks, per_row, holders):
+        line = Text(f"{row.start:>{margin - 1}} ")
+        if len(row) > per_row:
+            line.append(f"... {len(row)} free blocks, to {row[-1]}", FREE)
+        for block in row if len(row) <= per_row else ():
+            _put_cell(line, labels.get(block, "."), holders.get(block, []), cell)
+        lines.append(line)
     if rows is not None and len(lines) > rows:
         return _coarse_map(snapshot, width, rows)
-    star = next((label for label in labels.values() if "*" in label), "A*")
-    alone = next((label for label in labels.values() if "*" not in label), "A1")
+    return [_map_legend(snapshot, list(labels.values())), *lines]
+
+
+def _rows(total: int, per_row: int, used: Iterable[int]) -> Iterator[range]:
+    """The blocks of each row; neighbouring rows without a used block are joined."""
+    last = (total - 1) // per_row
+    start = 0  # of the rows that were not given out yet
+    for row in [*sorted({block // per_row for block in used}), last + 1]:
+        free = range(start * per_row, min(row * per_row, total))
+        if free:
+            yield free
+        if row <= last:
+            yield range(row * per_row, min((row + 1) * per_row, total))
+        start = row + 1
+
+
+def _map_legend(snapshot: Snapshot, labels: list[str]) -> Text:
+    star = next((label for label in labels if "*" in label), "A*")
+    alone = next((label for label in labels if "*" not in label), "A1")
     sharers = "several" if star == "**" else f"several of {star[:-1]}'s"
-    words = (
-        f" of {usage.block_size} tokens: {alone} held by sequence {alone}, {star} shared by {sharers}, . free"
-    )
-    return [Text().append("BLOCKS", HEADING).append(words), *lines]
+    words = f" of {snapshot.usage.block_size} tokens: {alone} held by sequence {alone}, "
+    return Text().append("BLOCKS", HEADING).append(f"{words}{star} shared by {sharers}, . free")
 
 
 def _put_cell(line: Text, label: str, names: list[str], cell: int) -> None:
@@ -172,15 +180,16 @@ def page_tables(snapshot: Snapshot, width: int = 80, rows: int | None = None) ->
 
 
 def _table_line(table: Table, size: int, shared: set[int], name_width: int, width: int) -> Text:
-    line = Text().append(f"{table.name:<{name_width}}", color(table.name)).append(f"{table.num_tokens:>6}: ")
-    line.append("on the CPU " if table.swapped else "", FREE)
+    line = Text().append(table.name, f"black on {color(table.name)}")
+    line.append(f"{table.num_tokens:>{name_width - len(table.name) + 6}}:")
+    line.append(" on the CPU" if table.swapped else "", FREE)
     filled = table.num_tokens - (len(table.blocks) - 1) * size
-    words = [f"{b}*" if b in shared else str(b) for b in table.blocks]
+    words = [f"{block}*" if block in shared else str(block) for block in table.blocks]
     if words and filled < size:
         words[-1] += f"({filled}/{size})"
-    fitting = _elide(words, width - len(line))
-    for word in fitting:
-        line.append(word, "bold" if "*" in word else "").append(" ")
+    for word in _elide(words, width - len(line)):
+        line.append(" ").append(word, "bold" if "*" in word else "")
+    line.truncate(width, overflow="crop")
     return line
 
 
@@ -189,18 +198,18 @@ def _shared(snapshot: Snapshot, swapped: bool) -> set[int]:
 
 
 def _elide(words: list[str], width: int) -> list[str]:
-    """All words, or the first ones and the last, with the number of those between.
+    """All words, if they fit with a space before each; or the first and the last, with the number left out.
 
-    >>> _elide(["10", "11", "12", "13", "14(3/16)"], 19)
+    >>> _elide(["10", "11", "12", "13", "14(3/16)"], 20)
     ['10', '..3..', '14(3/16)']
     """
-    if len(" ".join(words)) <= width or len(words) < 3:
+    if sum(len(word) + 1 for word in words) <= width or len(words) < 3:
         return words
-    for left in range(len(words) - 2, 0, -1):
-        short = [*words[:left], f"..{len(words) - left - 1}..", words[-1]]
-        if len(" ".join(short)) <= width:
-            return short
-    return [f"..{len(words) - 1}..", words[-1]]
+    room = width - len(f" ..{len(words)}.. {words[-1]}")
+    kept: list[str] = []
+    while (room := room - len(words[len(kept)]) - 1) >= 0:
+        kept.append(words[len(kept)])
+    return [*kept, f"..{len(words) - len(kept) - 1}..", words[-1]]
 
 
 # --- small things -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 
 
 class Results:
-    """Prints results in the order of the prompts, each when it is finished; or, if streaming, as the text grows.
+    """Prints results in the order of the prompts, each when finished; or, if streaming, as the text grows.
 
     jobs: what was asked, in the order in which the requests were added: their ids are "0", "1", ...
     """
@@ -123,42 +123,29 @@ def show_account(stats: "EngineStats", seconds: float, console: Console) -> None
 def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
     """What the memory held and did, in rows of (name, value). seconds: the time it took, without loading."""
     now, peak = stats.memory, stats.peak.usage or stats.memory
-    bytes_used, bytes_reserved = (
-        peak.used * stats.block_bytes,
-        stats.peak.contiguous_blocks * stats.block_bytes,
-    )
-    ratio = f", {bytes_reserved / bytes_used:,.1f} times as much" if bytes_used else ""
+    size = stats.block_bytes
+    used, reserved = peak.used * size, stats.peak.contiguous_blocks * size
+    ratio = f", {reserved / used:,.1f} times as much" if used else ""
     preemptions = ", ".join(f"{count} by {how}" for how, count in stats.num_preemptions.items())
     return [
-        (
-            "pool",
-            f"{now.num_blocks:,} blocks of {now.block_size} tokens, {_mib(now.num_blocks * stats.block_bytes)}",
-        ),
-        (
-            "most in use",
-            f"{peak.used:,} blocks, {100 * peak.used / now.num_blocks:.1f} %, {_mib(bytes_used)}",
-        ),
+        ("pool", f"{now.num_blocks:,} blocks of {now.block_size} tokens, {_size(now.num_blocks * size)}"),
+        ("most in use", f"{peak.used:,} blocks, {100 * peak.used / now.num_blocks:.1f} %, {_size(used)}"),
         ("- stored in them", f"{peak.tokens_stored:,} tokens"),
         ("- waste", f"{peak.waste_percent:.1f} %: slots that were empty"),
-        (
-            "- shared",
-            f"{peak.shared:,} blocks, without which it had been {peak.blocks_saved_by_sharing:,} more",
-        ),
-        ("- if contiguous", f"{_mib(bytes_reserved)}, reserved up to the maximum length{ratio}"),
+        ("- shared", f"{peak.shared:,} blocks; without sharing {peak.blocks_saved_by_sharing:,} more in use"),
+        ("- if contiguous", f"{_size(reserved)}, reserved up to the maximum length{ratio}"),
         ("copied on write", f"{now.copies:,} blocks"),
         ("swapped", f"{now.swapped_out_blocks:,} blocks out, {now.swapped_in_blocks:,} in"),
         ("preemptions", preemptions),
         ("in use now", f"{now.used:,} blocks"),
         ("computed", f"{stats.num_prompt_tokens:,} prompt tokens, {stats.num_output_tokens:,} output tokens"),
-        (
-            "speed",
-            f"{stats.num_output_tokens / max(seconds, 1e-9):,.1f} output tokens/s, {stats.num_steps:,} steps",
-        ),
+        ("speed", f"{stats.num_output_tokens / max(seconds, 1e-9):,.1f} output tokens/s"),
+        ("steps", f"{stats.num_steps:,}"),
     ]
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 1024:,.1f} KiB"
 
 
 def ignore_closed_pipe() -> int:

@@ -134,9 +134,7 @@ class Scheduler:
         step = _Step(StepPlan(self._num_steps), self.max_num_batched_tokens)
         self._continue_running(step)
         if not step.plan.preempted:
-            self._resume_swapped(step)
-            if not self.swapped:
-                self._admit_waiting(step)
+            self._let_in(step)
         for request, counts in step.counts:
             step.plan.sequences.extend(self._scheduled(request, counts))
         step.plan.freed.extend(self.memory.take_freed())
@@ -157,42 +155,56 @@ class Scheduler:
                 self._take(step, request, counts, grown.copies)
                 index += 1
 
-    def _resume_swapped(self, step: _Step) -> None:
-        """Bring back who was swapped out, the earliest first, while there is room."""
-        while self.swapped:
-            request = self.swapped[0]
-            if self._num_running_seqs() + request.width > self.max_num_seqs or step.spare < len(request.live):
-                return
-            held = [seq.seq_id for seq in request.live if seq.in_memory]
-            moved = self.memory.swap_in(held, self._keep_free(len(request.live)))
-            if isinstance(moved, NoSpace):
-                return
-            step.plan.swap_in.extend(moved.moves)
-            step.plan.resumed.append(request.request_id)
-            insort(self.running, self.swapped.pop(0), key=_arrival)
-            step.spare -= len(request.live)
-            counts = self._counts(request, step)
-            if not isinstance(grown := self.memory.append(counts), NoSpace):
-                self._take(step, request, counts, grown.copies)  # otherwise it computes in the next step
+    def _let_in(self, step: _Step) -> None:
+        """Whoever arrived first comes first, be it new, preempted, or swapped out; nobody overtakes.
 
-    def _admit_waiting(self, step: _Step) -> None:
-        while self.waiting:
-            request = self.waiting[0]
-            leader = request.live[0]
-            wanted = request.target(leader)
-            if self._num_running_seqs() + request.width > self.max_num_seqs or step.spare < 1:
+        So every running request arrived before every one that is not running.
+        """
+        while heads := [queue[0] for queue in (self.waiting, self.swapped) if queue]:
+            request = min(heads, key=_arrival)
+            if self._num_running_seqs() + request.width > self.max_num_seqs:
                 return
-            if wanted > step.spare and step.filled:
-                return  # it gets a step of its own
-            count = min(wanted, step.spare)
-            rest = request.num_blocks(self.memory.block_size) - self.memory.blocks_for(count)
-            if isinstance(self.memory.allocate(leader.seq_id, count, self._keep_free(rest)), NoSpace):
+            let_in = self._resume if request in self.swapped else self._admit
+            if not let_in(request, step):
                 return
-            leader.in_memory = True
-            step.plan.admitted.append(request.request_id)
-            insort(self.running, self.waiting.pop(0), key=_arrival)
-            step.spare -= 1
-            self._take(step, request, {leader.seq_id: count}, [])
+
+    def _resume(self, request: Request, step: _Step) -> bool:
+        """Swap a request in; False if there is no room."""
+        if step.spare < len(request.live):
+            return False
+        held = [seq.seq_id for seq in request.live if seq.in_memory]
+        blocks_for = self.memory.blocks_for
+        rest = sum(max(1, blocks_for(len(seq)) - blocks_for(seq.num_computed_tokens)) for seq in request.live)
+        moved = self.memory.swap_in(held, self._keep_free(rest))
+        if isinstance(moved, NoSpace):
+            return False
+        step.plan.swap_in.extend(moved.moves)
+        step.plan.resumed.append(request.request_id)
+        self.swapped.remove(request)
+        self.running.append(request)
+        step.spare -= len(request.live)
+        counts = self._counts(request, step)
+        if not isinstance(grown := self.memory.append(counts), NoSpace):
+            self._take(step, request, counts, grown.copies)  # otherwise it computes in the next step
+        return True
+
+    def _admit(self, request: Request, step: _Step) -> bool:
+        """Start a request, or start it again after a recomputation; False if there is no room."""
+        leader = request.live[0]
+        wanted = request.target(leader)
+        if step.spare < 1 or (wanted > step.spare and step.filled):
+            return False  # in the latter case it gets a step of its own
+        count = min(wanted, step.spare)
+        rest = request.num_blocks(self.memory.block_size) - self.memory.blocks_for(count)
+        if isinstance(self.memory.allocate(leader.seq_id, count, self._keep_free(rest)), NoSpace):
+            return False
+        leader.in_memory = True
+        step.plan.admitted.append(request.request_id)
+        self.waiting.remove(request)
+        self.running.append(request)
+        step.spare -= 1
+        self._take(step, request, {leader.seq_id: count}, [])
+        return True
 
     def _counts(self, request: Request, step: _Step) -> dict[int, int]:
         """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
@@ -238,9 +250,9 @@ class Scheduler:
         return sum(request.width for request in self.running)
 
     def _keep_free(self, rest: int) -> int:
-        """What must be left when a request joins others: the watermark, and the rest that it wants at once.
+        """What must be left when a request joins others: the watermark, and the rest that it will want soon.
 
-        The rest is what it had before a preemption, what a long prompt needs in later steps, or the next block of
+        The rest is what a long prompt needs in later steps, what is yet to be recomputed, or the next block of
         each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
         """
         return self.watermark_blocks + rest if self.running else 0

@@ -283,7 +283,7 @@ def test_without_swap_space_all_is_recomputed(mode):
     assert all(len(seq.output_token_ids) == 5 for r in engine.requests for seq in r.sequences)
 
 
-def test_nobody_is_admitted_while_others_are_swapped_out():
+def test_newcomers_wait_while_others_are_swapped_out():
     engine = crowded((8, 1), (8, 1), num_blocks=4, max_tokens=5, num_cpu_blocks=9, preemption="swap")
     assert engine.step().preempted == [("b", "swap")]
     engine.add("late", prompt=1, max_tokens=1)
@@ -316,6 +316,13 @@ def test_a_request_joins_only_if_it_is_not_preempted_at_once():
     engine.add("long", prompt=24, max_tokens=1)
     plans = engine.run()
     assert not any(plan.preempted for plan in plans) and plans[5].admitted == ["long"]
+
+
+def test_whoever_arrived_first_comes_back_first_swapped_out_or_not():
+    engine = crowded((8, 1), (4, 1), (4, 2), num_blocks=4, max_tokens=5, num_cpu_blocks=9)
+    assert engine.step().preempted == [("c", "swap"), ("b", "recompute")]
+    returns = [name for plan in engine.run() for name in plan.resumed + plan.admitted]
+    assert returns == ["b", "c"]
 
 
 def test_recomputation_computes_prompt_and_output_at_once():

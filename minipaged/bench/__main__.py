@@ -59,7 +59,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             model=str(checkpoint.path),
             dtype=dtype,
             threads=threads,
-            longest_load=max(load.blocks(BLOCK_SIZE) for load in loads),
+            most_blocks=max(load.blocks(BLOCK_SIZE) for load in loads),
             kv_bytes_per_token=kv_bytes_per_token(config, DTYPES[dtype]),
             num_blocks=args.num_blocks,
             kv_cache_memory=args.kv_cache_memory,
@@ -131,13 +131,14 @@ def _say(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m minipaged.bench",
-        description="Run minipaged beside others, on the same weights and loads, in turns. The table goes to standard "
-        "output, progress to standard error.",
+        description="Run minipaged beside others, on the same weights and loads, in turns. "
+        "The table goes to standard output, progress to standard error.",
         epilog="Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, a .gguf file or a hub id")
+    add("--model", default="smollm2",
+        help="smollm2 (the default), a folder in Hugging Face layout, a .gguf file, or a hub id")  # fmt: skip
     add("--load", nargs="+", choices=NAMES, default=list(NAMES), metavar="LOAD",
         help=f"of {', '.join(NAMES)} (default: all). mixed: 32 requests with 8 to 256 tokens in and out; "
         "batchN: N requests with 64 in and 64 out")  # fmt: skip
@@ -149,9 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
     add("--threads", type=_count, metavar="N", help="for each contender (default: PyTorch's own choice)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--num-blocks", type=_count, metavar="N",
-                      help="minipaged's pool, in blocks of 16 tokens (default: enough for the largest load)")  # fmt: skip
-    size.add_argument("--kv-cache-memory", type=_count, metavar="BYTES", help="minipaged's pool, in bytes")
+    pool = size.add_argument
+    pool("--num-blocks", type=_count, metavar="N", help="minipaged's pool, in blocks of 16 tokens "
+         "(default: enough for the largest load)")  # fmt: skip
+    pool("--kv-cache-memory", type=_count, metavar="BYTES", help="minipaged's pool, in bytes")
     add("--quick", action="store_true", help="an eighth of the tokens, to try it out")
     add("--json", action="store_true", help="print JSON, with more figures than the table")
     return parser

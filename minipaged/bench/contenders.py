@@ -19,14 +19,14 @@ from minipaged.sampling_params import SamplingParams
 class Options:
     """What all contenders are told. model: a folder in Hugging Face layout, or a .gguf file.
 
-    longest_load: blocks of BLOCK_SIZE that hold any of the loads whole; the pool's size if nothing else is said.
+    most_blocks: of BLOCK_SIZE tokens, that hold the largest load whole: the pool, if nothing else is said.
     kv_bytes_per_token: of one token, in all layers.
     """
 
     model: str
     dtype: str
     threads: int
-    longest_load: int
+    most_blocks: int
     kv_bytes_per_token: int
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
@@ -40,18 +40,22 @@ class Contender(Protocol):
 
 
 class Minipaged:
-    """This engine, with its defaults but for the size of the pool: enough for the largest load, if nothing is said.
+    """This engine, with its defaults but for the size of its pool.
 
     kv_bytes: the blocks in use at the moment when most were.
     """
 
     def __init__(self, options: Options):
-        size: dict[str, int | None]
-        if options.num_blocks is None and options.kv_cache_memory is None:
-            size = {"num_blocks": int(1.02 * options.longest_load) + 2, "num_cpu_blocks": 0}  # and the watermark
-        else:
-            size = {"num_blocks": options.num_blocks, "kv_cache_memory": options.kv_cache_memory}
-        self.llm = LLM(options.model, dtype=options.dtype, device="cpu", block_size=BLOCK_SIZE, **size)
+        blocks, free = options.num_blocks, options.num_blocks is None and options.kv_cache_memory is None
+        self.llm = LLM(
+            options.model,
+            dtype=options.dtype,
+            device="cpu",
+            block_size=BLOCK_SIZE,
+            num_blocks=int(1.02 * options.most_blocks) + 2 if free else blocks,  # with room for the watermark
+            kv_cache_memory=options.kv_cache_memory,
+            num_cpu_blocks=0 if free else None,  # all fits: nothing is swapped
+        )
         self.llm.observers.append(self._observe)
         self._most_blocks = 0
 

@@ -1,13 +1,13 @@
 """What the contenders are asked, and what a run of it gives.
 
-`mixed` is the load that batching by the step was invented for (Orca; paper, section 2): requests of very different
-lengths, where a padded batch waits for its longest. In the others all requests are alike, which is the best that can
-happen to a padded batch.
+`mixed` is the load that batching by the step was invented for (Orca; paper, section 2): requests of very
+different lengths, where a padded batch waits for its longest. In the others all requests are alike, which is
+the best that can happen to a padded batch.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 SEED = 0
 MIXED, SHORTEST, LONGEST = 32, 8, 256  # requests; tokens in, and out
@@ -49,8 +49,9 @@ class Load:
         return sum(-(-length // block_size) for length in self.lengths)
 
     def warmup(self) -> "Load":
-        """The same number of requests, cut short: it makes the threads, buffers and kernels of the real run."""
-        return replace(self, prompts=[p[:16] for p in self.prompts], outputs=[min(n, 4) for n in self.outputs])
+        """As many requests, cut short: what is made once (threads, buffers, kernels) is made in this."""
+        prompts = [prompt[:16] for prompt in self.prompts]
+        return replace(self, prompts=prompts, outputs=[min(n, 4) for n in self.outputs])
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Run:
     """What a contender did with a load.
 
     tokens: each request's output. seconds: from the first request to the last token.
-    first_token: for each request, seconds from its arrival to its first token; empty if the contender can't tell.
+    first_token: for each request, seconds from its arrival to its first token; empty if nobody can tell.
     kv_bytes: memory for keys and values, see the contender.
     peak_bytes: the most that its process held at once during the run: weights, keys and values, code, all.
     times: where the seconds went, if the contender can tell.
@@ -73,7 +74,7 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Useful output tokens only: what a padded batch computes beyond a request's own length doesn't count."""
+        """Of useful output: what a padded batch computes beyond a request's own length doesn't count."""
         return sum(map(len, self.tokens)) / self.seconds
 
 
@@ -98,9 +99,11 @@ def make_load(name: str, vocab_size: int, quick: bool = False) -> Load:
 def check(load: Load, run: Run) -> None:
     """RuntimeError if a request got more or less than it wanted: then speeds can't be compared."""
     got = [len(tokens) for tokens in run.tokens]
-    if got != load.outputs:
-        bad: Sequence[int] = [i for i, wanted in enumerate(load.outputs) if i >= len(got) or got[i] != wanted]
-        raise RuntimeError(f"load {load.name}: wrong number of tokens for {len(bad)} of {len(load.outputs)} requests")
+    wrong = sum(a != b for a, b in zip_longest(got, load.outputs))
+    if wrong:
+        raise RuntimeError(
+            f"load {load.name}: wrong number of tokens for {wrong} of {len(load.outputs)} requests"
+        )
 
 
 def agreement(one: Run, other: Run) -> int:

@@ -1,9 +1,9 @@
 """transformers as a contender, twice: padded static batches, and its own continuous batching.
 
-Both get the settings that we found best for them on a CPU, and everything that isn't the work itself is left out of
-their time: loading, the allocation of caches, a warm-up run. Both: greedy, no end-of-text, SDPA attention, inference
-without gradients, the same number of threads and the same weights in the same dtype as this engine, no
-torch.compile (this engine doesn't use it either).
+Both get the settings that we found best for them on a CPU, and what isn't the work itself is left out of their
+time: loading, making caches, a warm-up run. For both: the same weights in the same dtype and the same number of
+threads as this engine; greedy, no end-of-text, no gradients; attention by SDPA; no torch.compile, which this
+engine doesn't use either.
 """
 
 import time
@@ -96,12 +96,13 @@ class FirstToken(StoppingCriteria):
 class Continuous:
     """transformers' continuous batching: what `model.generate_batch` does, with a length for each request.
 
-    (`generate_batch` has one length for all; the manager under it takes one for each.) Its paged cache is made before
-    the clock starts, large enough to hold all requests whole: nothing waits for memory, nothing is offloaded.
-    Block sharing is off, since random prompts share nothing. All requests stand in the queue when it starts.
+    (`generate_batch` has one length for all; the manager under it takes one for each.) Its paged cache is made
+    before the clock starts, large enough to hold all requests whole: nothing waits for memory. Block sharing is
+    off, since random prompts share nothing. All requests stand in the queue when it starts.
 
-    Its SDPA path computes every query of a step against the keys of all requests in the step and masks the rest out,
-    so its cost grows with the square of what is batched; max_batch_tokens bounds it while prompts are computed.
+    With SDPA, it computes every query of a step against the keys of all requests in the step and masks what is
+    not the query's own, so its cost grows with the square of the batch; MAX_BATCH_TOKENS is the size that we
+    found best for that.
 
     kv_bytes: its pool.
     """

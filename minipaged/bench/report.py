@@ -19,22 +19,23 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_f
 MIB = 1 << 20
 NOTES = """\
 tok/s: useful output tokens per second. first: seconds to a request's first token, the median.
-KV: memory of keys and values at its peak, in MiB (minipaged: blocks in use; padded batches: the padded tensors;
-continuous batching: its pool, made to measure for the load). peak: the most that the process held, in MiB, all in all.
-minipaged is: its speed as a multiple of this one's, run beside it. same: requests with the same tokens as minipaged's
-(where two tokens are nearly as likely, rounding may choose, and all that follows differs)."""
+KV: MiB of keys and values at their peak (minipaged: the blocks in use; padded batches: the padded tensors;
+continuous batching: its pool, made to fit the load). peak: MiB, the most that the process held in all.
+minipaged is: its speed as a multiple of this one's, run beside it. same: requests with the same tokens as
+minipaged's (where two tokens are about as likely, rounding may choose, and all that follows differs)."""
 
 
 def summarize(load: Load, dtype: str, runs: dict[str, list[Run]]) -> list[Row]:
     """A row for each contender that has runs; medians over the rounds.
 
-    runs: by contender, one Run for each round, minipaged's among them if there is to be a ratio. The ratio is taken
-    within each round, between runs that stood side by side, and the median of these is reported.
+    runs: by contender, one Run for each round. Ratios to minipaged are taken within each round, between runs
+    that stood side by side, and the median of these is reported.
     """
     return [_row(load, dtype, name, own, runs.get("minipaged", [])) for name, own in runs.items() if own]
 
 
 def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) -> Row:
+    first = [run.first_token for run in runs if run.first_token]
     row: Row = {
         "load": load.name,
         "dtype": dtype,
@@ -44,7 +45,7 @@ def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) 
         "seconds": median(run.seconds for run in runs),
         "tokens_per_second": median(run.tokens_per_second for run in runs),
         "rounds": [run.tokens_per_second for run in runs],
-        "time_to_first_token": median(median(run.first_token) for run in runs) if runs[0].first_token else None,
+        "time_to_first_token": median(map(median, first)) if first else None,
         "kv_bytes": max(run.kv_bytes for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
         "ratio": None,
@@ -62,8 +63,8 @@ def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) 
 def split(runs: list[Run]) -> dict[str, float]:
     """Percent of the time by what it was spent on, over all rounds.
 
-    overhead is all that is neither model nor sampling: the scheduler, memory, batch building, text, and what lies
-    between them. Its parts are there too, as far as they are measured one by one.
+    overhead is all that is neither model nor sampling: the scheduler, memory, batch building, text, and what
+    lies between them. Its parts are there too, as far as they are measured one by one.
 
     >>> run = Run([[1]], 10.0, [], 0, times={"schedule": 0.1, "model": 9.0, "sample": 0.5})
     >>> {name: round(percent, 1) for name, percent in split([run]).items()}
@@ -92,7 +93,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """The name of the processor and its instruction sets, as Linux tells them; elsewhere what Python knows."""
+    """The processor's name and instruction sets, as Linux tells them; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -108,7 +109,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-# --- for eyes -------------------------------------------------------------------------------------------------------
+# --- for eyes -----------------------------------------------------------------------------------------------
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "load": lambda row: row["load"],
@@ -125,7 +126,7 @@ WORDS = 3  # columns of words stand to the left, those of numbers to the right
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The table, in colour on a terminal and plain in a pipe; above it the machine, below it what was spent where."""
+    """The table, in colour on a terminal and plain in a pipe; the machine above it, the split below."""
     info = report["machine"]
     print(
         f"{report['model']}, {info['threads']} threads on {info['cpu']} ({info['cores']} cores), "
@@ -166,7 +167,8 @@ def _rich_table(cells: list[list[str]]) -> None:
 
     table = Table()
     for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i < WORDS else "right", style="bold" if name == "tok/s" else None)
+        style = "bold" if name == "tok/s" else None
+        table.add_column(name, justify="left" if i < WORDS else "right", style=style)
     for before, line in zip([None, *cells], cells, strict=False):
         if before and before[:2] != line[:2]:
             table.add_section()

@@ -43,8 +43,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ModelConfig:
     """What a model is made of.
 
-    >>> config = ModelConfig.from_hf({"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
-    ...                               "n_embd": 768, "n_layer": 12, "n_head": 12})
+    >>> sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    >>> config = ModelConfig.from_hf({"model_type": "gpt2"} | sizes)
     >>> config.head_size, config.intermediate_size, config.tie_word_embeddings
     (64, 3072, True)
     """

@@ -13,8 +13,10 @@ class Fields:
 
     >>> Fields({"n_head": 12}).integer("n_head")
     12
-    >>> try: Fields({"n_head": "12"}).integer("n_head")
-    ... except ModelError as error: print(error)
+    >>> try:
+    ...     Fields({"n_head": "12"}).integer("n_head")
+    ... except ModelError as error:
+    ...     print(error)
     model config: n_head='12' must be an integer from 1 to 2147483647
     """
 

@@ -77,9 +77,8 @@ class GGUFCheckpoint:
             if architecture != self.architecture or key in IGNORED:
                 continue
             target, name = (scaling, SCALING_KEYS[key]) if key in SCALING_KEYS else (config, KEYS.get(key))
-            if (
-                name is None or target.setdefault(name, value) != value
-            ):  # unknown, or two that must agree don't
+            # Unknown, or one of those that must agree (such as the sizes of keys and values) and don't.
+            if name is None or target.setdefault(name, value) != value:
                 raise ModelError(f"{self.path}: {architecture}.{key}={value!r:.60} is not supported")
         if LLAMA3_FACTORS in self.shapes:
             scaling = self._llama3_scaling(config.get("rope_theta", 10000.0))

@@ -57,7 +57,7 @@ class LlamaLayer:
     ) -> Tensor:
         """x [T, E] -> [T, E]; writes this step's keys and values into the cache."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = self.qkv(x).unflatten(-1, (-1, self.config.head_size))  # [T, H + 2G, D]
+        qkv = self.qkv(x).view(len(x), -1, self.config.head_size)  # [T, H + 2G, D]
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.config.qk_norm:
             q = kernels.rms_norm(qk[:, :heads], self.q_norm, self.config.norm_eps)

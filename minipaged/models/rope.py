@@ -69,9 +69,11 @@ class RopeConfig:
         return max(max_len, int(self.factor * self.original_max_len)) if self.kind == "yarn" else max_len
 
 
-# Keys that a rope dict may have besides those that RopeConfig reads; "finetuned" is only a remark.
-KNOWN_KEYS = {*RopeConfig.__dataclass_fields__, "rope_type", "type", "rope_theta", "finetuned"} | {
-    "original_max_position_embeddings", "mscale", "mscale_all_dim", "partial_rotary_factor",
+# What a rope dict may hold; "finetuned" is only a remark.
+KNOWN_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim",
+    "partial_rotary_factor", "finetuned",
 }  # fmt: skip
 
 

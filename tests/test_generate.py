@@ -1,0 +1,404 @@
+"""The command line: good runs, every refusal, pipes, Ctrl-C."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_model import make_folder
+
+from minipaged import LLM, SamplingParams
+from minipaged.beam_search import BeamSearchParams
+from minipaged.generate import main
+from minipaged.options import HINTS
+
+POOL = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "16", "--max-tokens", "8"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_folder(tmp_path_factory.mktemp("chat")))
+
+
+@pytest.fixture(scope="module")
+def raw_model(tmp_path_factory):
+    return str(make_folder(tmp_path_factory.mktemp("raw"), template=None))
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return LLM(model, num_blocks=200, block_size=4)
+
+
+@pytest.fixture
+def run(model, capsys, monkeypatch):
+    """The command line in this process: run(*argv) -> (exit status, standard output, standard error)."""
+
+    def call(*argv, stdin=None, pool=POOL):
+        file = io.TextIOWrapper(io.BytesIO((stdin or "").encode()))
+        monkeypatch.setattr("sys.stdin", file)
+        status = main(["--model", model, *pool, *argv])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def said(text):
+    return [{"role": "user", "content": text}]
+
+
+def texts(llm, prompts, params):
+    return [[one.text for one in output.outputs] for output in llm.generate(prompts, params)]
+
+
+# --- good runs ----------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_answered_and_nothing_else_said(run, llm):
+    [[text]] = texts(llm, [said("hello")], SamplingParams(temperature=0, max_tokens=12))
+    assert run("hello", "--max-tokens", "12") == (0, text + "\n", "")
+
+
+def test_chat_is_the_default_and_raw_is_not_chat(run, llm):
+    [[text]] = texts(llm, ["hello"], SamplingParams(temperature=0, max_tokens=12))
+    assert run("hello", "--max-tokens", "12", "--raw")[1] == text + "\n"
+    assert (
+        run("hello", "--max-tokens", "12")[1]
+        == run("hello", "--max-tokens", "12", "--chat")[1]
+        != text + "\n"
+    )
+
+
+def test_a_model_without_template_takes_prompts_as_they_are(run, raw_model):
+    assert run("hello", "--model", raw_model)[0] == 0
+    status, out, err = run("hello", "--model", raw_model, "--chat")
+    assert (status, out) == (2, "") and "no chat template; use --raw" in err
+
+
+def test_a_single_answer_is_streamed(run, monkeypatch):
+    class Recorder(io.StringIO):
+        states = []
+
+        def flush(self):
+            self.states.append(self.getvalue())
+
+    out = Recorder()
+    monkeypatch.setattr("sys.stdout", out)
+    assert run("hello", "--max-tokens", "12")[0] == 0
+    lengths = [len(state) for state in out.states]
+    assert lengths == sorted(lengths) and len(set(lengths)) >= 12
+    assert out.states[-1] == out.getvalue() and out.getvalue().count("\n") == 1
+
+
+def test_several_answers_stand_in_order_under_headers(run, llm, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("second\n\n   \nthird prompt\n")
+    prompts = ["a first prompt that is long", "second", "third prompt"]
+    params = SamplingParams(n=2, temperature=0.8, seed=3, max_tokens=5)
+    expected = ""
+    for number, (prompt, samples) in enumerate(
+        zip(prompts, texts(llm, map(said, prompts), params), strict=True)
+    ):
+        for sample, text in enumerate(samples, 1):
+            name = "ABC"[number]
+            expected += f"=== {name}{sample} (prompt {number + 1}, sample {sample}): {prompt}\n{text}\n"
+    argv = [prompts[0], "--prompts-file", str(file), "--n", "2", "--seed", "3", "--max-tokens", "5"]
+    assert run(*argv) == (0, expected, "")
+
+
+def test_order_holds_when_later_prompts_finish_first(run):
+    lines = [json.dumps({"prompt": "x", "max_tokens": count}) for count in (20, 2, 9)]
+    out = run("--prompts-file", "-", "--json", stdin="\n".join(lines))[1]
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["request_id"] for answer in answers] == ["0", "1", "2"]
+    assert [len(answer["outputs"][0]["token_ids"]) for answer in answers] == [20, 2, 9]
+
+
+def test_beams_come_with_their_scores(run, llm):
+    params = BeamSearchParams(beam_width=3, max_tokens=6, length_penalty=0.5)
+    [output] = llm.generate([said("hello")], params)
+    expected = "".join(
+        f"=== A (prompt 1, beam {i} with score {one.score:.3f}): hello\n{one.text}\n"
+        for i, one in enumerate(output.outputs, 1)
+    )
+    flags = ["--beam-width", "3", "--max-tokens", "6", "--length-penalty", "0.5"]
+    assert run("hello", *flags) == (0, expected, "")
+    best = run("hello", *flags, "--n", "1")[1]
+    assert best == output.outputs[0].text + "\n"
+
+
+def test_json_holds_the_request(run, llm):
+    params = SamplingParams(n=2, temperature=0.8, seed=1, max_tokens=7)
+    [output] = llm.generate([said("hello")], params)
+    status, out, err = run("hello", "--n", "2", "--seed", "1", "--max-tokens", "7", "--json")
+    answer = json.loads(out)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert answer["prompt"] == output.prompt and answer["prompt_token_ids"] == output.prompt_token_ids
+    for given, one in zip(answer["outputs"], output.outputs, strict=True):
+        keys = ("index", "text", "token_ids", "finish_reason", "stop_reason", "cumulative_logprob", "score")
+        assert given == {key: getattr(one, key) for key in keys}
+    metrics = answer["metrics"]
+    assert metrics["num_preemptions"] == 0
+    assert (
+        0 <= metrics["queue_time"] < metrics["time_to_first_token"] and metrics["time_per_output_token"] > 0
+    )
+
+
+def test_lines_of_json_override_the_flags(run, llm, tmp_path):
+    ids = llm.tokenizer.encode("abc")
+    lines = [
+        {"prompt": "abc", "max_tokens": 3},
+        {"messages": said("abc"), "n": 2, "temperature": 1.0, "seed": 5},
+        {"prompt_token_ids": ids, "beam_width": 2, "seed": None, "stop": None},
+        {"prompt_token_ids": ids, "temperature": 0, "logprobs": 1},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\ufeff" + "\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    status, out, _ = run(
+        "--prompts-file", str(file), "--json", "--max-tokens", "6", "--seed", "1", "--stop", "@@"
+    )
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [len(answer["outputs"]) for answer in answers] == [1, 2, 2, 1]
+    assert [len(answer["outputs"][0]["token_ids"]) for answer in answers] == [3, 6, 6, 6]
+    assert [answer["prompt"] for answer in answers] == ["<user>abc", "<user>abc", None, None]
+    assert "logprobs" in answers[3]["outputs"][0] and "logprobs" not in answers[0]["outputs"][0]
+    [[expected]] = texts(llm, [ids], SamplingParams(temperature=0, max_tokens=6))
+    assert answers[3]["outputs"][0]["text"] == expected
+
+
+def test_prompt_from_standard_input(run):
+    assert run("--max-tokens", "9", stdin="hello\n") == run("hello", "--max-tokens", "9")
+    assert run("hello", "--max-tokens", "9", stdin="not this")[1] == run("hello", "--max-tokens", "9")[1]
+
+
+def test_chance_is_taken_when_asked_for(run):
+    greedy = run("hello", "--max-tokens", "30")[1]
+    drawn = run("hello", "--max-tokens", "30", "--seed", "7")[1]
+    assert (
+        drawn != greedy
+        and drawn == run("hello", "--max-tokens", "30", "--seed", "7", "--temperature", "0.8")[1]
+    )
+    assert greedy == run("hello", "--max-tokens", "30", "--seed", "7", "--temperature", "0")[1]
+
+
+def test_stop_ends_the_answer(run):
+    text = run("hello", "--max-tokens", "30")[1]
+    stop = text[10:12]
+    assert (
+        run("hello", "--max-tokens", "30", "--stop", "no such", "--stop", stop)[1]
+        == text[: text.index(stop)] + "\n"
+    )
+
+
+def test_scarce_memory_changes_no_answer(run):
+    flags = ["one", "two", "three", "--n", "3", "--seed", "2", "--max-tokens", "24"]
+    plenty = run(*flags, pool=["--num-blocks", "500"])[1]
+    for how in ("auto", "recompute", "swap"):
+        pool = ["--num-blocks", "26", "--block-size", "4", "--preemption", how]
+        status, out, err = run(*flags, "--debug", "--stats", pool=pool)
+        assert (status, out) == (0, plenty)
+        assert "preemptions" in err and "0 by recompute, 0 by swap" not in err
+
+
+def test_size_in_bytes(run, llm):
+    argv = ["hello", "--max-tokens", "2", "--stats"]
+    pool = ["--block-size", "4", "--kv-cache-memory", f"{10 * llm.block_bytes}"]
+    assert "10 blocks of 4 tokens" in run(*argv, pool=pool)[2]
+
+
+def test_stats_give_the_account(run):
+    status, out, err = run("hello", "--max-tokens", "9", "--n", "2", "--stats")
+    rows = dict(line.strip(" -").split("  ", 1) for line in err.splitlines()[1:])
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    # <user>hello: 11 tokens, and 8 of 9 are computed: 19 in 5 blocks, of which 2 are full of prompt and shared
+    assert status == 0 and err.startswith("memory account\n")
+    assert rows["pool"].startswith("40 blocks of 4 tokens, ")
+    assert rows["most in use"].startswith("8 blocks, 20.0 %, ")
+    assert rows["stored in them"] == "25 tokens"
+    assert rows["waste"].startswith("21.9 %")
+    assert rows["shared"] == "2 blocks; without sharing 2 more in use"
+    assert rows["if contiguous"].endswith("256.0 times as much")  # 2 x 4096 tokens instead of 32
+    assert rows["copied on write"] == "1 blocks" and rows["in use now"] == "0 blocks"
+    assert rows["computed"] == "11 prompt tokens, 18 output tokens" and rows["steps"] == "9"
+    assert float(rows["speed"].split()[0].replace(",", "")) > 0
+
+
+def test_watch_without_a_terminal_writes_events(run):
+    status, out, err = run(
+        "one",
+        "two",
+        "--n",
+        "2",
+        "--max-tokens",
+        "16",
+        "--watch",
+        pool=["--num-blocks", "12", "--block-size", "4"],
+    )
+    assert status == 0 and "\x1b" not in out + err
+    assert err.splitlines()[0] == "step 1: A admitted [3 of 12 blocks in use]"
+    assert "step 2: 1 copied on write: A1 2->3 [" in err
+    assert all(line.startswith("step ") for line in err.splitlines())
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown flag": (["hi", "--foo"], "--foo"),
+    "no number": (["hi", "--max-tokens", "many"], "--max-tokens: invalid int value: 'many'"),
+    "temperature": (["hi", "--temperature", "-1"], "temperature=-1.0: must be a finite number >= 0"),
+    "not a number": (["hi", "--temperature", "nan"], "temperature=nan: must be"),
+    "top_p": (["hi", "--top-p", "1.5"], "top_p=1.5: must be a number > 0 and <= 1"),
+    "n": (["hi", "--n", "0"], "n=0: must be an integer >= 1"),
+    "greedy n": (["hi", "--n", "2", "--temperature", "0"], "n=2: n must be 1 when using greedy"),
+    "beam width": (["hi", "--beam-width", "0"], "beam_width must be an integer of at least 1, got 0"),
+    "beams by chance": (["hi", "--beam-width", "2", "--top-p", "0.5"], "top_p: not together with beam_width"),
+    "penalty alone": (["hi", "--length-penalty", "2"], "length_penalty: only together with beam_width"),
+    "empty stop": (["hi", "--stop", ""], "stop=['']: must be"),
+    "blocks": (["hi", "--num-blocks", "0"], "--num-blocks: must be an integer of at least 1, not '0'"),
+    "bytes": (["hi", "--kv-cache-memory", "5 miles"], "'5 miles' is no size: write 512MiB"),
+    "preemption": (["hi", "--preemption", "magic"], "invalid choice: 'magic' (choose from"),
+    "budget": (
+        ["hi", "--max-num-batched-tokens", "8"],
+        "max_num_batched_tokens=8: must be at least max_num_seqs",
+    ),
+    "device": (["hi", "--device", "cuda"], "PyTorch sees no GPU"),
+    "model": (["hi", "--model", "no/such/model.gguf"], "no/such/model.gguf does not exist"),
+    "empty prompt": (["hi", ""], "prompt 2: prompt must be a text that is not empty"),
+    "no Unicode": (["\udcff"], "prompt 1: prompt is not valid Unicode"),
+    "no prompt": (["--json"], "there is no prompt: give one"),
+    "no prompts file": (["--prompts-file", "no-such-file"], "cannot read no-such-file: No such file"),
+    "trace": (["hi", "--trace", "no/such/folder/t"], "cannot write the trace no/such/folder/t: No such file"),
+    "too wide": (
+        ["hi", "--n", "17"],
+        "prompt 1: the request wants 17 sequences at once, but max_num_seqs is 16",
+    ),
+    "too long": (["hi", "--max-tokens", "500"], "prompt 1: the request can need 127 blocks (8 prompt tok"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_in_one_line(run, argv, message):
+    if argv[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert message in err and err.startswith("minipaged.generate: error: ") and err.count("\n") == 1
+
+
+BAD_LINES = {
+    '{"prompt": "a"': "line 2: not JSON: ",
+    "[1]": 'line 2: must be an object such as {"prompt": "Hello"}',
+    '{"text": "a"}': "line 2: must have just one of prompt, messages, prompt_token_ids; has []",
+    '{"prompt": "a", "messages": []}': "must have just one of",
+    '{"prompt": ["a"]}': "line 2: prompt must be a text that is not empty",
+    '{"prompt": "\\ud800"}': "line 2: prompt is not valid Unicode",
+    '{"messages": ["a"]}': 'line 2: messages must be a list of {"role": TEXT, "content": TEXT}',
+    '{"messages": [{"role": "user"}]}': "line 2: chat message 0 must be",
+    '{"prompt_token_ids": [1.5]}': "line 2: prompt_token_ids must be a list of integers",
+    '{"prompt_token_ids": [9999]}': "line 2: token id 9999 in the prompt: must be an integer from 0 to 95",
+    '{"prompt": "a", "max-tokens": 3}': "line 2: unknown: max-tokens; it may have beam_width, ",
+    '{"prompt": "a", "max_tokens": "3"}': "line 2: max_tokens='3': must be",
+    '{"prompt": "a", "n": 99}': "line 2: the request wants 99 sequences",
+    '{"prompt": "a", "max_tokens": 900}': "line 2: the request can need",
+    "[" * 100_000: "line 2: not JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_named_and_nothing_runs(run, tmp_path, line, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + '\n{"prompt": "fine too"}\n')
+    status, out, err = run("--prompts-file", str(file))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{file}, line 2: " in err and message in err
+
+
+def test_all_bad_lines_are_named(run, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "a", "max_tokens": i % 2}) for i in range(30)))
+    err = run("--prompts-file", str(file))[2].splitlines()
+    assert len(err) == 11 and "line 1: max_tokens=0: must be" in err[0] and err[-1].endswith("and 5 more")
+    file.write_bytes(b"caf\xe9\n")
+    assert "is not UTF-8 text" in run("--prompts-file", str(file))[2]
+    file.write_text(" \n\n")
+    assert "has no prompts: write one a line" in run("--prompts-file", str(file))[2]
+
+
+def test_a_refused_run_leaves_the_old_trace_alone(run, tmp_path):
+    file = tmp_path / "trace"
+    file.write_text("precious\n")
+    assert run("hi", "--trace", str(file), "--max-tokens", "900")[0] == 2
+    assert file.read_text() == "precious\n"
+
+
+# --- a process of its own -----------------------------------------------------------------------------------
+
+
+def start(*argv, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
+    return subprocess.Popen(
+        [sys.executable, "-m", "minipaged.generate", *argv], text=True, env=environment, **pipes
+    )
+
+
+def finish(process, text=None):
+    out, err = process.communicate(text, timeout=60)
+    return process.returncode, out, err
+
+
+def test_no_arguments_tell_what_to_try():
+    assert finish(start()) == (0, HINTS + "\n", "")
+    assert HINTS.count("\n") < 14 and max(map(len, HINTS.splitlines())) <= 100
+
+
+def test_help_and_refusals_do_not_wait_for_pytorch():
+    code = "import sys; from minipaged.generate import main; main(['hi', '--n', '0']); print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "n=0: must be" in done.stderr and done.stdout == "False\n"
+
+
+def test_pipes(model, run):
+    process = start("--model", model, *POOL, "--max-tokens", "9", "--stats", stdin=subprocess.PIPE)
+    status, out, err = finish(process, "hello\n")
+    assert (status, out) == (0, run("hello", "--max-tokens", "9")[1])
+    assert err.startswith("memory account\n") and "\x1b" not in out + err
+
+
+def test_ctrl_c_prints_what_was_finished(model):
+    lines = "\n".join(json.dumps({"prompt": "a", "max_tokens": count}) for count in (2, 4000, 2))
+    process = start("--model", model, "--prompts-file", "-", "--num-blocks", "500", stdin=subprocess.PIPE)
+    process.stdin.write(lines)
+    process.stdin.close()
+    first = process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.stdout.read(), process.stderr.read()
+    assert process.wait(60) == 130
+    assert first.startswith("=== A") and "=== C" in out and "=== B" not in out
+    assert err == "interrupted: 2 of 3 prompts were finished\n"
+
+
+def test_ctrl_c_while_loading_and_a_closed_pipe_are_quiet(model):
+    process = start("hello", "--model", model, *POOL)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (130, "", "interrupted\n")
+    process = start("hello", "you", "--n", "4", "--model", model, *POOL)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 141)
