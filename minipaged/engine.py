@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from itertools import count
 from typing import Any, cast
 
 from minipaged.beam_search import BeamSearchParams
@@ -64,6 +65,12 @@ class LLM:
         seed: int | None = None,
         debug: bool = False,
     ):
+        for name, value, least in (
+            ("block_size", block_size, 1), ("num_blocks", num_blocks, 1), ("num_cpu_blocks", num_cpu_blocks, 0),
+            ("max_model_len", max_model_len, 1),
+        ):  # fmt: skip
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
         kind, device = resolve(dtype, device)
         loaded = load(model, dtype=kind, device=device)
         self.model_name = model
@@ -115,6 +122,7 @@ class LLM:
                         if output.finished:
                             mine.remove(output.request_id)
                         yield output
+                mine &= self._requests.keys()  # some may have been aborted
         finally:  # the caller went away, or something broke: leave nothing behind
             for request_id in mine:
                 self.abort(request_id)
@@ -184,24 +192,29 @@ class LLM:
     # --- prompts in ---------------------------------------------------------------------------------------------
 
     def _add_all(self, prompts: list[Prompt], params: Params | Many[Params]) -> list[str]:
-        each = [params] * len(prompts) if isinstance(params, (SamplingParams, BeamSearchParams)) else list(params)
+        each = list(params) if isinstance(params, (list, tuple)) else [cast(Params, params)] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} params: give one for all or one for each")
         ids: list[str] = []
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 ids.append(self.add_request(prompt, one))
-        except ValueError as error:
+        except Exception as error:
             for request_id in ids:
                 self.abort(request_id)
-            raise type(error)(f"prompt {len(ids)}: {error}" if len(prompts) > 1 else str(error)) from None
+            if len(prompts) > 1:
+                error.args = (f"prompt {len(ids)}: {error}",)
+            raise
         return ids
 
     def _request(self, prompt: Prompt, params: Params, request_id: str | None) -> Request:
+        if not isinstance(params, (SamplingParams, BeamSearchParams)):
+            raise ValueError(f"params must be SamplingParams or BeamSearchParams, not {params!r}")
         text, token_ids = self._encode(prompt)
-        name = str(self._arrivals) if request_id is None else request_id
-        if name in self._requests:
-            raise ValueError(f"request_id {name!r} is in use")
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        free_names = (name for n in count(self._arrivals) if (name := str(n)) not in self._requests)
+        name = next(free_names) if request_id is None else request_id
         room = self.max_model_len - len(token_ids)
         if room < 1:
             raise RequestRefused(
@@ -223,6 +236,8 @@ class LLM:
         return request
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if not isinstance(prompt, Many):
+            raise ValueError(f"a prompt must be text, token ids or chat messages, not {prompt!r}")
         if isinstance(prompt, str):
             text, token_ids = prompt, self.tokenizer.encode(prompt)
         elif prompt and isinstance(prompt[0], dict):
@@ -298,6 +313,7 @@ class LLM:
 
 def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
     """One prompt or many: token ids and messages are lists themselves."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
+    many = isinstance(prompts, Many) and not isinstance(prompts, str)
+    if not many or (prompts and isinstance(prompts[0], (int, dict))):
         return [cast(Prompt, prompts)]
     return list(cast(Many[Prompt], prompts))

@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from minipaged.scheduler import PREEMPTION_MODES
+from minipaged.preemption import MODES
 
 PROGRAM = "python -m minipaged.generate"
 HINTS = """\
@@ -96,16 +96,12 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     )
     add("--beam-width", int, "W", "beam search with W beams instead of drawing by chance")
     add("--length-penalty", float, "X", "beam search: above 0 favours long answers (default: 1)")
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
-    )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, default: int, words: str) -> None:
-        group.add_argument(
-            flag, type=_count, default=default, metavar="N", help=f"{words} (default: {default})"
-        )
+        group.add_argument(flag, type=_count, default=default, metavar="N", help=f"{words} (default: {default})")
 
     add("--block-size", 16, "tokens in a block")
     size = group.add_mutually_exclusive_group()
@@ -115,7 +111,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     size.add_argument("--kv-cache-memory", type=parse_bytes, metavar="SIZE", help=memory)
     add("--max-num-seqs", 64, "sequences that run at a time")
     add("--max-num-batched-tokens", 2048, "tokens in a step")
-    group.add_argument("--preemption", choices=PREEMPTION_MODES, default="auto", help=PREEMPTION_HELP)
+    group.add_argument("--preemption", choices=MODES, default="auto", help=PREEMPTION_HELP)
     dtypes = ("auto", "fp32", "bf16", "fp16")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
     devices = ("auto", "cpu", "cuda")

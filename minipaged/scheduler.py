@@ -24,10 +24,8 @@ from dataclasses import dataclass, field
 from minipaged.beam_search import memory_moves
 from minipaged.memory import KVCacheManager, NoSpace
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.sampling_params import Draw, SamplingParams
+from minipaged.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.sequence import Request, Sequence
-
-PREEMPTION_MODES = ("auto", "recompute", "swap")
 
 
 class RequestRefused(ValueError):
@@ -52,8 +50,7 @@ class Scheduler:
     max_num_batched_tokens: the most tokens computed in one step. Every running sequence is sure of one of them;
         the others go to those that have more to compute. A prompt that does not fit into what is left waits for
         the next step, and one longer than a whole step's budget is computed over several.
-    preemption: "recompute", "swap", or "auto": swap if the request has several sequences, since their sharing is
-        worth keeping, else recompute. When swap space runs out, recompute.
+    preemption: "recompute", "swap" or "auto": see preemption.py.
     watermark: the share of blocks that an admission leaves free, so that it does not cause a preemption at once.
     """
 
@@ -65,8 +62,8 @@ class Scheduler:
         preemption: str = "auto",
         watermark: float = 0.01,
     ):
-        if preemption not in PREEMPTION_MODES:
-            raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(PREEMPTION_MODES)}")
+        if preemption not in MODES:
+            raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(MODES)}")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs}: must be at least 1")
         if max_num_batched_tokens < max_num_seqs:
@@ -235,16 +232,9 @@ class Scheduler:
                 start,
                 self.memory.slots(seq_id, start, count),
                 self.memory.block_table(seq_id),
-                draw=self._draw(request, seq) if last and not request.search else None,
+                draw=request.draw(seq) if last and not request.search else None,
                 num_candidates=request.search.num_candidates if last and request.search else 0,
             )
-
-    def _draw(self, request: Request, seq: Sequence) -> Draw:
-        params = request.params
-        assert isinstance(params, SamplingParams)
-        num_draws = 1 if seq.output_token_ids else params.n
-        prompt, output = seq.prompt_token_ids, seq.output_token_ids
-        return Draw(params, request.seed, seq.index, num_draws, prompt, output, request.stop_ids)
 
     def _num_running_seqs(self) -> int:
         return sum(request.width for request in self.running)
@@ -257,29 +247,14 @@ class Scheduler:
         """
         return self.watermark_blocks + rest if self.running else 0
 
-    # --- making way ---------------------------------------------------------------------------------------------
-
     def _preempt(self, request: Request, step: _Step) -> None:
-        held = [seq for seq in request.live if seq.in_memory]
+        done = preempt(request, self.memory, self.preemption)
+        insort(self.swapped if done.mode == "swap" else self.waiting, request, key=_arrival)
         step.spare += len(request.live)
+        step.plan.swap_out.extend(done.moves)
+        step.plan.preempted.append((request.request_id, done.mode))
         request.metrics.num_preemptions += 1
-        mode = self.preemption
-        if mode == "auto":
-            mode = "swap" if len(held) > 1 else "recompute"
-        if mode == "swap":
-            moved = self.memory.swap_out([seq.seq_id for seq in held])
-            if isinstance(moved, NoSpace):
-                mode = "recompute"
-            else:
-                step.plan.swap_out.extend(moved.moves)
-                insort(self.swapped, request, key=_arrival)
-        if mode == "recompute":
-            for seq in held:
-                self.memory.free(seq.seq_id)
-                seq.in_memory, seq.num_computed_tokens = False, 0
-            insort(self.waiting, request, key=_arrival)
-        step.plan.preempted.append((request.request_id, mode))
-        self.num_preemptions[mode] += 1
+        self.num_preemptions[done.mode] += 1
 
     # --- learning what came of it -------------------------------------------------------------------------------
 
@@ -291,7 +266,7 @@ class Scheduler:
             self._sequences[s.seq_id].num_computed_tokens += len(s.token_ids)
         changed = []
         for request in requests:
-            self._share_rebuilt_prompt(request)
+            share_rebuilt_prompt(request, self.memory)
             if request.search:
                 new = self._advance_beams(request, output)
             else:
@@ -299,15 +274,6 @@ class Scheduler:
             if new:
                 changed.append(request)
         return changed
-
-    def _share_rebuilt_prompt(self, request: Request) -> None:
-        """After a recomputation: once the prompt is there again, the other sequences fork it."""
-        leader, *others = request.live
-        if leader.in_memory and leader.num_computed_tokens == len(request.prompt_token_ids):
-            for seq in others:
-                if not seq.in_memory:
-                    self.memory.fork(leader.seq_id, seq.seq_id)
-                    seq.in_memory, seq.num_computed_tokens = True, leader.num_computed_tokens
 
     def _append(self, request: Request, seq: Sequence, output: StepOutput) -> Sequence:
         """The drawn token of a sequence; n of them, where a prompt of n samples was computed: fork, then append."""

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from minipaged.beam_search import BeamSearch, BeamSearchParams
-from minipaged.sampling_params import SampledToken, SamplingParams
+from minipaged.sampling_params import Draw, SampledToken, SamplingParams
 
 
 @dataclass(eq=False)
@@ -135,6 +135,13 @@ class Request:
         if self.search and len(live) > 1 and any(other.num_uncomputed > 1 for other in live):
             return len(seq) - 1
         return len(seq)
+
+    def draw(self, seq: Sequence) -> Draw:
+        """What to draw from the logits of its last token: one token, or the first one of each of n samples."""
+        assert isinstance(self.params, SamplingParams)
+        num_draws = 1 if seq.output_token_ids else self.params.n
+        prompt, output = seq.prompt_token_ids, seq.output_token_ids
+        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids)
 
     def num_blocks(self, block_size: int) -> int:
         """The blocks for all the tokens that it has now, with only the full blocks of the prompt shared."""

@@ -106,7 +106,7 @@ BROKEN = {
     "writing one slot before": (KVCacheManager, "slots", one_slot_further),
     "ended sequences keep their memory": (KVCacheManager, "free", lambda self, seq_id: None),
     "the first of several rebuilds all": (Request, "target", lambda self, seq: len(seq)),
-    "nobody forks a rebuilt prompt": (Scheduler, "_share_rebuilt_prompt", lambda self, request: None),
+    "nobody forks a rebuilt prompt": ("minipaged.scheduler.share_rebuilt_prompt", lambda request, memory: None),
     "the worst case is too small": (Request, "most_blocks", lambda self, size: len(self.prompt_token_ids) // size + 1),
 }
 

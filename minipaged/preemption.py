@@ -1,0 +1,50 @@
+"""Making way: what a request does with its blocks when memory runs out (paper, section 4.5).
+
+    swap        its blocks move to CPU memory, and later back; shared blocks move once and stay shared
+    recompute   its blocks are dropped, and later all its tokens are computed again, as one long prompt
+    auto        swap if it has several sequences, since their sharing is worth keeping, else recompute
+
+A request is preempted whole, with all its sequences. When the CPU pool is full, a swap becomes a recomputation.
+"""
+
+from dataclasses import dataclass, field
+
+from minipaged.memory import KVCacheManager, Swapped
+from minipaged.sequence import Request
+
+MODES = ("auto", "recompute", "swap")
+
+
+@dataclass(frozen=True)
+class Preempted:
+    """What was done: "swap" or "recompute", and which blocks move (from GPU, to CPU)."""
+
+    mode: str
+    moves: list[tuple[int, int]] = field(default_factory=list)
+
+
+def preempt(request: Request, memory: KVCacheManager, mode: str) -> Preempted:
+    """Take all its GPU blocks from a running request."""
+    held = [seq for seq in request.live if seq.in_memory]
+    if mode == "swap" or (mode == "auto" and len(held) > 1):
+        swapped = memory.swap_out([seq.seq_id for seq in held])
+        if isinstance(swapped, Swapped):
+            return Preempted("swap", swapped.moves)
+    for seq in held:
+        memory.free(seq.seq_id)
+        seq.in_memory, seq.num_computed_tokens = False, 0
+    return Preempted("recompute")
+
+
+def share_rebuilt_prompt(request: Request, memory: KVCacheManager) -> None:
+    """After a recomputation: once the first sequence has the prompt again, the others fork it.
+
+    So they share it as before, and the request needs no more memory than it may (`Request.most_blocks`). Until
+    then the first sequence computes no more than the prompt: see `Request.target`.
+    """
+    leader, *others = request.live
+    if leader.in_memory and leader.num_computed_tokens == len(request.prompt_token_ids):
+        for seq in others:
+            if not seq.in_memory:
+                memory.fork(leader.seq_id, seq.seq_id)
+                seq.in_memory, seq.num_computed_tokens = True, leader.num_computed_tokens
