@@ -59,9 +59,8 @@ class AttentionPlan:
         counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
         decodes = sorted((s for s, count in enumerate(counts) if count == 1), key=lambda s: -contexts[s])
         self.buckets = [self._bucket(torch.tensor(bucket)) for bucket in self._cut(decodes, contexts)]
-        self.prefills = [
-            self._prefill(s, slice(starts[s], starts[s + 1]), contexts[s]) for s, count in enumerate(counts) if count > 1
-        ]
+        prefills = [s for s, count in enumerate(counts) if count > 1]
+        self.prefills = [self._prefill(s, slice(starts[s], starts[s + 1]), contexts[s]) for s in prefills]
 
     def _cut(self, decodes: list[int], contexts: list[int]) -> list[list[int]]:
         """Cut the sequences, longest first, where padding the rest would cost more than another bucket."""
@@ -131,9 +130,9 @@ def _decode(q: Tensor, pools: Tensor, plan: AttentionPlan, bucket: Bucket, scale
 
 def _prefill(q: Tensor, pools: Tensor, plan: AttentionPlan, prefill: Prefill, scale: float) -> Tensor:
     """Attention of the t queries of one sequence: [t, H, D]."""
+    shape = (1, plan.kv_heads, -1, q.shape[-1])
     keys, values = (
-        pool.index_select(0, prefill.blocks).to(q.dtype).view(plan.kv_heads, -1, q.shape[-1])[None, :, : prefill.context]
-        for pool in pools
+        pool.index_select(0, prefill.blocks).to(q.dtype).view(shape)[:, :, : prefill.context] for pool in pools
     )  # [1, G, context, D]
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],

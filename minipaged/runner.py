@@ -16,7 +16,6 @@ from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.sampling import sample, top_candidates
 from minipaged.stats import Times
 
-
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,

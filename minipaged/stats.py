@@ -7,8 +7,8 @@ import torch
 
 from minipaged.memory import MemoryUsage
 
-CPU_SHARE = 0.25  # of the free memory goes to the pool, if nothing is said; on a GPU that is nobody else's, most of it
-CUDA_SHARE = 0.85
+CPU_SHARE = 0.25  # of the free memory goes to the pool if nothing is said,
+CUDA_SHARE = 0.85  # and most of a GPU's, which nobody else uses
 
 
 @dataclass

@@ -6,6 +6,7 @@ with display:
 """
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -35,7 +36,8 @@ class Display:
 
     def __init__(self, llm: "LLM", console: Console):
         self._llm, self._console = llm, console
-        self._began = self._drawn = time.monotonic()
+        self._began = time.monotonic()
+        self._drawn = -math.inf
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
 
     def __enter__(self) -> "Display":

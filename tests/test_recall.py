@@ -7,11 +7,10 @@ from collections import Counter
 
 import pytest
 import recall
-from recall import Run, RecallRunner, scenario
+from recall import RecallRunner, Run, scenario
 
 from minipaged.memory import Appended, KVCacheManager, NoSpace
 from minipaged.plan import StepPlan
-from minipaged.scheduler import Scheduler
 from minipaged.sequence import Request
 
 CHUNK = 250  # schedules in one test

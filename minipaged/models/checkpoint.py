@@ -134,10 +134,10 @@ def check_tensors(expected: dict[str, Shape], found: dict[str, Shape], where: Pa
     """Raises a ModelError that names the missing, surplus and wrongly shaped tensors, if there are any.
 
     >>> try:
-    ...     check_tensors({"a": (2, 3), "b": (4,)}, {"a": (3, 2)}, Path("model"))
+    ...     check_tensors({"a": (2, 3), "b": (4,)}, {"a": (2, 3), "c": (5,)}, Path("model"))
     ... except ModelError as error:
     ...     print(error)
-    model does not fit its config: 1 tensor missing: b; 1 tensor of the wrong shape: a is (3, 2) and should be (2, 3)
+    model does not fit its config: 1 tensor missing: b; 1 tensor not known to the model: c
     """
     both = [name for name in expected if name in found]
     wrong = [f"{n} is {found[n]} and should be {expected[n]}" for n in both if found[n] != expected[n]]
