@@ -91,7 +91,8 @@ def _load(args: argparse.Namespace, console: Console) -> "LLM":
         if args.model == "smollm2":
             fetch_smollm2()  # by itself, since it draws a progress bar of its own
         fetched = args.model == "smollm2" or Path(args.model).exists()
-        with waiting(console, f"loading {args.model}") if fetched else contextlib.nullcontext():
+        words = f"loading {args.model}"
+        with waiting(console, words) if fetched else contextlib.nullcontext():
             return LLM(args.model, **{name: getattr(args, name) for name in names})
     except (ValueError, OSError, MemoryError) as error:
         raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
@@ -138,7 +139,7 @@ def _run(llm: "LLM", jobs: list[Job], args: argparse.Namespace, console: Console
     if status:
         print(f"interrupted: {results.num_finished} of {len(jobs)} prompts were finished", file=sys.stderr)
     if results.num_cut and console.file.isatty():
-        print(f"({results.num_cut} of {len(jobs)} prompts: cut at --max-tokens)", file=sys.stderr)
+        print(f"({results.num_cut} of {len(jobs)} prompts: cut at max_tokens)", file=sys.stderr)
     if args.stats:
         show_account(llm.stats(), seconds, console)
     return status

@@ -1,4 +1,7 @@
-"""What the command line says: results on standard output, and the account of the memory on standard error."""
+"""What the command line says: results on standard output, the account of the memory on standard error.
+
+And how it ends when nobody listens any more.
+"""
 
 import json
 import os
@@ -73,9 +76,7 @@ class Results:
         if self._as_json:
             return json.dumps(as_json(output), ensure_ascii=False) + "\n"
         many = len(self._jobs) > 1 or len(output.outputs) > 1
-        return "".join(
-            (self._header(output, one) if many else "") + one.text + "\n" for one in output.outputs
-        )
+        return "".join((self._header(output, one) if many else "") + one.text + "\n" for one in output.outputs)
 
     def _header(self, output: "RequestOutput", one: "CompletionOutput") -> str:
         number = int(output.request_id)
@@ -133,7 +134,7 @@ def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
         ("- stored in them", f"{peak.tokens_stored:,} tokens"),
         ("- waste", f"{peak.waste_percent:.1f} %: slots that were empty"),
         ("- shared", f"{peak.shared:,} blocks; without sharing {peak.blocks_saved_by_sharing:,} more in use"),
-        ("- if contiguous", f"{_size(reserved)}, reserved up to the maximum length{ratio}"),
+        ("- if contiguous", f"{_size(reserved)} at the maximum length{ratio}"),
         ("copied on write", f"{now.copies:,} blocks"),
         ("swapped", f"{now.swapped_out_blocks:,} blocks out, {now.swapped_in_blocks:,} in"),
         ("preemptions", preemptions),

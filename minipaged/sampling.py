@@ -64,28 +64,33 @@ def _take(x: Tensor, rows: list[int]) -> Tensor:
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """min_tokens and penalties on a copy, or the logits themselves where there is nothing to change."""
     forbidden = [(r, t) for r, d in enumerate(draws) for t in d.forbidden if t < logits.shape[1]]
-    penalties = [entry for r, d in enumerate(draws) for entry in _penalties(r, d)]
-    if not forbidden and not penalties:
+    penalties = [_penalties(d) for d in draws]
+    if not forbidden and not any(penalties):
         return logits
     x = logits.clone()
     if forbidden:
         x[_columns(forbidden, x, torch.long)] = -torch.inf
-    if penalties:
-        rows, ids, repetition, subtract = _columns(penalties, x, torch.float64)
-        where = rows.long(), ids.long()
-        old = x[where]
-        x[where] = torch.where(old > 0, old / repetition, old * repetition).sub_(subtract).to(x.dtype)
+    if any(penalties):
+        rows = torch.tensor([r for r, row in enumerate(penalties) for _ in row], device=x.device)
+        ids = torch.tensor([t for row in penalties for t in row], device=x.device)
+        subtract = torch.tensor([a for row in penalties for a in row.values()], device=x.device)
+        repetition = torch.tensor([d.params.repetition_penalty for d in draws], device=x.device)[rows]
+        old = x[rows, ids]
+        x[rows, ids] = torch.where(old > 0, old / repetition, old * repetition) - subtract
     return x
 
 
-def _penalties(row: int, draw: Draw) -> list[tuple[int, int, float, float]]:
-    """(row, token, factor of repetition, amount to subtract) of each distinct token to be penalised."""
+def _penalties(draw: Draw) -> dict[int, float]:
+    """For each token that the repetition penalty divides, what the other two penalties subtract from it.
+
+    >>> params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.25, repetition_penalty=1.1)
+    >>> _penalties(Draw(params, 0, 0, 1, [7, 8], output_token_ids=[8, 8, 9], stop_ids=frozenset()))
+    {7: 0.0, 8: 1.5, 9: 1.25}
+    """
     p = draw.params
     counts: Counter[int] = Counter(draw.output_token_ids if p.penalises else ())
     subtract = {t: p.presence_penalty + p.frequency_penalty * count for t, count in counts.items()}
-    if p.repetition_penalty != 1:
-        subtract = dict.fromkeys(draw.prompt_token_ids, 0.0) | subtract
-    return [(row, t, p.repetition_penalty, amount) for t, amount in subtract.items()]
+    return subtract if p.repetition_penalty == 1 else dict.fromkeys(draw.prompt_token_ids, 0.0) | subtract
 
 
 def _columns(rows: list[Any], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from minipaged.beam_search import memory_moves
+from minipaged.growth import LiveSequences
 from minipaged.memory import KVCacheManager, NoSpace
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.preemption import MODES, preempt, share_rebuilt_prompt
@@ -82,8 +82,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.swapped: list[Request] = []
         self.num_preemptions = {"recompute": 0, "swap": 0}
-        self._sequences: dict[int, Sequence] = {}
-        self._next_seq_id = 0
+        self.sequences = LiveSequences(memory)
         self._num_steps = 0
 
     # --- requests come and go -----------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ class Scheduler:
                 f"{self.memory.block_size}), but the pool has {self.memory.num_blocks}: "
                 "lower max_tokens, shorten the prompt, or give the pool more blocks"
             )
-        request.sequences = [self._new_sequence(Sequence(-1, request.prompt_token_ids))]
+        request.sequences = [self.sequences.add(Sequence(request.prompt_token_ids))]
         insort(self.waiting, request, key=_arrival)
 
     def abort(self, request: Request) -> None:
@@ -112,8 +111,10 @@ class Scheduler:
 
     def finish(self, request: Request, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End one sequence, and its request with the last of them."""
-        seq.finish_reason, seq.stop_reason = reason, stop_reason
-        self._forget(seq)
+        self.sequences.end(seq, reason, stop_reason)
+        self._leave_if_finished(request)
+
+    def _leave_if_finished(self, request: Request) -> None:
         if request.finished:
             for queue in (self.waiting, self.running, self.swapped):
                 if request in queue:
@@ -222,7 +223,7 @@ class Scheduler:
 
     def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():
-            seq = self._sequences[seq_id]
+            seq = self.sequences[seq_id]
             start = seq.num_computed_tokens
             last = start + count == len(seq)  # its logits tell the next token
             yield ScheduledSequence(
@@ -263,68 +264,14 @@ class Scheduler:
         touched = {s.request_id for s in plan.sequences}
         requests = [request for request in self.running if request.request_id in touched]
         for s in plan.sequences:
-            self._sequences[s.seq_id].num_computed_tokens += len(s.token_ids)
+            self.sequences[s.seq_id].num_computed_tokens += len(s.token_ids)
         changed = []
         for request in requests:
             share_rebuilt_prompt(request, self.memory)
-            if request.search:
-                new = self._advance_beams(request, output)
-            else:
-                new = [self._append(request, seq, output) for seq in request.live if seq.seq_id in output.tokens]
-            if new:
+            if self.sequences.grow(request, output):
                 changed.append(request)
+            self._leave_if_finished(request)
         return changed
-
-    def _append(self, request: Request, seq: Sequence, output: StepOutput) -> Sequence:
-        """The drawn token of a sequence; n of them, where a prompt of n samples was computed: fork, then append."""
-        first, *others = output.tokens[seq.seq_id]
-        children = [self._fork(seq, index) for index in range(1, 1 + len(others))]
-        request.sequences.extend(children)
-        for one, token in zip([seq, *children], [first, *others], strict=True):
-            one.sampled.append(token)
-            one.output_token_ids.append(token.token_id)
-            if token.token_id in request.stop_ids:
-                own = token.token_id not in request.eos_token_ids
-                self.finish(request, one, "stop", token.token_id if own else None)
-            elif len(one.output_token_ids) >= request.max_tokens:
-                self.finish(request, one, "length")
-        return seq
-
-    def _advance_beams(self, request: Request, output: StepOutput) -> list[Sequence]:
-        search, beams = request.search, request.sequences
-        assert search is not None
-        if any(beam.seq_id not in output.candidates for beam in beams):
-            return []
-        survivors = search.advance([output.candidates[beam.seq_id] for beam in beams])
-        moves = memory_moves(survivors, len(beams))
-        heirs = {new: self._fork(beams[old], new) for old, new in moves.fork}
-        heirs.update({new: beams[old] for old, new in moves.keep})
-        request.sequences = [heirs[new] for new in range(len(survivors))]
-        for old in moves.free:
-            beams[old].finish_reason = "dropped"
-            self._forget(beams[old])
-        for seq, survivor in zip(request.sequences, survivors, strict=True):
-            seq.output_token_ids.append(survivor.token_id)
-        if search.done:
-            self.running.remove(request)
-        return beams
-
-    def _fork(self, parent: Sequence, index: int) -> Sequence:
-        child = self._new_sequence(parent.child(-1, index))
-        self.memory.fork(parent.seq_id, child.seq_id)
-        return child
-
-    def _new_sequence(self, seq: Sequence) -> Sequence:
-        seq.seq_id = self._next_seq_id
-        self._next_seq_id += 1
-        self._sequences[seq.seq_id] = seq
-        return seq
-
-    def _forget(self, seq: Sequence) -> None:
-        if seq.in_memory:
-            self.memory.free(seq.seq_id)
-            seq.in_memory = False
-        del self._sequences[seq.seq_id]
 
 
 def _arrival(request: Request) -> int:

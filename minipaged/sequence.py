@@ -10,7 +10,7 @@ and everything again after a preemption are the same thing with other numbers:
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minipaged.beam_search import BeamSearch, BeamSearchParams
 from minipaged.sampling_params import Draw, SampledToken, SamplingParams
@@ -20,8 +20,8 @@ from minipaged.sampling_params import Draw, SampledToken, SamplingParams
 class Sequence:
     """One stream of tokens: a prompt, shared with the other sequences of the request, and its own output."""
 
-    seq_id: int
     prompt_token_ids: list[int]
+    seq_id: int = -1  # given when the scheduler takes it
     index: int = 0  # which sample of its request
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -45,17 +45,10 @@ class Sequence:
         end = start + count
         return self.prompt_token_ids[start:end] + self.output_token_ids[: max(0, end - split)]
 
-    def child(self, seq_id: int, index: int) -> "Sequence":
-        """A second sequence with the same past. Its memory is forked by the scheduler."""
-        return Sequence(
-            seq_id,
-            self.prompt_token_ids,
-            index,
-            self.output_token_ids.copy(),
-            self.num_computed_tokens,
-            self.in_memory,
-            self.sampled.copy(),
-        )
+    def child(self, index: int) -> "Sequence":
+        """A second sequence with the same past. Its memory is forked elsewhere."""
+        output, sampled = self.output_token_ids.copy(), self.sampled.copy()
+        return replace(self, seq_id=-1, index=index, output_token_ids=output, sampled=sampled)
 
 
 @dataclass

@@ -138,9 +138,7 @@ class Observer:
         return known | {seq.seq_id: next(unused) for seq in request.live if seq.seq_id not in known}
 
 
-def _tell(
-    plan: StepPlan, requests: dict[str, str], names: dict[int, str], finished: list[str]
-) -> Iterator[str]:
+def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finished: list[str]) -> Iterator[str]:
     def listed(ids: list[str]) -> str:
         return " ".join(requests.get(i, i) for i in ids)
 

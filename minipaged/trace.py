@@ -88,9 +88,7 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], Iterator[TraceStep]]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise TraceError(f"{path} is not a trace: its first line must be a header that --trace wrote")
     if header.get("version") != VERSION:
-        raise TraceError(
-            f"{path} is a trace of version {header.get('version')}, this program reads {VERSION}"
-        )
+        raise TraceError(f"{path} is a trace of version {header.get('version')}, this program reads {VERSION}")
     return header, _steps(path, lines)
 
 

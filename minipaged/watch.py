@@ -7,6 +7,8 @@ with display:
 
 import contextlib
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -142,18 +144,40 @@ def can_draw(console: Console) -> bool:
 
 @contextlib.contextmanager
 def waiting(console: Console, words: str) -> Iterator[None]:
-    """Say what we are waiting for, and for how long, once it takes longer than PATIENCE."""
-    if not can_draw(console):
-        yield
-        return
+    """Say what we are waiting for, and for how long, once it takes longer than PATIENCE.
+
+    Ctrl-C ends the program at once. It can't be an exception here: a library that is being imported may swallow
+    it, and PyTorch's C++ part aborts.
+    """
+
+    def leave(*_: object) -> None:
+        console.show_cursor()
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
     columns = SpinnerColumn(), TextColumn(words), TimeElapsedColumn()
     progress = Progress(*columns, console=console, transient=True, redirect_stdout=False)
     progress.add_task(words)
     timer = threading.Timer(PATIENCE, progress.start)
-    timer.start()
+    with _on_interrupt(leave):
+        if can_draw(console):
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if timer.ident is not None:
+                timer.join()
+                progress.stop()
+
+
+@contextlib.contextmanager
+def _on_interrupt(action: Callable[..., None]) -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, action)
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
-        progress.stop()
+        if signal.getsignal(signal.SIGINT) is action:
+            signal.signal(signal.SIGINT, before)

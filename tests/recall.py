@@ -323,7 +323,7 @@ class Run:
     def check_end(self) -> None:
         usage = self.memory.usage()
         assert not self.memory.sequences() and usage.free == usage.num_blocks and usage.cpu_used == 0
-        assert not self.scheduler._sequences, "the scheduler keeps ended sequences"
+        assert not len(self.scheduler.sequences), "the scheduler keeps ended sequences"
         self.seen["whole pool used"] += usage.peak_used == usage.num_blocks
         for request in self.given.requests:
             assert request.finished, f"{request.request_id} did not finish"

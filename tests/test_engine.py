@@ -75,7 +75,7 @@ def llm(make):
     return make()
 
 
-PROMPTS = [[(7 * i + 3 * k * k + k) % VOCAB for k in range(n)] for i, n in enumerate((1, 3, 4, 7, 12, 17, 30))]
+PROMPTS = [[1 + (7 * i + 3 * k * k + k) % 94 for k in range(n)] for i, n in enumerate((1, 3, 4, 7, 12, 17, 30))]
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
 
 
@@ -139,7 +139,7 @@ def test_greedy_is_the_same_with_any_block_size(make, greedy, block_size):
     [
         (mode, cpu, blocks, budget)
         for (mode, cpu), (blocks, budget) in itertools.product(
-            [("recompute", 0), ("swap", None), ("swap", 3), ("auto", None)], [(14, 8), (14, 2048), (20, 33)]
+            [("recompute", 0), ("swap", None), ("swap", 6), ("auto", None)], [(14, 8), (14, 2048), (20, 33)]
         )
     ],
 )
@@ -151,10 +151,11 @@ def test_greedy_is_the_same_when_memory_runs_out(make, greedy, mode, cpu, blocks
     outputs = llm.generate(PROMPTS, GREEDY)
     assert tokens(outputs) == [[row] for row in greedy]
     stats = llm.stats()
-    happened = stats.num_preemptions["swap" if mode == "swap" and cpu is None else "recompute"]
-    assert happened > 0 and stats.memory.peak_used >= blocks - 1
+    assert stats.num_preemptions["swap" if mode == "swap" else "recompute"] > 0
+    assert stats.memory.peak_used >= blocks - 1
     assert sum(output.metrics.num_preemptions for output in outputs) == sum(stats.num_preemptions.values())
-    assert (stats.memory.swapped_in_blocks > 0) == (mode == "swap") == (stats.memory.swapped_out_blocks > 0)
+    assert stats.memory.swapped_in_blocks == stats.memory.swapped_out_blocks >= (mode == "swap")
+    assert mode != "swap" or cpu is None or stats.num_preemptions["recompute"] > 0  # swap space ran out
     assert_empty(llm)
 
 
@@ -270,7 +271,7 @@ def test_beam_search_equals_transformers_among_other_requests(make, oracle, gree
 
 def test_the_n_best_beams_are_returned(llm):
     params = BeamSearchParams(4, max_tokens=8, ignore_eos=True)
-    [whole], [best] = llm.generate([PROMPTS[4]], params), llm.generate([PROMPTS[4]], BeamSearchParams(4, 8, True, n=2))
+    [whole], [best] = llm.generate([PROMPTS[5]], params), llm.generate([PROMPTS[5]], BeamSearchParams(4, 8, True, n=2))
     assert tokens([best])[0] == tokens([whole])[0][:2]
     assert [o.text for o in best.outputs] == [llm.tokenizer.decode(o.token_ids) for o in best.outputs]
 
@@ -289,7 +290,7 @@ def expected_stop(pieces, stop):
 
 
 def test_stop_strings_cut_exactly_also_across_tokens(llm, greedy):
-    prompt, row = PROMPTS[4], greedy[4]
+    prompt, row = PROMPTS[5], greedy[5]
     text = llm.tokenizer.decode(row)
     pieces = [llm.tokenizer.decode([token]) for token in row]
     assert "".join(pieces) == text and text.isascii()
@@ -314,9 +315,9 @@ def test_stop_strings_cut_exactly_also_across_tokens(llm, greedy):
 
 
 def test_streamed_text_never_shrinks_nor_shows_what_is_cut_later(llm, greedy):
-    text = llm.tokenizer.decode(greedy[4])
+    text = llm.tokenizer.decode(greedy[5])
     stop = text[9:14]
-    prompts = PROMPTS + [PROMPTS[4]] * 2
+    prompts = PROMPTS + [PROMPTS[5]] * 2
     params = [
         *[SamplingParams(n=2, seed=i, max_tokens=LENGTH, stop=["e", "th", ", "]) for i in range(len(PROMPTS))],
         SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, stop=stop),
@@ -342,41 +343,42 @@ def test_streamed_text_never_shrinks_nor_shows_what_is_cut_later(llm, greedy):
 
 def test_streaming_ends_with_what_generate_returns(llm):
     params = [SamplingParams(n=2, seed=3, temperature=1.5, max_tokens=20), BeamSearchParams(3, max_tokens=9)]
-    final = {o.request_id: o for o in llm.stream([PROMPTS[1], PROMPTS[3]], params) if o.finished}
-    assert [o.outputs for o in llm.generate([PROMPTS[1], PROMPTS[3]], params)] == [o.outputs for o in final.values()]
+    final = [o for o in llm.stream([PROMPTS[1], PROMPTS[3]], params) if o.finished]
+    final.sort(key=lambda output: int(output.request_id))
+    assert [o.outputs for o in llm.generate([PROMPTS[1], PROMPTS[3]], params)] == [o.outputs for o in final]
 
 
 @pytest.fixture(scope="module")
 def ending(make, folder, greedy, tmp_path_factory):
-    """The same model with another end of text: one that it says, at the sixth token of prompt 4."""
+    """The same model with another end of text: one that it says, at the sixth token of prompt 5."""
     copy = tmp_path_factory.mktemp("ending") / "model"
     shutil.copytree(folder, copy)
     for name in ("config.json", "generation_config.json"):
         values = json.loads((copy / name).read_text())
-        (copy / name).write_text(json.dumps({**values, "eos_token_id": greedy[4][5]}))
+        (copy / name).write_text(json.dumps({**values, "eos_token_id": greedy[5][5]}))
     return make(copy)
 
 
 def test_end_of_text_ends_an_output(ending, oracle, greedy):
-    end = greedy[4][5]
-    cut = greedy[4].index(end) + 1
+    end = greedy[5][5]
+    cut = greedy[5].index(end) + 1
     params = SamplingParams(temperature=0, max_tokens=LENGTH)
     for prompt, output in zip(PROMPTS, ending.generate(PROMPTS, params), strict=True):
         [one], expected = output.outputs, generate(oracle, prompt, eos_token_id=end)[0, len(prompt) :].tolist()
         assert one.token_ids == expected
         assert (one.finish_reason, one.stop_reason) == ("stop" if expected[-1] == end else "length", None)
     assert output.metrics.num_preemptions == 0
-    [one] = ending.generate(PROMPTS[4], params)[0].outputs
-    assert one.token_ids == greedy[4][:cut] and one.finish_reason == "stop"
-    assert one.text == ending.tokenizer.decode(greedy[4][: cut - 1])  # the end of text is no text
-    [kept] = ending.generate(PROMPTS[4], SamplingParams(temperature=0, include_stop_str_in_output=True))[0].outputs
-    assert kept.text == ending.tokenizer.decode(greedy[4][:cut])
-    assert tokens(ending.generate(PROMPTS[4], GREEDY)) == [[greedy[4]]]  # ignore_eos
+    [one] = ending.generate(PROMPTS[5], params)[0].outputs
+    assert one.token_ids == greedy[5][:cut] and one.finish_reason == "stop"
+    assert one.text == ending.tokenizer.decode(greedy[5][: cut - 1])  # the end of text is no text
+    [kept] = ending.generate(PROMPTS[5], SamplingParams(temperature=0, include_stop_str_in_output=True))[0].outputs
+    assert kept.text == ending.tokenizer.decode(greedy[5][:cut])
+    assert tokens(ending.generate(PROMPTS[5], GREEDY)) == [[greedy[5]]]  # ignore_eos
 
 
 @pytest.mark.parametrize("least", [1, 7, 12, LENGTH])
 def test_min_tokens(ending, oracle, greedy, least):
-    end, prompt = greedy[4][5], PROMPTS[4]
+    end, prompt = greedy[5][5], PROMPTS[5]
     expected = generate(oracle, prompt, eos_token_id=end, min_new_tokens=least)[0, len(prompt) :].tolist()
     params = SamplingParams(temperature=0, max_tokens=LENGTH, min_tokens=least)
     [one] = ending.generate(prompt, params)[0].outputs
@@ -384,10 +386,10 @@ def test_min_tokens(ending, oracle, greedy, least):
 
 
 def test_stop_token_ids(llm, greedy):
-    row = greedy[4]
+    row = greedy[5]
     at = next(i for i, token in enumerate(row) if i >= 4 and token not in row[:i])
     params = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, stop_token_ids=[row[at]])
-    [one] = llm.generate(PROMPTS[4], params)[0].outputs
+    [one] = llm.generate(PROMPTS[5], params)[0].outputs
     assert one.token_ids == row[: at + 1] and one.text == llm.tokenizer.decode(row[:at])
     assert (one.finish_reason, one.stop_reason) == ("stop", row[at])
 
@@ -412,8 +414,7 @@ def test_logprobs_are_those_of_transformers(llm, oracle, greedy):
         own = rows[range(len(one.token_ids)), one.token_ids]
         assert one.cumulative_logprob == pytest.approx(own.sum().item(), abs=1e-3)
         for row, token, found in zip(rows, one.token_ids, one.logprobs, strict=True):
-            best = dict(zip(*(x.tolist() for x in row.topk(one_params.logprobs).indices.sort()[:1]), strict=False))
-            assert found.keys() == set(row.topk(one_params.logprobs).indices.tolist()) | {token}, best
+            assert found.keys() == set(row.topk(one_params.logprobs).indices.tolist()) | {token}
             assert found == pytest.approx({t: row[t].item() for t in found}, abs=1e-4)
     [one] = llm.generate(PROMPTS[3], GREEDY)[0].outputs
     assert one.logprobs is None and one.cumulative_logprob is None
@@ -481,7 +482,7 @@ BAD = [  # prompt, its parameters, what the error says; then those that could be
     ([1, 320], {}, ["token id 320 in the prompt: must be an integer from 0 to 319"]),
     ([-1], {}, ["token id -1"]),
     ([1, True], {}, ["token id True"]),
-    (5, {}, ["must be text, token ids or chat messages, not 5"]),
+    (5.5, {}, ["must be text, token ids or chat messages, not 5.5"]),
     (None, {}, ["not None"]),
     ([{"role": "user"}], {}, ["chat message 0"]),
 ]

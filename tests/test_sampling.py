@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -28,6 +28,15 @@ from minipaged.sampling_params import Draw, SampledToken, SamplingParams
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest random number there can be
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors here are too small to share out, and on a busy machine threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def draw(params=None, seed=0, index=0, num_draws=1, prompt=(), output=(), stop_ids=(), **kwargs):
@@ -72,7 +81,7 @@ WISHES = [
     dict(repetition_penalty=0.5),
     dict(presence_penalty=1.5),
     dict(frequency_penalty=-0.7),
-    dict(repetition_penalty=1.2, presence_penalty=-1.0, frequency_penalty=0.9, temperature=0.8, top_p=0.95),
+    dict(repetition_penalty=1.2, presence_penalty=1.0, frequency_penalty=0.9, temperature=0.8, top_p=0.95),
 ]
 
 
@@ -95,6 +104,7 @@ def test_distribution_is_that_of_transformers(monkeypatch, wish, vocab, spread, 
     total = 2000
     use_uniforms(monkeypatch, [(i + 0.5) / total for i in range(total)])
     params, logits = SamplingParams(**wish), random_logits(1, vocab, spread)
+    logits[0, [7, 11, 20, 3, 250, 21]] = torch.linspace(3, -1, 6) * spread  # so that penalties show
     request = draw(params, num_draws=total, prompt=PROMPT, output=OUTPUT)
     tokens = tokens_of(logits.to(device), [request])[0]
     counts, want = torch.bincount(torch.tensor(tokens), minlength=vocab), expected(logits[0], params)
@@ -167,8 +177,7 @@ some_draws = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(some_draws, min_size=1, max_size=8), st.randoms(use_true_random=False))
+@given(st.lists(some_draws, min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_a_request_is_alone_in_any_batch(draws, random):
     logits = random_logits(len(draws), 300)
     before = logits.clone()
@@ -200,7 +209,6 @@ some_logits = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(some_logits, min_size=1, max_size=12).filter(lambda row: max(row) > -math.inf),
     st.sampled_from([1, 300]),
@@ -235,6 +243,15 @@ def test_probability_zero_at_both_ends(monkeypatch, vocab, wish):
         lonely[row, place] = -50.0
     requests = [draw(num_draws=3, **wish)] * 3
     assert tokens_of(lonely, requests) == [[place] * 3 for place in (0, vocab // 2, vocab - 1)]
+
+
+def test_rounding_never_leads_past_the_last_token(monkeypatch):
+    """The sum of a block in float32 is often more than the running sum in it, in float64, ever reaches."""
+    use_uniforms(monkeypatch, [ALMOST_ONE])
+    logits = random_logits(50, 512, spread=1.0)
+    logits[:, 251:256] = logits[:, 300:] = -torch.inf
+    assert tokens_of(logits, [draw()] * 50) == [[299]] * 50
+    assert tokens_of(logits[:, :256], [draw()] * 50) == [[250]] * 50
 
 
 def test_every_token_of_a_large_vocabulary_can_be_drawn(monkeypatch):

@@ -1,0 +1,80 @@
+"""What the tokens of a step do to the sequences: they grow, fork and end, and their memory with them."""
+
+from minipaged.beam_search import memory_moves
+from minipaged.memory import KVCacheManager
+from minipaged.plan import StepOutput
+from minipaged.sequence import Request, Sequence
+
+
+class LiveSequences:
+    """All sequences that have not ended, by id."""
+
+    def __init__(self, memory: KVCacheManager):
+        self._memory = memory
+        self._by_id: dict[int, Sequence] = {}
+        self._next_id = 0
+
+    def __getitem__(self, seq_id: int) -> Sequence:
+        return self._by_id[seq_id]
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, seq: Sequence) -> Sequence:
+        """Give it its id."""
+        seq.seq_id = self._next_id
+        self._next_id += 1
+        self._by_id[seq.seq_id] = seq
+        return seq
+
+    def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """Its memory is free at once, wherever it is."""
+        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        if seq.in_memory:
+            self._memory.free(seq.seq_id)
+            seq.in_memory = False
+        del self._by_id[seq.seq_id]
+
+    def grow(self, request: Request, output: StepOutput) -> bool:
+        """Append what was drawn for a request. Returns whether there was anything."""
+        if request.search:
+            return self._grow_beams(request, output)
+        grown = [seq for seq in request.live if seq.seq_id in output.tokens]
+        for seq in grown:
+            self._append(request, seq, output)
+        return bool(grown)
+
+    def _append(self, request: Request, seq: Sequence, output: StepOutput) -> None:
+        """One token; or the first ones of n samples, when their prompt has just been computed: fork, then append."""
+        tokens = output.tokens[seq.seq_id]
+        children = [self._fork(seq, index) for index in range(1, len(tokens))]
+        request.sequences.extend(children)
+        for one, token in zip([seq, *children], tokens, strict=True):
+            one.sampled.append(token)
+            one.output_token_ids.append(token.token_id)
+            if token.token_id in request.stop_ids:
+                own = token.token_id not in request.eos_token_ids
+                self.end(one, "stop", token.token_id if own else None)
+            elif len(one.output_token_ids) >= request.max_tokens:
+                self.end(one, "length")
+
+    def _grow_beams(self, request: Request, output: StepOutput) -> bool:
+        search, beams = request.search, request.sequences
+        assert search is not None
+        if any(beam.seq_id not in output.candidates for beam in beams):
+            return False
+        survivors = search.advance([output.candidates[beam.seq_id] for beam in beams])
+        moves = memory_moves(survivors, len(beams))
+        heirs = {new: self._fork(beams[old], new) for old, new in moves.fork}
+        heirs.update({new: beams[old] for old, new in moves.keep})
+        request.sequences = [heirs[new] for new in range(len(survivors))]
+        for old in moves.free:
+            self.end(beams[old], "dropped")
+        for seq, survivor in zip(request.sequences, survivors, strict=True):
+            seq.output_token_ids.append(survivor.token_id)
+        return True
+
+    def _fork(self, parent: Sequence, index: int) -> Sequence:
+        child = self.add(parent.child(index))
+        self._memory.fork(parent.seq_id, child.seq_id)
+        return child
