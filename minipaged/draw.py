@@ -46,8 +46,10 @@ def picture(
 def headline(snapshot: Snapshot, title: str) -> Text:
     """The title, and which requests run, wait, and are swapped out."""
     line = Text().append(title, HEADING)
+    many = len(snapshot.running + snapshot.waiting + snapshot.swapped) > 12
     for word in ("running", "waiting", "swapped"):
-        line.append(f"  {word} ").append(_some(getattr(snapshot, word), most=8) or "-", HEADING)
+        names = getattr(snapshot, word)
+        line.append(f"  {word} ").append(_some(names, 3 if many else len(names)) or "-", HEADING)
     return line
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import count
-from typing import Any, cast
 
 from minipaged.beam_search import BeamSearchParams
+from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
 from minipaged.memory import KVCacheManager
 from minipaged.models import load
 from minipaged.outputs import CompletionOutput, RequestOutput, SequenceText, beam_outputs, sampled_output
@@ -27,9 +27,6 @@ from minipaged.sampling_params import SamplingParams
 from minipaged.scheduler import RequestRefused, Scheduler
 from minipaged.sequence import Request, Sequence
 from minipaged.stats import EngineStats, Peak, choose_num_blocks
-
-Prompt = str | Many[int] | Many[dict[str, Any]]  # text, token ids, or chat messages
-Params = SamplingParams | BeamSearchParams
 
 
 class LLM:
@@ -103,7 +100,7 @@ class LLM:
 
         ValueError if a prompt or its parameters are bad, or RequestRefused if one can never fit; then none runs.
         """
-        ids = self._add_all(_as_list(prompts), params or SamplingParams())
+        ids = self._add_all(as_list(prompts), params or SamplingParams())
         finished = {output.request_id: output for output in self._run(ids) if output.finished}
         return [finished[request_id] for request_id in ids]
 
@@ -111,7 +108,7 @@ class LLM:
         self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None
     ) -> Iterator[RequestOutput]:
         """Like generate, but yields the state of a request after each step that gave it new tokens."""
-        yield from self._run(self._add_all(_as_list(prompts), params or SamplingParams()))
+        yield from self._run(self._add_all(as_list(prompts), params or SamplingParams()))
 
     def _run(self, request_ids: list[str]) -> Iterator[RequestOutput]:
         mine = set(request_ids)
@@ -192,12 +189,9 @@ class LLM:
     # --- prompts in ---------------------------------------------------------------------------------------------
 
     def _add_all(self, prompts: list[Prompt], params: Params | Many[Params]) -> list[str]:
-        each = list(params) if isinstance(params, (list, tuple)) else [cast(Params, params)] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} params: give one for all or one for each")
         ids: list[str] = []
         try:
-            for prompt, one in zip(prompts, each, strict=True):
+            for prompt, one in zip(prompts, one_for_each(params, prompts), strict=True):
                 ids.append(self.add_request(prompt, one))
         except Exception as error:
             for request_id in ids:
@@ -210,7 +204,7 @@ class LLM:
     def _request(self, prompt: Prompt, params: Params, request_id: str | None) -> Request:
         if not isinstance(params, (SamplingParams, BeamSearchParams)):
             raise ValueError(f"params must be SamplingParams or BeamSearchParams, not {params!r}")
-        text, token_ids = self._encode(prompt)
+        text, token_ids = encode(prompt, self.tokenizer, self.config.vocab_size)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         free_names = (name for n in count(self._arrivals) if (name := str(n)) not in self._requests)
@@ -234,24 +228,6 @@ class LLM:
         )
         self._arrivals += 1
         return request
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if not isinstance(prompt, Many):
-            raise ValueError(f"a prompt must be text, token ids or chat messages, not {prompt!r}")
-        if isinstance(prompt, str):
-            text, token_ids = prompt, self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            text = self.tokenizer.apply_chat_template(cast(Many[dict[str, Any]], prompt))
-            token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-        else:
-            text, token_ids = None, list(cast(Many[int], prompt))
-        if not token_ids:
-            raise ValueError("the prompt is empty: it needs at least one token")
-        vocab = self.config.vocab_size
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise ValueError(f"token id {token!r} in the prompt: must be an integer from 0 to {vocab - 1}")
-        return text, token_ids
 
     # --- text out -----------------------------------------------------------------------------------------------
 
@@ -310,10 +286,3 @@ class LLM:
         width = sum(request.width for request in self.scheduler.running)
         return width * self.memory.blocks_for(self.max_model_len)
 
-
-def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
-    """One prompt or many: token ids and messages are lists themselves."""
-    many = isinstance(prompts, Many) and not isinstance(prompts, str)
-    if not many or (prompts and isinstance(prompts[0], (int, dict))):
-        return [cast(Prompt, prompts)]
-    return list(cast(Many[Prompt], prompts))
