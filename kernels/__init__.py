@@ -49,8 +49,9 @@ def new_cache(
 
 def write_kv(k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Write keys and values [T, G, D] into the slots of one layer's cache [2, G, N, B, D]; -1 writes nothing."""
-    if cache.device.type != "cpu" or slot_mapping.min() < 0:
-        return reference.write_kv(k, v, cache, slot_mapping)
+    if slot_mapping.min() < 0:
+        kept = slot_mapping >= 0
+        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
     keys, values = cache.flatten(2, 3)  # [G, N B, D]
     keys.index_copy_(1, slot_mapping, k.transpose(0, 1).to(cache.dtype))
     values.index_copy_(1, slot_mapping, v.transpose(0, 1).to(cache.dtype))

@@ -63,7 +63,7 @@ def account(snapshot: Snapshot, width: int = 80) -> list[Text]:
     bar.append("." * (room - used), FREE)
     numbers = (
         f"{usage.tokens_stored} tokens, waste {usage.waste_percent:.0f} %, "
-        f"sharing saves {usage.blocks_saved_by_sharing} | so far copied {usage.copies}, "
+        f"sharing saves {usage.blocks_saved_by_sharing} | copied {usage.copies}, "
         f"swapped {usage.swapped_out_blocks} out {usage.swapped_in_blocks} in"
     )
     return [bar.append(words), Text(numbers)]
@@ -134,8 +134,8 @@ def _coarse_map(snapshot: Snapshot, width: int, rows: int) -> list[Text]:
             held = [holders[block] for block in range(first, min(first + each, total)) if block in holders]
             line.append(*_coarse_cell(held))
         lines.append(line)
-    words = f", {each} in each character: " if each > 1 else ": "
-    words += "A only of request A, a also shared, + of several, . free"
+    last = "# of AA or later" if any(len(request_of(table.name)) > 1 for table in snapshot.tables) else ". free"
+    words = f", {each} to a sign: A of request A, a some of them shared, + of several, {last}"
     return [Text().append("BLOCKS", HEADING).append(words), *lines]
 
 

@@ -19,7 +19,7 @@ from minipaged.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.report import Results, ignore_closed_pipe, show_account
 from minipaged.scheduler import Scheduler
 from minipaged.trace import TraceError, TraceWriter
-from minipaged.watch import Display, EventLines, ProgressLine, Watch, can_draw, waiting
+from minipaged.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.engine import LLM
@@ -123,26 +123,24 @@ def _add_all(llm: "LLM", jobs: list[Job], chat: bool | None) -> None:
 def _run(llm: "LLM", jobs: list[Job], args: argparse.Namespace, console: Console) -> int:
     streaming = len(jobs) == 1 and jobs[0].is_single and not args.json
     results = Results(jobs, sys.stdout, args.json, streaming)
-    status, began = 0, time.monotonic()
+    began = time.monotonic()
     try:
-        with _display(llm, args.watch, streaming, console) as display:
-            while llm.has_unfinished_requests:
+        with note_interrupts() as interrupts, _display(llm, args.watch, streaming, console) as display:
+            while llm.has_unfinished_requests and not interrupts:
                 for output in llm.step():
                     results.add(output)
                 if results.ready:
                     display.print(results.flush)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
     finally:
         results.close()
     seconds = time.monotonic() - began
-    if status:
+    if interrupts:
         print(f"interrupted: {results.num_finished} of {len(jobs)} prompts were finished", file=sys.stderr)
     if results.num_cut and console.file.isatty():
         print(f"({results.num_cut} of {len(jobs)} prompts: cut at max_tokens)", file=sys.stderr)
     if args.stats:
         show_account(llm.stats(), seconds, console)
-    return status
+    return INTERRUPTED if interrupts else 0
 
 
 def _display(llm: "LLM", watch: bool, streaming: bool, console: Console) -> Display:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from minipaged.snapshot import letters
 
-if TYPE_CHECKING:  # trace.py uses this file too, and must not load PyTorch
+if TYPE_CHECKING:  # PyTorch takes seconds to import
     from minipaged.outputs import CompletionOutput, RequestOutput
     from minipaged.prompts import Job
     from minipaged.stats import EngineStats

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.text import Text
 
 from minipaged.draw import picture
-from minipaged.report import ignore_closed_pipe
 from minipaged.snapshot import Observer, Snapshot
 
 if TYPE_CHECKING:  # reading a trace must not load PyTorch
@@ -132,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     except TraceError as error:
         print(f"minipaged.trace: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return ignore_closed_pipe()
+    except KeyboardInterrupt:
+        return 130
     if args.step is None:
         return 0
     print(f"minipaged.trace: error: there is no step {args.step}: the last is {number}", file=sys.stderr)

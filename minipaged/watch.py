@@ -172,6 +172,23 @@ def waiting(console: Console, words: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def note_interrupts() -> Iterator[list[int]]:
+    """A list that stays empty until Ctrl-C. Only a second one, if nobody heeds the first, is an exception.
+
+    An exception at just any place could leave the terminal or the engine in a state that nobody thought of.
+    """
+    interrupts: list[int] = []
+
+    def note(signum: int, _: object) -> None:
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(signum)
+
+    with _on_interrupt(note):
+        yield interrupts
+
+
+@contextlib.contextmanager
 def _on_interrupt(action: Callable[..., None]) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler and threading.current_thread() is threading.main_thread():

@@ -37,7 +37,7 @@ def test_a_picture_word_for_word(figure_8):
     assert picture(figure_8, "Figure 8", ["step 2: copied"]).plain.splitlines() == [
         "Figure 8  running A  waiting B C  swapped -",
         "[*****###############...................] 4 of 8 blocks in use, 1 of them shared",
-        "13 tokens, waste 19 %, sharing saves 1 | so far copied 1, swapped 0 out 0 in",
+        "13 tokens, waste 19 %, sharing saves 1 | copied 1, swapped 0 out 0 in",
         "",
         "BLOCKS of 4 tokens: A1 held by sequence A1, A* shared by several of A's, . free",
         " 0  A2 A2 .  A1 .  .  .  A*",
@@ -91,7 +91,7 @@ def test_a_pool_that_is_too_large_is_summarised():
     memory.fork(1, 3)
     names = {0: "A", 1: "B1", 2: "C", 3: "B2"}
     assert plain(block_map(Snapshot.of(memory, names), rows=5)) == [
-        "BLOCKS, 3 in each character: A only of request A, a also shared, + of several, . free",
+        "BLOCKS, 3 to a sign: A of request A, a some of them shared, + of several, . free",
         "    0 " + "A" * 33 + "+" + "b" * 19 + "+" + "C" * 16,
         "  210 " + "C" * 70,
         "  420 " + "C" * 27 + "." * 43,

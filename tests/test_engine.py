@@ -5,13 +5,16 @@ import json
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import kernels
 from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams
+from minipaged.models import Llama, ModelConfig, open_checkpoint
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "pages and blocks, blocks and pages", "a b c d e f"]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor %}"
@@ -36,9 +39,7 @@ def folder(tmp_path_factory):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False),
     )
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
@@ -169,6 +170,19 @@ def test_greedy_is_the_same_alone_together_and_staggered(llm, greedy):
             last.update({output.request_id: output for output in llm.step()})
     last.update(finish(llm))
     assert [last[name].outputs[0].token_ids for name in ids] == greedy
+
+
+@pytest.mark.parametrize("move", ["copy_blocks", "move_blocks"])
+def test_poison_shows_memory_that_was_not_moved(make, monkeypatch, move):
+    llm = make(num_blocks=20, preemption="swap", watermark=0)
+    params = SamplingParams(n=2, seed=1, max_tokens=20)
+    llm.generate(PROMPTS[:5], params)
+    usage = llm.stats().memory
+    assert usage.copies > 0 and usage.swapped_in_blocks > 0
+    monkeypatch.setattr(kernels, move, lambda *args: None)
+    with pytest.raises(ValueError, match="NaN"):
+        llm.generate(PROMPTS[:5], params)
+    assert_empty(llm)  # even so
 
 
 @pytest.mark.parametrize("settings", [{"debug": False}, {"max_num_seqs": 1}, {"max_num_batched_tokens": 32}])
@@ -396,8 +410,8 @@ def test_stop_token_ids(llm, greedy):
 
 def test_max_tokens_and_the_models_length(make, greedy):
     llm = make(max_model_len=40)
-    longest = [len(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, SamplingParams(max_tokens=None, min_tokens=9))]
-    assert all(n <= 40 - len(p) for n, p in zip(longest, PROMPTS, strict=True)) and longest[-1] == 10
+    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=None, ignore_eos=True))
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [40 - len(prompt) for prompt in PROMPTS]
     [one] = llm.generate(PROMPTS[6], GREEDY)[0].outputs  # 30 tokens: 10 are left of the 24
     assert one.token_ids == greedy[6][:10] and one.finish_reason == "length"
     [one] = llm.generate(PROMPTS[6], SamplingParams(temperature=0, max_tokens=1))[0].outputs
@@ -462,6 +476,10 @@ def test_others_go_on_beside_generate(llm, greedy):
     assert tokens(llm.generate(PROMPTS[2], GREEDY)) == [[greedy[2]]]
     assert llm.has_unfinished_requests
     assert finish(llm)["mine"].outputs[0].token_ids[:LENGTH] == greedy[1]
+
+
+def test_a_step_without_work_does_nothing(llm):
+    assert not llm.has_unfinished_requests and llm.step() == []
 
 
 def test_request_ids(llm):
@@ -603,3 +621,46 @@ def test_metrics_are_in_order(make):
     assert queued[6] > queued[0]
     [one] = llm.generate(PROMPTS[0], SamplingParams(max_tokens=1))
     assert one.time_per_output_token is None
+
+
+# ---- the real model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """With so little memory that the test below can't do without preemptions."""
+    return LLM(num_blocks=14, block_size=4, max_model_len=56, preemption="auto", watermark=0, debug=True)
+
+
+@pytest.fixture(scope="module")
+def real_oracle():
+    """transformers' own Llama with the weights that we read (test_models.py reads them with transformers, too)."""
+    checkpoint = open_checkpoint("smollm2")
+    config = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config["SmolLM2-135M-Instruct"]["config"]))
+    names = checkpoint.names(Llama.tensor_shapes(ModelConfig.from_hf(checkpoint.config)))
+    weights = {name: checkpoint.tensor(stored, torch.float32) for stored, name in names.items()}
+    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    model.tie_weights()
+    return model.eval()
+
+
+def test_the_real_model_equals_transformers(smollm2, real_oracle):
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was"]
+    single, beam = SamplingParams(temperature=0, max_tokens=16), BeamSearchParams(3, max_tokens=12)
+    first, searched, last = smollm2.generate(prompts, [single, beam, single])
+    assert min(smollm2.stats().num_preemptions.values()) > 0
+    for output in (first, last):
+        prompt, [one] = output.prompt_token_ids, output.outputs
+        assert one.token_ids == generate(real_oracle, prompt, max_new_tokens=16)[0, len(prompt) :].tolist()
+    rows, scores = beams(real_oracle, searched.prompt_token_ids, beam, [2])
+    assert [one.token_ids for one in searched.outputs] == rows
+    assert [one.score for one in searched.outputs] == pytest.approx(scores, abs=1e-4)
+    assert "return" in searched.outputs[0].text
+
+
+def test_the_real_model_answers(smollm2):
+    *_, last = smollm2.stream(
+        [{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0)
+    )
+    assert last.outputs[0].text == "The capital of France is Paris." and last.outputs[0].finish_reason == "stop"

@@ -76,11 +76,7 @@ def test_a_prompt_is_answered_and_nothing_else_said(run, llm):
 def test_chat_is_the_default_and_raw_is_not_chat(run, llm):
     [[text]] = texts(llm, ["hello"], SamplingParams(temperature=0, max_tokens=12))
     assert run("hello", "--max-tokens", "12", "--raw")[1] == text + "\n"
-    assert (
-        run("hello", "--max-tokens", "12")[1]
-        == run("hello", "--max-tokens", "12", "--chat")[1]
-        != text + "\n"
-    )
+    assert run("hello", "--max-tokens", "12")[1] == run("hello", "--max-tokens", "12", "--chat")[1] != text + "\n"
 
 
 def test_a_model_without_template_takes_prompts_as_they_are(run, raw_model):
@@ -110,9 +106,7 @@ def test_several_answers_stand_in_order_under_headers(run, llm, tmp_path):
     prompts = ["a first prompt that is long", "second", "third prompt"]
     params = SamplingParams(n=2, temperature=0.8, seed=3, max_tokens=5)
     expected = ""
-    for number, (prompt, samples) in enumerate(
-        zip(prompts, texts(llm, list(map(said, prompts)), params), strict=True)
-    ):
+    for number, (prompt, samples) in enumerate(zip(prompts, texts(llm, list(map(said, prompts)), params), strict=True)):
         for sample, text in enumerate(samples, 1):
             name = "ABC"[number]
             expected += f"=== {name}{sample} (prompt {number + 1}, sample {sample}): {prompt}\n{text}\n"
@@ -153,9 +147,7 @@ def test_json_holds_the_request(run, llm):
         assert given == {key: getattr(one, key) for key in keys}
     metrics = answer["metrics"]
     assert metrics["num_preemptions"] == 0
-    assert (
-        0 <= metrics["queue_time"] < metrics["time_to_first_token"] and metrics["time_per_output_token"] > 0
-    )
+    assert 0 <= metrics["queue_time"] < metrics["time_to_first_token"] and metrics["time_per_output_token"] > 0
 
 
 def test_lines_of_json_override_the_flags(run, llm, tmp_path):
@@ -168,9 +160,7 @@ def test_lines_of_json_override_the_flags(run, llm, tmp_path):
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\ufeff" + "\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    status, out, _ = run(
-        "--prompts-file", str(file), "--json", "--max-tokens", "6", "--seed", "1", "--stop", "@@"
-    )
+    status, out, _ = run("--prompts-file", str(file), "--json", "--max-tokens", "6", "--seed", "1", "--stop", "@@")
     answers = [json.loads(line) for line in out.splitlines()]
     assert status == 0
     assert [len(answer["outputs"]) for answer in answers] == [1, 2, 2, 1]
@@ -189,20 +179,14 @@ def test_prompt_from_standard_input(run):
 def test_chance_is_taken_when_asked_for(run):
     greedy = run("hello", "--max-tokens", "30")[1]
     drawn = run("hello", "--max-tokens", "30", "--seed", "7")[1]
-    assert (
-        drawn != greedy
-        and drawn == run("hello", "--max-tokens", "30", "--seed", "7", "--temperature", "0.8")[1]
-    )
+    assert drawn != greedy and drawn == run("hello", "--max-tokens", "30", "--seed", "7", "--temperature", "0.8")[1]
     assert greedy == run("hello", "--max-tokens", "30", "--seed", "7", "--temperature", "0")[1]
 
 
 def test_stop_ends_the_answer(run):
     text = run("hello", "--max-tokens", "30")[1]
     stop = text[10:12]
-    assert (
-        run("hello", "--max-tokens", "30", "--stop", "no such", "--stop", stop)[1]
-        == text[: text.index(stop)] + "\n"
-    )
+    assert run("hello", "--max-tokens", "30", "--stop", "no such", "--stop", stop)[1] == text[: text.index(stop)] + "\n"
 
 
 def test_scarce_memory_changes_no_answer(run):
@@ -349,9 +333,7 @@ def test_a_refused_run_leaves_the_old_trace_alone(run, tmp_path):
 def start(*argv, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
-    return subprocess.Popen(
-        [sys.executable, "-m", "minipaged.generate", *argv], text=True, env=environment, **pipes
-    )
+    return subprocess.Popen([sys.executable, "-m", "minipaged.generate", *argv], text=True, env=environment, **pipes)
 
 
 def finish(process, text=None):

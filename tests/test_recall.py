@@ -6,12 +6,13 @@ A seed that fails prints the command that replays it.
 from collections import Counter
 
 import pytest
-import recall
-from recall import RecallRunner, Run, scenario
 
 from minipaged.memory import Appended, KVCacheManager, NoSpace
 from minipaged.plan import StepPlan
 from minipaged.sequence import Request
+from tests import recall
+from tests.recall import Run, scenario
+from tests.recall_model import RecallRunner
 
 CHUNK = 250  # schedules in one test
 

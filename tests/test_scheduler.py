@@ -25,10 +25,8 @@ class Engine:
         self.say: dict[str, int] = {}  # request id -> the token that the model says next
 
     def add(self, name, prompt=4, max_tokens=8, n=1, beams=None):
-        if beams:
-            params = BeamSearchParams(beams, max_tokens=max_tokens)
-        else:
-            params = SamplingParams(n=n, max_tokens=max_tokens)
+        samples = SamplingParams(n=n, max_tokens=max_tokens)
+        params = BeamSearchParams(beams, max_tokens=max_tokens) if beams else samples
         request = Request(name, len(self.requests), list(range(1, prompt + 1)), params, max_tokens, frozenset({END}))
         self.scheduler.add(request)
         self.requests.append(request)
@@ -106,7 +104,7 @@ def test_the_budget_is_shared_first_come_first_served():
     engine = Engine(max_num_seqs=4, max_num_batched_tokens=10)
     for name, prompt in (("a", 6), ("b", 3), ("c", 5)):
         engine.add(name, prompt=prompt)
-    assert computed(engine.step()) == {"a": [6], "b": [3]}  # c does not fit into what is left: it gets a step of its own
+    assert computed(engine.step()) == {"a": [6], "b": [3]}  # c does not fit into what is left, and waits
     assert computed(engine.step()) == {"a": [1], "b": [1], "c": [5]}
 
 

@@ -101,9 +101,7 @@ def check(load: Load, run: Run) -> None:
     got = [len(tokens) for tokens in run.tokens]
     wrong = sum(a != b for a, b in zip_longest(got, load.outputs))
     if wrong:
-        raise RuntimeError(
-            f"load {load.name}: wrong number of tokens for {wrong} of {len(load.outputs)} requests"
-        )
+        raise RuntimeError(f"load {load.name}: wrong number of tokens for {wrong} of {len(load.outputs)} requests")
 
 
 def agreement(one: Run, other: Run) -> int:

@@ -143,6 +143,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(NOTES)
     for name, reason in report["left_out"].items():
         print(f"left out: {LABELS[name]}: {reason}")
+    for name, reason in report["failed"].items():
+        print(f"failed: {name}: {reason}")
 
 
 def plain_table(lines: list[list[str]]) -> list[str]:

@@ -48,9 +48,7 @@ class Worker:
         except (EOFError, ConnectionError):
             self._process.join(5)
             code = self._process.exitcode
-            raise ContenderFailed(
-                f"{LABELS[self.name]}: its process died (exit code {code}): out of memory?"
-            ) from None
+            raise ContenderFailed(f"{LABELS[self.name]}: its process died (exit code {code}): out of memory?") from None
         if isinstance(answer, str):
             raise ContenderFailed(f"{LABELS[self.name]}: {answer}")
         return answer

@@ -1,0 +1,145 @@
+"""A model that does nothing but remember, and what it should say. See recall.py for how it is used.
+
+`RecallRunner` takes the place of the runner. Its keys and values are plain Python: the entry of a slot is the
+(token, position) that was computed there, and a digest of all that this token read of the positions before it,
+as a deeper layer's would be. The next token is a hash of everything read back through the page table, so one
+wrong slot anywhere, or one right slot too late, and the output is another. A slot that was freed, or never
+written, must not be read at all.
+
+What a request should give is computed beside it by `expected`, from its true history and without any memory.
+"""
+
+from typing import Any
+
+from minipaged.beam_search import BeamSearch, BeamSearchParams
+from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.sampling_params import SampledToken
+from minipaged.sequence import Request
+
+Entry = tuple[int, int, int]  # token, position, digest of what it read
+NEVER, FREED = "never written", "freed"
+END, STOP, CUT, WORD = 0, 1, 2, 3  # end of text, a stop token, a token that completes a stop string, the others
+ODDS = 60  # one token in so many is END, one STOP, and one CUT
+
+
+# --- the model ------------------------------------------------------------------------------------------------
+
+
+def read_on(digest: int, token: int, position: int, past: int) -> int:
+    """The digest of a context and one more entry."""
+    return hash((digest, token, position, past))
+
+
+def next_token(digest: int, seed: int, sample: int, prompt: list[int], output: list[int], forbidden: Any) -> int:
+    number = hash((digest, seed, sample, tuple(prompt), tuple(output)))
+    kind = number % ODDS
+    return kind if kind < WORD and kind not in forbidden else WORD + number // ODDS % 1_000_000
+
+
+def best_tokens(digest: int, count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens with falling log-probabilities; now and then there are stop tokens among them."""
+    best, logprob = [], 0.0
+    for rank in range(count):
+        number = hash((digest, rank))
+        logprob -= 0.01 + (number >> 16) % 65536 / 65536
+        special = number % 20 if number % 20 in (END, STOP) else None
+        token = 100 * (number % 1_000_003) + rank + WORD
+        best.append((token if special is None or special in dict(best) else special, logprob))
+    return best
+
+
+class RecallRunner:
+    """`execute(plan)` like ModelRunner, but it remembers instead of computing."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_cpu_blocks: int):
+        self.gpu: list[list[Any]] = [[NEVER] * block_size for _ in range(num_blocks)]
+        self.cpu: list[list[Any]] = [[NEVER] * block_size for _ in range(num_cpu_blocks)]
+        self.block_size = block_size
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        self._move(plan)
+        for s in plan.sequences:  # a first layer: all write before any reads
+            for position, (token, slot) in enumerate(zip(s.token_ids, s.slots, strict=True), s.start):
+                self._write(slot, (token, position, 0))
+        output = StepOutput()
+        for s in plan.sequences:  # and a second: what was read becomes part of what is written
+            digest = self._read(s)
+            if d := s.draw:
+                output.tokens[s.seq_id] = [
+                    SampledToken(
+                        next_token(digest, d.seed, d.index + i, d.prompt_token_ids, d.output_token_ids, d.forbidden)
+                    )
+                    for i in range(d.num_draws)
+                ]
+            if s.num_candidates:
+                output.candidates[s.seq_id] = best_tokens(digest, s.num_candidates)
+        return output
+
+    def _move(self, plan: StepPlan) -> None:
+        for source, target in plan.swap_out:
+            self.cpu[target] = self.gpu[source].copy()
+        for block in plan.freed:
+            self.gpu[block] = [FREED] * self.block_size
+        for source, target in plan.swap_in:
+            self.gpu[target], self.cpu[source] = self.cpu[source], [FREED] * self.block_size
+        for source, target in plan.copies:
+            self.gpu[target] = self.gpu[source].copy()
+
+    def _write(self, slot: int, entry: Entry) -> None:
+        self.gpu[slot // self.block_size][slot % self.block_size] = entry
+
+    def _read(self, s: ScheduledSequence) -> int:
+        entries = [entry for block in s.block_table for entry in self.gpu[block]][: s.context_len]
+        assert len(entries) == s.context_len, f"{s}: the page table is too short"
+        digest = 0
+        for where, entry in enumerate(entries):
+            assert isinstance(entry, tuple), f"{s}: position {where} reads a slot that was {entry}"
+            token, position, past = entry
+            if where >= s.start:
+                past = digest
+                self._write(s.slots[where - s.start], (token, position, past))
+            digest = read_on(digest, token, position, past)
+        return digest
+
+
+# --- what should come out -------------------------------------------------------------------------------------
+
+
+def digest_of(tokens: list[int], start: int = 0, digest: int = 0) -> int:
+    for position, token in enumerate(tokens, start):
+        digest = read_on(digest, token, position, digest)
+    return digest
+
+
+def expected(request: Request) -> list[tuple[list[int], str | None]]:
+    """(tokens, finish reason) of each output of a request that nobody aborts."""
+    if isinstance(request.params, BeamSearchParams):
+        return [(list(h.token_ids), h.finish_reason) for h in expected_search(request).hypotheses()]
+    return [expected_sample(request, index) for index in range(request.params.n)]
+
+
+def expected_sample(request: Request, index: int) -> tuple[list[int], str]:
+    prompt, output = request.prompt_token_ids, []
+    digest = digest_of(prompt)
+    while True:
+        forbidden = request.stop_ids if len(output) < request.params.min_tokens else ()
+        token = next_token(digest, request.seed, index, prompt, output, forbidden)
+        output.append(token)
+        if token in request.stop_ids:
+            return output, "stop"
+        if len(output) == request.max_tokens:
+            return output, "length"
+        if token == CUT:
+            return output, "cut"
+        digest = digest_of([token], len(prompt) + len(output) - 1, digest)
+
+
+def expected_search(request: Request) -> BeamSearch:
+    search = BeamSearch(request.params, request.max_tokens, request.eos_token_ids)
+    digests = {(): digest_of(request.prompt_token_ids)}
+    while not search.done:
+        search.advance([best_tokens(digests[b.token_ids], search.num_candidates) for b in search.running])
+        for tokens, _ in search.running:
+            at = len(request.prompt_token_ids) + len(tokens) - 1
+            digests[tokens] = digest_of([tokens[-1]], at, digests[tokens[:-1]])
+    return search
