@@ -1,7 +1,6 @@
 """The command line: `python -m minipaged.generate [PROMPT ...]`.
 
-Reading order: options.py (the flags), prompts.py (what is asked), this file (what is done), report.py (what
-is said), snapshot.py and draw.py (what is drawn), watch.py and trace.py (where it goes).
+This file is what is done; the flags, what is asked, said and drawn are in terminal/, and trace.py keeps it.
 """
 
 import argparse
@@ -14,12 +13,12 @@ from typing import IO, TYPE_CHECKING
 from rich.console import Console
 
 from minipaged.memory import KVCacheManager
-from minipaged.options import HINTS, BadInput, parse
-from minipaged.prompts import Job, NoPrompt, for_each, read_jobs
-from minipaged.report import Results, ignore_closed_pipe, show_account
 from minipaged.scheduler import Scheduler
+from minipaged.terminal.options import HINTS, BadInput, parse
+from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
+from minipaged.terminal.report import Results, ignore_closed_pipe, show_account
+from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
 from minipaged.trace import TraceError, TraceWriter
-from minipaged.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.engine import LLM

@@ -16,8 +16,8 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minipaged.draw import picture
-from minipaged.snapshot import Observer, Snapshot
+from minipaged.terminal.draw import picture
+from minipaged.terminal.snapshot import Observer, Snapshot
 
 if TYPE_CHECKING:  # reading a trace must not load PyTorch
     from minipaged.engine import LLM

@@ -12,10 +12,10 @@ from rich.console import Console
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.draw import block_map, page_tables, picture
 from minipaged.memory import KVCacheManager, NoSpace
-from minipaged.snapshot import Observer, Snapshot, letters
-from minipaged.watch import EventLines, ProgressLine, Watch, can_draw
+from minipaged.terminal.draw import block_map, page_tables, picture
+from minipaged.terminal.snapshot import Observer, Snapshot, letters
+from minipaged.terminal.watch import EventLines, ProgressLine, Watch, can_draw
 
 
 def plain(lines):

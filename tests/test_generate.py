@@ -16,7 +16,7 @@ from tiny_model import make_folder
 from minipaged import LLM, SamplingParams
 from minipaged.beam_search import BeamSearchParams
 from minipaged.generate import main
-from minipaged.options import HINTS
+from minipaged.terminal.options import HINTS
 
 POOL = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "16", "--max-tokens", "8"]
 

@@ -7,9 +7,9 @@ import torch
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.draw import picture
 from minipaged.generate import main as generate
-from minipaged.snapshot import request_of
+from minipaged.terminal.draw import picture
+from minipaged.terminal.snapshot import request_of
 from minipaged.trace import TraceError, TraceWriter, main, read_trace
 
 

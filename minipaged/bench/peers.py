@@ -101,10 +101,10 @@ class Continuous:
     before the clock starts and holds all requests whole: nothing waits for memory. Block sharing is off, since
     random prompts share nothing. All requests stand in the queue when it starts, and all may run at once.
 
-    Its SDPA path gathers the keys of all requests in the step into one row, lets every query look at all of them,
-    and masks what isn't the query's own: the cost grows with the square of the batch. Between 128 and 1024,
-    MAX_BATCH_TOKENS made no difference to it, and neither did 16 requests at a time instead of 32. What did, by
-    15 % in fp32, is transformers' own switch that spares it from repeating keys for each query head.
+    Its SDPA path gathers the keys of all requests in the step into one row, lets every query look at all of
+    them, and masks what isn't the query's own: the cost grows with the square of the batch. Yet fewer requests
+    at a time gained nothing, nor did a MAX_BATCH_TOKENS of 128 to 1024. What gained some 15 % in fp32 is
+    transformers' own switch that spares it from repeating keys and values for each query head.
 
     kv_bytes: its pool.
     """

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minipaged.beam_search import BeamSearchParams
-from minipaged.options import MAX_TOKENS, TEMPERATURE, BadInput
 from minipaged.sampling_params import SamplingParams
+from minipaged.terminal.options import MAX_TOKENS, TEMPERATURE, BadInput
 
 T = TypeVar("T")
 R = TypeVar("R")

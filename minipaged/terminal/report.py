@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minipaged.snapshot import letters
+from minipaged.terminal.snapshot import letters
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import
     from minipaged.outputs import CompletionOutput, RequestOutput
-    from minipaged.prompts import Job
     from minipaged.stats import EngineStats
+    from minipaged.terminal.prompts import Job
 
 # What a terminal would obey instead of showing it; a model can write anything.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\ufffd")

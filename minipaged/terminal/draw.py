@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from rich.text import Text
 
-from minipaged.snapshot import Snapshot, Table, request_of
+from minipaged.terminal.snapshot import Snapshot, Table, request_of
 
 COLORS = ("cyan", "green", "yellow", "magenta", "bright_blue", "orange1",
           "bright_cyan", "bright_green", "khaki1", "plum2", "sky_blue1", "light_salmon1")  # fmt: skip

@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from minipaged.draw import picture
-from minipaged.snapshot import Observer
+from minipaged.terminal.draw import picture
+from minipaged.terminal.snapshot import Observer
 
 if TYPE_CHECKING:  # PyTorch is not needed to wait for PyTorch
     from minipaged.engine import LLM
