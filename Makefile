@@ -1,6 +1,6 @@
 # make run    set up, then let the real model answer a few prompts from paged memory
 # make test   set up, then run all tests
-# make bench  this engine beside others on the same weights (about ten minutes)
+# make bench  this engine beside others on the same weights (long: half an hour on two cores)
 # make lint   style and types
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ RUN    := $(VENV)/bin/python -m
 .PHONY: run test bench lint clean
 
 run: $(READY)
-	$(RUN) minipaged.generate --n 2 --temperature 0.8 --seed 1 --max-tokens 48 --stats \
+	$(RUN) minipaged.generate --n 2 --temperature 0.3 --seed 1 --max-tokens 48 --num-blocks 24 --stats \
 	  "What is the capital of France?" "Write one sentence about the sea." "Why is the sky blue?"
 
 test: $(READY)

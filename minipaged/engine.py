@@ -190,8 +190,9 @@ class LLM:
 
     def _add_all(self, prompts: list[Prompt], params: Params | Many[Params]) -> list[str]:
         ids: list[str] = []
+        each = one_for_each(params, prompts)
         try:
-            for prompt, one in zip(prompts, one_for_each(params, prompts), strict=True):
+            for prompt, one in zip(prompts, each, strict=True):
                 ids.append(self.add_request(prompt, one))
         except Exception as error:
             for request_id in ids:

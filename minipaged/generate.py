@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return ignore_closed_pipe()
+    except OSError as error:  # a full disk below standard output, say
+        print(f"minipaged.generate: error: {error}", file=sys.stderr)
+        ignore_closed_pipe()
+        return 1
 
 
 def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:

@@ -37,32 +37,34 @@ class Scenario:
     doomed: list[Request] = field(default_factory=list)  # aborted as soon as they are swapped out
 
 
-def random_request(rng: random.Random, number: int, longest: int, widest: int) -> Request:
+def random_request(rng: random.Random, index: int, longest: int, widest: int) -> Request:
     length = rng.randint(1, rng.choice([4, longest]))
     limit = rng.choice([rng.randint(1, 4), rng.randint(1, longest), longest])
     stops = rng.choice([None, [STOP], [STOP, 77]])
     common: dict[str, Any] = {"max_tokens": limit, "stop_token_ids": stops, "ignore_eos": rng.random() < 0.5}
     params: SamplingParams | BeamSearchParams
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         early = rng.choice([False, True, "never"])
         params = BeamSearchParams(rng.randint(1, widest), **common, early_stopping=early)
     else:
         n = rng.choice([1, rng.randint(1, widest)])
         params = SamplingParams(n=n, **common, min_tokens=rng.choice([0, 0, rng.randint(0, limit)]))
     prompt = [rng.randint(WORD, 1_000_000) for _ in range(length)]
-    return Request(f"r{number}", number, prompt, params, limit, frozenset({END}), seed=rng.getrandbits(31))
+    return Request(f"r{index}", index, prompt, params, limit, frozenset({END}), seed=rng.getrandbits(31))
 
 
 def scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 4, 8, 16])
-    longest, widest = rng.choice([6, 12, 24]), rng.choice([1, 2, 4, 6])
-    requests = [random_request(rng, number, longest, widest) for number in range(rng.choice([1, 4, 8]))]
+    harsh = rng.random() < 0.4  # wide requests that all want the smallest pool, and steps that can do little
+    longest, widest = (12, rng.randint(2, 4)) if harsh else (rng.choice([6, 12, 24]), rng.choice([1, 2, 4, 6]))
+    number = 6 if harsh else rng.choice([1, 4, 8])
+    requests = [random_request(rng, index, longest, widest) for index in range(number)]
     spread = rng.choice([0, 3, 20])
     arrivals = sorted(rng.randint(0, spread) for _ in requests)
     need = max(r.most_blocks(block_size) for r in requests)
-    num_blocks = need + rng.choice([0, 0, 1, rng.randint(0, need), 4 * need])
-    max_num_seqs = max(r.width for r in requests) + rng.choice([0, 4, 16])
+    num_blocks = need + (rng.choice([0, 0, 1, rng.randint(0, need), 4 * need]) if not harsh else 0)
+    max_num_seqs = max(r.width for r in requests) + rng.choice([0, 4, 16] if not harsh else [6])
     result = Scenario(
         memory={
             "num_blocks": num_blocks,
@@ -72,9 +74,9 @@ def scenario(seed: int) -> Scenario:
         },
         scheduler={
             "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 4, 16, 60]),
+            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 4] if harsh else [0, 1, 4, 16, 60]),
             "preemption": rng.choice(["auto", "recompute", "swap"]),
-            "watermark": rng.choice([0.0, 0.0, 0.01, 0.2, 0.7]),
+            "watermark": 0.0 if harsh else rng.choice([0.0, 0.01, 0.2, 0.7]),
         },
         requests=requests,
         arrivals=arrivals,
@@ -82,7 +84,7 @@ def scenario(seed: int) -> Scenario:
     for request, arrival in zip(requests, arrivals, strict=True):
         if rng.random() < 0.2:
             result.aborts.setdefault(arrival + rng.randint(0, 25), []).append(request)
-        elif rng.random() < 0.1:
+        elif rng.random() < 0.25:
             result.doomed.append(request)
     return result
 
@@ -157,6 +159,7 @@ class Run:
         self.say(show(plan))
         check_plan(plan, self)
         output = self.runner.execute(plan)
+        self.check_free_blocks()
         live = {s.seq_id for r in self.given.requests for s in r.live}
         changed = self.scheduler.update(plan, output)
         self.memory.check()
@@ -170,6 +173,13 @@ class Run:
                     self.scheduler.finish(request, seq, "cut")
                     self.seen["cut"] += 1
         self.memory.check()
+
+    def check_free_blocks(self) -> None:
+        """What was freed was poisoned, so that nobody can read it unnoticed."""
+        here = [seq_id for seq_id in self.memory.sequences() if not self.memory.is_swapped(seq_id)]
+        held = {block for seq_id in here for block in self.memory.block_table(seq_id)}
+        for block, entries in enumerate(self.runner.gpu):
+            assert block in held or not any(isinstance(e, tuple) for e in entries), f"free block {block} is no poison"
 
     def count(self, plan: StepPlan, before: set[int]) -> None:
         seen, by_id = self.seen, {r.request_id: r for r in self.given.requests}

@@ -121,11 +121,12 @@ def expected(request: Request) -> list[tuple[list[int], str | None]]:
 def expected_sample(request: Request, index: int) -> tuple[list[int], str]:
     prompt, output = request.prompt_token_ids, []
     digest = digest_of(prompt)
+    stops = {*(request.params.stop_token_ids or ()), *(() if request.params.ignore_eos else [END])}
     while True:
-        forbidden = request.stop_ids if len(output) < request.params.min_tokens else ()
+        forbidden = stops if len(output) < request.params.min_tokens else ()
         token = next_token(digest, request.seed, index, prompt, output, forbidden)
         output.append(token)
-        if token in request.stop_ids:
+        if token in stops:
             return output, "stop"
         if len(output) == request.max_tokens:
             return output, "length"

@@ -74,8 +74,10 @@ def test_the_whole_run(result):
         assert 0 < row["time_to_first_token"] < row["seconds"]
         assert row["peak_bytes"] > 50e6
     assert data["failed"] == data["left_out"] == {}
-    assert progress.count("tok/s in") == 2 * 2 * 3  # loads, rounds, contenders
-    turns = [line.split(": ")[1] for line in progress.splitlines() if "round" in line and "mixed" in line]
+    lines = progress.splitlines()
+    assert lines[0].startswith("fp32: loading minipaged, transformers, ")
+    assert [("tok/s in" in line) for line in lines[1:]] == [True] * (2 * 2 * 3)  # loads, rounds, contenders
+    turns = [line.split(": ")[1] for line in lines if "round" in line and "mixed" in line]
     assert turns == 2 * list(dict.fromkeys(turns))  # interleaved
 
 

@@ -525,7 +525,7 @@ def test_a_bad_request_is_refused_and_none_of_the_call_runs(llm, prompt, params,
 
 
 def test_params_are_one_for_all_or_one_for_each(llm, greedy):
-    with pytest.raises(ValueError, match="2 prompts but 3 params: give one for all or one for each"):
+    with pytest.raises(ValueError, match="^2 prompts but 3 params: give one for all or one for each"):
         llm.generate(PROMPTS[:2], [GREEDY] * 3)
     with pytest.raises(ValueError, match="params must be SamplingParams or BeamSearchParams, not 5"):
         llm.generate(PROMPTS[:2], [GREEDY, 5])

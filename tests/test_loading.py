@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minipaged.models import ModelError, fetch, load, load_model, open_checkpoint
 from minipaged.models.checkpoint import check_tensors
 from minipaged.models.fetch import fetch_smollm2
+from minipaged.models.gguf_header import read_gguf
 from minipaged.models.gguf_tokenizer import build_tokenizer
 
 SENTENCES = [
@@ -252,10 +253,11 @@ def test_truncated_safetensors(make_folder, keep):
         assert ("it ends before the end of tensor model." in message) and (keep != -1 or last in message)
 
 
-def test_quantized_tensors_are_refused(make_folder):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused(make_folder, dtype):
     folder = make_folder()
-    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
-    assert "model.norm.weight is torch.int8" in refused(folder)
+    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).to(dtype)}))
+    assert f"model.norm.weight is {dtype}" in refused(folder)
 
 
 class Bomb:
@@ -568,6 +570,26 @@ def test_truncated_gguf_names_the_tensor(tmp_path, backend):
     file.write_bytes(data[:-40000])
     message = refused(file)
     assert str(file) in message and "damaged" in message and "tensor blk." in message
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        (33, 8, "rows of 33 weights are not whole blocks of 32"),
+        (32, 999, "999"),
+        (2**40, 8, "too small"),
+        (64, 8, None),
+    ],
+)
+def test_gguf_tensors_that_cannot_be(tmp_path, row, kind, reason):
+    file = tmp_path / "m.gguf"
+    tensor = struct.pack("<Q1sIQIQ", 1, b"t", 1, row, kind, 0)
+    file.write_bytes((struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + tensor).ljust(64 + 68, b"\0"))
+    if reason is None:
+        assert read_gguf(file)[1]["t"].shape == (row,)
+        return
+    with pytest.raises(ModelError, match=f"m.gguf is truncated, damaged or no GGUF file: tensor t: .*{reason}"):
+        read_gguf(file)
 
 
 def test_damaged_gguf_headers_are_refused_quickly(tmp_path, backend):

@@ -7,11 +7,13 @@ engine doesn't use either.
 """
 
 import os
+import threading
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
@@ -19,6 +21,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils import logging
 
 from minipaged.bench.contenders import Options
 from minipaged.bench.loads import Load, Run
@@ -27,6 +30,8 @@ from minipaged.runner import DTYPES
 
 def load_model(options: Options):
     """The model in evaluation mode, from a .gguf file or a folder; never from a pickle."""
+    logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and complained about if one is killed
     path, dtype = Path(options.model), DTYPES[options.dtype]
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
     if path.is_file():
@@ -37,8 +42,9 @@ def load_model(options: Options):
     return model.eval()
 
 
-def greedy(max_new_tokens: int | None = None) -> GenerationConfig:
-    return GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=max_new_tokens)
+def greedy(**more) -> GenerationConfig:
+    """No sampling, and no end: the most tokens are told at each call."""
+    return GenerationConfig(do_sample=False, pad_token_id=0, **more)
 
 
 class Static:
@@ -121,7 +127,7 @@ class Continuous:
     def run(self, load: Load) -> Run:
         blocks = load.blocks(self.PAGE_SIZE)
         manager = self.model.init_continuous_batching(
-            generation_config=greedy(max(load.outputs)),
+            generation_config=greedy(max_new_tokens=max(load.outputs), eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=self.PAGE_SIZE,
                 num_blocks=blocks,

@@ -129,7 +129,7 @@ def print_report(report: dict[str, Any]) -> None:
     """The table, in colour on a terminal and plain in a pipe; the machine above it, the split below."""
     info = report["machine"]
     print(
-        f"{report['model']}, {info['threads']} threads on {info['cpu']} ({info['cores']} cores), "
+        f"{report['model']} in {info['threads']} of {info['cores']} cores of {info['cpu']}, "
         f"torch {info['torch']}, transformers {info['transformers'] or 'not installed'}"
     )
     cells = [[show(row) for show in COLUMNS.values()] for row in report["results"]]
