@@ -20,13 +20,15 @@ from minipaged.beam_search import BeamSearchParams
 from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
 from minipaged.memory import KVCacheManager
 from minipaged.models import load
-from minipaged.outputs import CompletionOutput, RequestOutput, SequenceText, beam_outputs, sampled_output
+from minipaged.outputs import RequestOutput, SequenceText, beam_outputs, sampled_output
 from minipaged.plan import StepOutput, StepPlan
 from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve
 from minipaged.sampling_params import SamplingParams
 from minipaged.scheduler import RequestRefused, Scheduler
 from minipaged.sequence import Request, Sequence
 from minipaged.stats import EngineStats, Peak, choose_num_blocks
+
+Outputs = Iterator[RequestOutput]
 
 
 class LLM:
@@ -102,15 +104,13 @@ class LLM:
         """
         ids = self._add_all(as_list(prompts), params or SamplingParams())
         finished = {output.request_id: output for output in self._run(ids) if output.finished}
-        return [finished[request_id] for request_id in ids]
+        return [finished[request_id] for request_id in ids if request_id in finished]  # not those aborted meanwhile
 
-    def stream(
-        self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None
-    ) -> Iterator[RequestOutput]:
+    def stream(self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None) -> Outputs:
         """Like generate, but yields the state of a request after each step that gave it new tokens."""
         yield from self._run(self._add_all(as_list(prompts), params or SamplingParams()))
 
-    def _run(self, request_ids: list[str]) -> Iterator[RequestOutput]:
+    def _run(self, request_ids: list[str]) -> Outputs:
         mine = set(request_ids)
         try:
             while mine:
@@ -216,7 +216,7 @@ class LLM:
                 f"the prompt has {len(token_ids)} tokens, and with at least one output token "
                 f"the most is {self.max_model_len} (max_model_len)"
             )
-        seed = params.seed if isinstance(params, SamplingParams) and params.seed is not None else None
+        seed = getattr(params, "seed", None)
         request = Request(
             request_id=name,
             arrival=self._arrivals,
@@ -238,24 +238,18 @@ class LLM:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
             self._num_prompt_tokens += len(request.prompt_token_ids)
-        outputs = self._beams(request) if request.search else self._samples(request)
+        if request.search:
+            outputs = beam_outputs(request, self.tokenizer)
+            self._num_output_tokens += sum(len(o.token_ids) for o in outputs) if request.finished else 0
+        else:
+            outputs = [sampled_output(seq, self._read(request, seq)) for seq in request.sequences]
         if request.finished:
             metrics.finished_time = now
             self._num_finished += 1
             del self._requests[request.request_id]
             self._forget_texts(request)
-        return RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, outputs, request.finished, metrics
-        )
-
-    def _beams(self, request: Request) -> list[CompletionOutput]:
-        outputs = beam_outputs(request, self.tokenizer)
-        if request.finished:
-            self._num_output_tokens += sum(len(o.token_ids) for o in outputs)
-        return outputs
-
-    def _samples(self, request: Request) -> list[CompletionOutput]:
-        return [sampled_output(seq, self._read(request, seq)) for seq in request.sequences]
+        name, ids = request.request_id, request.prompt_token_ids
+        return RequestOutput(name, request.prompt, ids, outputs, request.finished, metrics)
 
     def _read(self, request: Request, seq: Sequence) -> SequenceText:
         """The text of a sequence, up to date with its tokens; may end the sequence at a stop string."""

@@ -16,7 +16,11 @@ from tiny_model import make_folder
 from minipaged import LLM, SamplingParams
 from minipaged.beam_search import BeamSearchParams
 from minipaged.generate import main
-from minipaged.terminal.options import HINTS
+from minipaged.outputs import CompletionOutput, RequestOutput
+from minipaged.sequence import RequestMetrics
+from minipaged.terminal.options import HINTS, parse_bytes
+from minipaged.terminal.prompts import Job
+from minipaged.terminal.report import Results
 
 POOL = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "16", "--max-tokens", "8"]
 
@@ -197,6 +201,28 @@ def test_scarce_memory_changes_no_answer(run):
         status, out, err = run(*flags, "--debug", "--stats", pool=pool)
         assert (status, out) == (0, plenty)
         assert "preemptions" in err and "0 by recompute, 0 by swap" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("2GB", 2 * 10**9), ("512MiB", 2**29), ("1.5 gib", 3 * 2**29), ("3k", 3000), ("7B", 7)],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_a_terminal_is_not_told_what_to_do():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    text = "red:\x1b[31m bell:\a tab:\t é \x9b"
+    output = RequestOutput("0", "", [1], [CompletionOutput(0, text, [2])], True, RequestMetrics())
+    for file, shown in ((Terminal(), "red:\ufffd[31m bell:\ufffd tab:\t é \ufffd\n"), (io.StringIO(), text + "\n")):
+        results = Results([Job("a", SamplingParams(), "prompt 1")], file, as_json=False, streaming=True)
+        results.add(output)
+        results.close()
+        assert file.getvalue() == shown
 
 
 def test_size_in_bytes(run, llm):
