@@ -23,7 +23,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # fork would take over half-dead threads
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, options), daemon=True)
-        with _ctrl_c_ignored():  # the child inherits that: a Ctrl-C is for the parent, which then ends it
+        with _inherited():
             self._process.start()
         theirs.close()
 
@@ -61,19 +61,21 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _ctrl_c_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _inherited():
+    """What a process that starts now is born with: deaf to Ctrl-C, which the parent hears, and quiet."""
+    environment, handler = os.environ.copy(), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # read when they are imported
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        os.environ.clear()
+        os.environ.update(environment)
+        signal.signal(signal.SIGINT, handler)
 
 
 def serve(connection, name: str, options: Options) -> None:
     """Load the contender, send None; then send a Run for each Load, until the parent goes away."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is for the results
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     try:
         contender = build(name, options)
         connection.send(None)

@@ -14,8 +14,8 @@ minipaged answers prompts with a language model whose memory is paged. Try:
   python -m minipaged.generate --raw "Once upon a time" --seed 1
   python -m minipaged.generate "A name for a cat?" --n 3 --stats
   python -m minipaged.generate "A name for a cat?" --beam-width 4
-  python -m minipaged.generate "Tell a joke." "Count to 20." --n 3 \\
-      --max-tokens 60 --num-blocks 24 --watch
+  python -m minipaged.generate "Tell a story." "What is love?" --n 3 \\
+      --max-tokens 60 --num-blocks 20 --watch
   python -m minipaged.generate --prompts-file prompts.txt --json
   echo "Say hello" | python -m minipaged.generate
 
