@@ -40,11 +40,12 @@ def new_cache(
     layers: int, num_blocks: int, block_size: int, kv_heads: int, head_size: int,
     dtype: torch.dtype, device: torch.device | str = "cpu",
 ) -> Tensor:  # fmt: skip
-    """Keys and values of N blocks for all layers: [L, 2, G, N, B, D], zeroed.
+    """Keys and values of N blocks for all layers: [L, 2, G, N, B, D], not initialised.
 
+    A slot is never read before it is written, so the system need not give memory to blocks that are never used.
     Heads stand outside blocks, so that for one head a block is B D numbers in one piece.
     """
-    return torch.zeros(layers, 2, kv_heads, num_blocks, block_size, head_size, dtype=dtype, device=device)
+    return torch.empty(layers, 2, kv_heads, num_blocks, block_size, head_size, dtype=dtype, device=device)
 
 
 def write_kv(k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:

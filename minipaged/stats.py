@@ -71,18 +71,21 @@ def choose_num_blocks(
             raise ValueError(f"kv_cache_memory={budget}: one block takes {block_bytes} bytes")
     if num_blocks < 1:
         raise ValueError(f"num_blocks={num_blocks}: must be at least 1")
+    if num_blocks * block_bytes > (free := free_memory(device)):
+        wanted = num_blocks * block_bytes >> 20
+        raise ValueError(f"a pool of {num_blocks} blocks takes {wanted} MiB, and only {free >> 20} MiB are free")
     return num_blocks
 
 
 def default_kv_cache_memory(device: str) -> int:
     """A share of the bytes that are free now."""
+    return int((CUDA_SHARE if device.startswith("cuda") else CPU_SHARE) * free_memory(device))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a GPU or in main memory; where only the total is known (macOS), half of it."""
     if device.startswith("cuda"):
-        return int(CUDA_SHARE * torch.cuda.mem_get_info()[0])
-    return int(CPU_SHARE * free_memory())
-
-
-def free_memory() -> int:
-    """Bytes of main memory that are free; where only the total is known (macOS), half of it."""
+        return torch.cuda.mem_get_info()[0]
     try:
         with open("/proc/meminfo") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))

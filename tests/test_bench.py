@@ -1,5 +1,6 @@
 """The benchmark: its loads, its arithmetic, and a whole run on a tiny model through the real entry point."""
 
+import doctest
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minipaged.bench import __main__ as bench
 from minipaged.bench import loads, report, worker
+from minipaged.bench.contenders import Options
 from minipaged.bench.loads import Load, Run, make_load
 from minipaged.models.config import ModelConfig
 from minipaged.models.llama import Llama
@@ -226,8 +228,23 @@ def test_a_wrong_number_of_tokens_is_no_result(tokens):
         loads.check(load, made_up(tokens, 1.0))
 
 
+def test_a_contender_that_dies_is_told_from_one_that_is_slow(tiny):
+    contender = worker.Worker("minipaged", Options(str(tiny), "fp32", 1, 100, 256))
+    contender.wait()
+    os.kill(contender._process.pid, signal.SIGKILL)  # as the kernel does when memory runs out
+    with pytest.raises(worker.ContenderFailed, match=r"minipaged: its process died \(exit code -9\)"):
+        contender.run(make_load("batch8", 256, quick=True))
+    contender.close()
+
+
 def test_peak_memory_is_forgotten():
     torch.ones(50_000_000, dtype=torch.uint8)
     high = worker.peak_memory()
     worker.reset_peak_memory()
     assert worker.peak_memory() < high - 20_000_000 or sys.platform != "linux"
+
+
+def test_docstrings():
+    for module in (loads, report):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed

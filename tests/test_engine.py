@@ -408,6 +408,11 @@ def test_stop_token_ids(llm, greedy):
     assert (one.finish_reason, one.stop_reason) == ("stop", row[at])
 
 
+def test_a_pool_beyond_the_memory_is_refused(make):
+    with pytest.raises(ValueError, match=r"a pool of 10000000000 blocks takes \d+ MiB, and only \d+ MiB are free"):
+        make(num_blocks=10**10)
+
+
 def test_max_tokens_and_the_models_length(make, greedy):
     llm = make(max_model_len=40)
     outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=None, ignore_eos=True))

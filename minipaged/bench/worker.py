@@ -33,7 +33,8 @@ class Worker:
 
     def run(self, load: Load) -> Run:
         """Run a load. ContenderFailed if it breaks, or yields anything but what was asked for."""
-        self._connection.send(load)
+        with contextlib.suppress(ConnectionError):  # if it died meanwhile, _receive finds that out
+            self._connection.send(load)
         run = self._receive()
         assert run is not None
         try:
