@@ -1,74 +1,88 @@
 """What the engine asks of the hardware: tensors in, tensors out. Imports nothing of minipaged.
 
     reference.py         each kernel in the plainest PyTorch that is right; all others are tested against it
-    torch_attention.py   paged attention in PyTorch, fast on a CPU
-    linear.py            products with weights packed for the machine
+    torch_backend.py     the backend that needs nothing but PyTorch,
+    torch_attention.py     its paged attention, fast on a CPU,
+    linear.py              its products with weights packed for the machine
+    triton_*.py          Triton kernels, for a GPU (or Triton's interpreter)
+    cpu.cpp, cpp.py      C++ for a CPU, and how it is built and called
+    bench.py             python -m kernels.bench
 
-This file is the door: callers name what they want, not who does it.
+This file is the door: callers say what they want, and `load` who does it.
 """
 
-from dataclasses import dataclass, field
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from kernels import reference, torch_attention
+from kernels.batch import Batch, new_cache
 from kernels.linear import Linear, compute_dtype
-from kernels.reference import copy_blocks, move_blocks, rms_norm, rope, silu_and_mul
+from kernels.torch_backend import TorchBackend
 
-__all__ = [
-    "Batch", "Linear", "compute_dtype", "copy_blocks", "move_blocks", "new_cache", "paged_attention", "rms_norm",
-    "rope", "silu_and_mul", "write_kv",
-]  # fmt: skip
+__all__ = ["BACKENDS", "Backend", "Batch", "Linear", "Unavailable", "compute_dtype", "load", "new_cache"]
+
+Backend = TorchBackend  # all others extend it
+BACKENDS = ("auto", "torch", "triton", "cpp")
 
 
-@dataclass
-class Batch:
-    """One step's flat batch, as the kernels see it; no padding anywhere.
+class Unavailable(ValueError):
+    """A backend was asked for by name that can't run here; the message says why."""
 
-    All int64: slot_mapping [T], query_start [S+1], context_lens [S], block_tables [S, M].
+
+def say(line: str) -> None:
+    print(f"minipaged: {line}", file=sys.stderr, flush=True)
+
+
+def load(
+    name: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    folder: Path | None = None,
+    notice: Callable[[str], None] = say,
+) -> Backend:
+    """A backend for weights and a cache of `dtype` on `device`.
+
+    name: torch, triton, cpp; or auto: triton on a GPU, cpp on a CPU, and torch where these can't be had, which
+    `notice` is told in a line.
+    folder: where built libraries are kept; by default MINIPAGED_CACHE or ~/.cache/minipaged.
+    Raises Unavailable if it was asked for by name and can't be had, ValueError if there is no such name.
     """
-
-    slot_mapping: Tensor
-    query_start: Tensor
-    context_lens: Tensor
-    block_tables: Tensor
-    plan: torch_attention.AttentionPlan | None = field(default=None, repr=False)  # made by the first layer
-
-
-def new_cache(
-    layers: int, num_blocks: int, block_size: int, kv_heads: int, head_size: int,
-    dtype: torch.dtype, device: torch.device | str = "cpu",
-) -> Tensor:  # fmt: skip
-    """Keys and values of N blocks for all layers: [L, 2, G, N, B, D], not initialised.
-
-    A slot is never read before it is written, so the system need not give memory to blocks that are never used.
-    Heads stand outside blocks, so that for one head a block is B D numbers in one piece.
-    """
-    return torch.empty(layers, 2, kv_heads, num_blocks, block_size, head_size, dtype=dtype, device=device)
+    if name not in BACKENDS:
+        raise ValueError(f"kernels={name!r}: must be one of {', '.join(BACKENDS)}")
+    on_cpu = torch.device(device).type == "cpu"
+    wanted = name if name != "auto" else "cpp" if on_cpu else "triton"
+    try:
+        if wanted == "cpp":
+            return _cpp(on_cpu, dtype, folder, notice)
+        if wanted == "triton":
+            return _triton(device, dtype)
+    except Unavailable as error:
+        if name != "auto":
+            raise
+        notice(f"kernels in PyTorch, since {error}")
+    return TorchBackend(device, dtype)
 
 
-def write_kv(k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write keys and values [T, G, D] into the slots of one layer's cache [2, G, N, B, D]; -1 writes nothing."""
-    if slot_mapping.min() < 0:
-        kept = slot_mapping >= 0
-        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    keys, values = cache.flatten(2, 3)  # [G, N B, D]
-    keys.index_copy_(1, slot_mapping, k.transpose(0, 1).to(cache.dtype))
-    values.index_copy_(1, slot_mapping, v.transpose(0, 1).to(cache.dtype))
+def _cpp(on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None]) -> Backend:
+    from kernels.cpp import BuildFailed, CppBackend
+
+    if not on_cpu:
+        raise Unavailable("those in C++ are for a CPU")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise Unavailable(f"those in C++ compute fp32 and bf16, not {str(dtype).removeprefix('torch.')}")
+    folder = folder or Path(os.environ.get("MINIPAGED_CACHE") or "~/.cache/minipaged").expanduser()
+    try:
+        return CppBackend(dtype, folder / "kernels", notice)
+    except (BuildFailed, OSError) as error:
+        raise Unavailable(f"those in C++ can't be built: {error}") from None
 
 
-def paged_attention(q: Tensor, cache: Tensor, batch: Batch, scale: float) -> Tensor:
-    """Causal attention of q [T, H, D] over cache [2, G, N, B, D], through the page tables. Returns [T, H, D].
-
-    Contract: `reference.paged_attention`.
-    """
-    if q.device.type != "cpu":
-        return reference.paged_attention(
-            q, cache, batch.query_start, batch.context_lens, batch.block_tables, scale
-        )
-    if batch.plan is None:
-        batch.plan = torch_attention.AttentionPlan(
-            batch.query_start, batch.context_lens, batch.block_tables, q.shape[1], cache.shape
-        )
-    return torch_attention.paged_attention(q, cache, batch.plan, scale)
+def _triton(device: torch.device | str, dtype: torch.dtype) -> Backend:
+    try:
+        from kernels.triton_backend import TritonBackend
+    except ImportError:
+        raise Unavailable("Triton is not installed (pip install triton; it has Linux wheels only)") from None
+    return TritonBackend(device, dtype)

@@ -34,10 +34,13 @@ class Linear:
         if self.packed is not None:
             self.weight = self.packed
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """The product, or add_to plus the product, in place."""
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        else:
+            y = torch.nn.functional.linear(x, self.weight, self.bias)
+        return y if add_to is None else add_to.add_(y)
 
 
 def _pack(weight: Tensor) -> Tensor | None:

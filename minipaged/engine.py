@@ -16,10 +16,12 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import count
 
+from kernels import load as load_kernels
 from minipaged.beam_search import BeamSearchParams
 from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
 from minipaged.memory import KVCacheManager
 from minipaged.models import load
+from minipaged.models.fetch import cache_folder
 from minipaged.outputs import RequestOutput, SequenceText, beam_outputs, sampled_output
 from minipaged.plan import StepOutput, StepPlan
 from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve
@@ -37,6 +39,7 @@ class LLM:
     model: "smollm2", a folder in Hugging Face layout, a .gguf file, or a hub id.
     dtype: "auto" (fp32 on a CPU, bf16 on a GPU), "fp32", "bf16" or "fp16": of weights, keys and values.
     device: "auto" (a GPU if there is one), "cpu" or "cuda".
+    kernels: "auto", "torch", "triton" or "cpp": see `kernels.load`.
     block_size: token slots in a block.
     num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes; by default a share of what's free.
     num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has.
@@ -52,6 +55,7 @@ class LLM:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        kernels: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
@@ -71,7 +75,8 @@ class LLM:
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
         kind, device = resolve(dtype, device)
-        loaded = load(model, dtype=kind, device=device)
+        backend = load_kernels(kernels, device, kind, cache_folder())
+        loaded = load(model, kind, device, backend=backend)
         self.model_name = model
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self.max_model_len = min(max_model_len or loaded.config.max_model_len, loaded.config.max_model_len)

@@ -88,7 +88,7 @@ def _load(args: argparse.Namespace, console: Console) -> "LLM":
         from minipaged.engine import LLM
         from minipaged.models.fetch import fetch_smollm2
 
-    names = ["dtype", "device", "block_size", "num_blocks", "kv_cache_memory"]
+    names = ["dtype", "device", "kernels", "block_size", "num_blocks", "kv_cache_memory"]
     names += ["max_num_seqs", "max_num_batched_tokens", "preemption", "debug"]
     try:
         if args.model == "smollm2":

@@ -59,7 +59,7 @@ class ModelRunner:
         device: str = "cpu",
         debug: bool = False,
     ):
-        self.model = model
+        self.model, self.backend = model, model.backend
         self.device = device
         self.debug = debug
         self.block_size = block_size
@@ -92,13 +92,13 @@ class ModelRunner:
     def _move_memory(self, plan: StepPlan) -> None:
         """The order matters: out before freed blocks are poisoned or reused, in and copies before new tokens."""
         if plan.swap_out:
-            kernels.move_blocks(self.cache, self.cpu_cache, *self._pairs(plan.swap_out))
+            self.backend.move_blocks(self.cache, self.cpu_cache, *self._pairs(plan.swap_out))
         if self.debug and plan.freed:
             self.cache[:, :, :, plan.freed] = torch.nan
         if plan.swap_in:
-            kernels.move_blocks(self.cpu_cache, self.cache, *self._pairs(plan.swap_in))
+            self.backend.move_blocks(self.cpu_cache, self.cache, *self._pairs(plan.swap_in))
         if plan.copies:
-            kernels.copy_blocks(self.cache, *self._pairs(plan.copies))
+            self.backend.copy_blocks(self.cache, *self._pairs(plan.copies))
 
     def _pairs(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         source, target = torch.tensor(pairs).T

@@ -181,7 +181,7 @@ def test_poison_shows_memory_that_was_not_moved(make, monkeypatch, move):
     llm.generate(PROMPTS[:5], params)
     usage = llm.stats().memory
     assert usage.copies > 0 and usage.swapped_in_blocks > 0
-    monkeypatch.setattr(kernels, move, lambda *args: None)
+    monkeypatch.setattr(llm.runner.backend, move, lambda *args: None)
     with pytest.raises(ValueError, match="NaN"):
         llm.generate(PROMPTS[:5], params)
     assert_empty(llm)  # even so

@@ -90,7 +90,20 @@ def oracle(config: transformers.PreTrainedConfig):
     return model
 
 
-def ours(model, dtype=torch.float32):
+@pytest.fixture(params=["torch", "cpp"])
+def backend(request):
+    """A function dtype -> backend; skips where there is no C++ compiler."""
+
+    def make(dtype=torch.float32):
+        try:
+            return kernels.load(request.param, "cpu", dtype)
+        except kernels.Unavailable as error:
+            pytest.skip(str(error))
+
+    return make
+
+
+def ours(model, backend, dtype=torch.float32):
     """Our model with the weights of a transformers model, its config through JSON as a checkpoint has it."""
     config = ModelConfig.from_hf(json.loads(model.config.to_json_string()))
     architecture = {"llama": Llama, "gpt2": GPT2}[config.architecture]
@@ -98,7 +111,7 @@ def ours(model, dtype=torch.float32):
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]  # not stored in a checkpoint
     assert {name: tuple(w.shape) for name, w in weights.items()} == architecture.tensor_shapes(config)
-    built = architecture(config, weights)
+    built = architecture(config, weights, backend)
     assert not weights  # each tensor was taken out as it was used
     return built
 
@@ -156,9 +169,9 @@ LLAMAS = {
 
 
 @pytest.mark.parametrize("change", LLAMAS.values(), ids=LLAMAS.keys())
-def test_llama(change):
+def test_llama(change, backend):
     reference = oracle(transformers.LlamaConfig(**(SIZES | change)))
-    assert_same_logits(ours(reference), reference)
+    assert_same_logits(ours(reference, backend()), reference)
 
 
 RELATIVES = {
@@ -173,9 +186,9 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize("config", RELATIVES.values(), ids=RELATIVES.keys())
-def test_relatives_of_llama(config):
+def test_relatives_of_llama(config, backend):
     reference = oracle(config)
-    assert_same_logits(ours(reference), reference)
+    assert_same_logits(ours(reference, backend()), reference)
 
 
 GPT2S = {
@@ -192,10 +205,10 @@ GPT2S = {
 
 
 @pytest.mark.parametrize("change", GPT2S.values(), ids=GPT2S.keys())
-def test_gpt2(change):
+def test_gpt2(change, backend):
     sizes = {"vocab_size": 89, "n_positions": 64, "n_embd": 40, "n_layer": 3, "n_head": 5}
     reference = oracle(transformers.GPT2Config(**(sizes | change)))
-    assert_same_logits(ours(reference), reference)
+    assert_same_logits(ours(reference, backend()), reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -204,9 +217,9 @@ def test_gpt2(change):
     transformers.GPT2Config(vocab_size=89, n_positions=64, n_embd=40, n_layer=2, n_head=5),
 ], ids=["llama", "gpt2"])  # fmt: skip
 @torch.no_grad()
-def test_half_precision_is_roughly_right(config, dtype):
+def test_half_precision_is_roughly_right(config, dtype, backend):
     reference = oracle(config)
-    model = ours(reference, dtype)
+    model = ours(reference, backend(dtype), dtype)
     sequences = sequences_for(model.config.vocab_size)
     for got, tokens in zip(Paged(model, sequences, dtype).run(PLANS[1]), sequences, strict=True):
         want = reference(torch.tensor([tokens])).logits[0]
@@ -231,8 +244,8 @@ def smollm2_in_transformers():
 
 
 @torch.no_grad()
-def test_the_real_model(smollm2_in_transformers):
-    loaded = load("smollm2")
+def test_the_real_model(smollm2_in_transformers, backend):
+    loaded = load("smollm2", backend=backend())
     prompt = loaded.tokenizer.encode(PROMPT)
     text = smollm2_in_transformers.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[
         0

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+import kernels
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
-from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
+from minipaged.models.fetch import INSTEAD, cache_folder, fetch_from_hub, fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
@@ -44,16 +45,18 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    backend: kernels.Backend | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
     name_or_path: "smollm2" (fetched once, then kept), a folder, a .gguf file, or a hub id such as "gpt2".
     dtype: float32, bfloat16 or float16; the weights are converted to it.
+    backend: who computes; by default `kernels.load("auto", device, dtype)`.
     Raises ModelError for anything that is wrong with the name, the files or their contents.
     """
     checkpoint = open_checkpoint(name_or_path)
     tokenizer = checkpoint.tokenizer()
-    config, model = load_model(checkpoint, dtype, device, progress)
+    config, model = load_model(checkpoint, dtype, device, progress, backend)
     tokenizer.eos_token_ids = config.eos_token_ids
     return Loaded(config, model, tokenizer, checkpoint.generation_config)
 
@@ -78,6 +81,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    backend: kernels.Backend | None = None,
 ) -> tuple[ModelConfig, Model]:
     """The model alone. All names and shapes are checked before the first tensor is read."""
     if dtype not in DTYPES:
@@ -93,4 +97,5 @@ def load_model(
             weights[name] = checkpoint.tensor(stored, dtype).to(device)
             if progress:
                 progress(len(weights), len(expected))
-    return config, ARCHITECTURES[config.architecture](config, weights)
+    backend = backend or kernels.load("auto", device, dtype, cache_folder())
+    return config, ARCHITECTURES[config.architecture](config, weights, backend)

@@ -4,6 +4,8 @@ Symbols as in llama.py, with one kind of heads: T tokens in the batch, E hidden 
 H heads, D head size, F width of the MLP, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
@@ -24,13 +26,13 @@ def _norm(weights: dict[str, Tensor], name: str, dtype: torch.dtype) -> tuple[Te
 class GPT2Layer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], dtype: torch.dtype):
-        def linear(name: str) -> kernels.Linear:
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], backend: kernels.Backend):
+        def linear(name: str) -> Callable[..., Tensor]:
             weight, bias = _take(weights, f"{prefix}.{name}")  # Hugging Face's Conv1D: [in, out]
-            return kernels.Linear(weight.t().contiguous(), bias)
+            return backend.linear(weight.t().contiguous(), bias)
 
         prefix = f"transformer.h.{layer}"
-        self.config = config
+        self.config, self.backend, dtype = config, backend, backend.dtype
         self.scale = config.attention_scale(layer)
         self.activation = ACTIVATIONS[config.activation]
         self.attention_norm = _norm(weights, f"{prefix}.ln_1", dtype)
@@ -41,15 +43,16 @@ class GPT2Layer:
     def __call__(self, x: Tensor, layer_cache: Tensor, batch: kernels.Batch) -> Tensor:
         """x [T, E], changed in place. Returns x."""
         shape, eps = x.shape[-1:], self.config.norm_eps
-        x += self.attention(layer_norm(x, shape, *self.attention_norm, eps), layer_cache, batch)
-        x += self.down(self.activation(self.up(layer_norm(x, shape, *self.mlp_norm, eps))))
-        return x
+        attended = self.attention(layer_norm(x, shape, *self.attention_norm, eps), layer_cache, batch)
+        self.out(attended.flatten(1), add_to=x)
+        up = self.up(layer_norm(x, shape, *self.mlp_norm, eps))
+        return self.down(self.activation(up), add_to=x)
 
     def attention(self, x: Tensor, layer_cache: Tensor, batch: kernels.Batch) -> Tensor:
-        """x [T, E] -> [T, E]; writes this step's keys and values into the cache."""
+        """x [T, E] -> [T, H, D]; writes this step's keys and values into the cache."""
         q, k, v = self.qkv(x).view(len(x), 3, self.config.num_heads, -1).unbind(1)  # each [T, H, D]
-        kernels.write_kv(k, v, layer_cache, batch.slot_mapping)
-        return self.out(kernels.paged_attention(q, layer_cache, batch, self.scale).flatten(1))
+        self.backend.write_kv(k, v, layer_cache, batch)
+        return self.backend.paged_attention(q, layer_cache, batch, self.scale)
 
 
 class GPT2:
@@ -58,15 +61,14 @@ class GPT2:
     weights: the tensors of tensor_shapes(config); each is taken out of the dict as it is used.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
-        self.config = config
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: kernels.Backend):
+        self.config, self.backend, self.dtype = config, backend, backend.dtype
         self.embedding = weights.pop("transformer.wte.weight")  # [V, E]
         self.position_embedding = weights.pop("transformer.wpe.weight")  # [max_model_len, E]
-        self.dtype = kernels.compute_dtype(self.embedding.dtype, self.embedding.device)
-        self.layers = [GPT2Layer(config, layer, weights, self.dtype) for layer in range(config.num_layers)]
+        self.layers = [GPT2Layer(config, layer, weights, backend) for layer in range(config.num_layers)]
         self.norm = _norm(weights, "transformer.ln_f", self.dtype)
         tied = config.tie_word_embeddings
-        self.head = kernels.Linear(self.embedding if tied else weights.pop("lm_head.weight"))
+        self.head = backend.linear(self.embedding if tied else weights.pop("lm_head.weight"))
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
         """input_ids and positions [T], cache [L, 2, H, N, B, D] -> hidden [T, E], after the final norm."""

@@ -6,6 +6,8 @@ Nothing here knows about sequences, prefill or decode: only attention looks at
 other tokens, and it finds them through the batch's page tables.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,26 +15,28 @@ import kernels
 from minipaged.models.config import ModelConfig
 from minipaged.models.rope import Rope, RopeConfig
 
+Linear = Callable[..., Tensor]
+
 
 class LlamaLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], backend: kernels.Backend):
         def take(name: str) -> Tensor:
             return weights.pop(f"model.layers.{layer}.{name}")
 
         def norm(name: str) -> Tensor:
-            return take(f"{name}.weight").to(dtype)
+            return take(f"{name}.weight").to(backend.dtype)
 
         def stack(names: tuple[str, ...], kind: str) -> Tensor:
             tensors = [take(f"{name}.{kind}") for name in names]
             return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
-        def linear(*names: str, bias: bool) -> kernels.Linear:
+        def linear(*names: str, bias: bool) -> Linear:
             """One Linear for all that read the same input: one large product is faster than small ones."""
-            return kernels.Linear(stack(names, "weight"), stack(names, "bias") if bias else None)
+            return backend.linear(stack(names, "weight"), stack(names, "bias") if bias else None)
 
-        self.config = config
+        self.config, self.backend = config, backend
         self.scale = config.attention_scale(layer)
         self.attention_norm = norm("input_layernorm")
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
@@ -47,25 +51,24 @@ class LlamaLayer:
         self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: kernels.Batch
     ) -> Tensor:
         """x [T, E], changed in place. cos and sin [T, D/2]. Returns x."""
-        eps = self.config.norm_eps
-        x += self.attention(kernels.rms_norm(x, self.attention_norm, eps), cos, sin, layer_cache, batch)
-        x += self.down(kernels.silu_and_mul(self.gate_up(kernels.rms_norm(x, self.mlp_norm, eps))))
-        return x
+        backend, eps = self.backend, self.config.norm_eps
+        attended = self.attention(backend.rms_norm(x, self.attention_norm, eps), cos, sin, layer_cache, batch)
+        self.out(attended.flatten(1), add_to=x)
+        gate_up = self.gate_up(backend.rms_norm(x, self.mlp_norm, eps))
+        return self.down(backend.silu_and_mul(gate_up), add_to=x)
 
     def attention(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: kernels.Batch
     ) -> Tensor:
-        """x [T, E] -> [T, E]; writes this step's keys and values into the cache."""
-        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = self.qkv(x).view(len(x), -1, self.config.head_size)  # [T, H + 2G, D]
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.config.qk_norm:
-            q = kernels.rms_norm(qk[:, :heads], self.q_norm, self.config.norm_eps)
-            qk = torch.cat((q, kernels.rms_norm(qk[:, heads:], self.k_norm, self.config.norm_eps)), 1)
-        qk = kernels.rope(qk, cos, sin)  # q and k turn by the same angles: one call
-        q, k = qk[:, :heads], qk[:, heads:]  # [T, H, D], [T, G, D]
-        kernels.write_kv(k, v, layer_cache, batch.slot_mapping)
-        return self.out(kernels.paged_attention(q, layer_cache, batch, self.scale).flatten(1))
+        """x [T, E] -> [T, H, D]; writes this step's keys and values into the cache."""
+        backend, config = self.backend, self.config
+        qkv = self.qkv(x).view(len(x), -1, config.head_size)  # [T, H + 2G, D]
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
+        if config.qk_norm:
+            q = backend.rms_norm(q, self.q_norm, config.norm_eps)
+            k = backend.rms_norm(k, self.k_norm, config.norm_eps)
+        q = backend.rope_and_write(q, k, v, cos, sin, layer_cache, batch)
+        return backend.paged_attention(q, layer_cache, batch, self.scale)
 
 
 class Llama:
@@ -75,14 +78,13 @@ class Llama:
     no second copy of the model stays in memory.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
-        self.config = config
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: kernels.Backend):
+        self.config, self.backend, self.dtype = config, backend, backend.dtype
         self.embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
-        self.dtype = kernels.compute_dtype(self.embedding.dtype, self.embedding.device)
-        self.layers = [LlamaLayer(config, layer, weights, self.dtype) for layer in range(config.num_layers)]
+        self.layers = [LlamaLayer(config, layer, weights, backend) for layer in range(config.num_layers)]
         self.norm = weights.pop("model.norm.weight").to(self.dtype)
         tied = config.tie_word_embeddings
-        self.head = kernels.Linear(self.embedding if tied else weights.pop("lm_head.weight"))
+        self.head = backend.linear(self.embedding if tied else weights.pop("lm_head.weight"))
         self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.embedding.device)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
@@ -91,7 +93,7 @@ class Llama:
         cos, sin = self.rope(positions)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, cos, sin, layer_cache, batch)
-        return kernels.rms_norm(x, self.norm, self.config.norm_eps)
+        return self.backend.rms_norm(x, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, E], only the rows that are wanted -> [R, V], fp32."""

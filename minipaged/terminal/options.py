@@ -42,6 +42,7 @@ PREEMPTION_HELP = (
     "how a request makes room when memory runs out: recompute drops it, to be computed again; swap moves it "
     "to CPU memory; auto swaps if it has several sequences"
 )
+KERNELS_HELP = "who computes: auto is triton on a GPU, and cpp on a CPU where there is a compiler; torch needs neither"
 TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
 
 
@@ -117,6 +118,8 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
     devices = ("auto", "cpu", "cuda")
     group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
+    backends = ("auto", "torch", "triton", "cpp")
+    group.add_argument("--kernels", choices=backends, default="auto", help=KERNELS_HELP)
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:

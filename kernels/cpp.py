@@ -1,0 +1,199 @@
+"""The C++ backend: builds cpu.cpp on first use, and calls it.
+
+cpu.cpp is plain C++ on plain memory, with no header of PyTorch: it builds in seconds, fits every version of
+PyTorch, and needs nothing but a compiler. Where there is none, `load` raises BuildFailed and PyTorch serves.
+"""
+
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.batch import Batch
+from kernels.linear import Linear
+from kernels.torch_backend import TorchBackend
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SECONDS = 300  # a compiler that takes longer hangs
+
+
+class BuildFailed(RuntimeError):
+    """The C++ file can't be built here; the message says why."""
+
+
+def build(folder: Path, notice: Callable[[str], None], flags: tuple[str, ...] = FLAGS) -> Path:
+    """The shared library of cpu.cpp in `folder`, built if it isn't there yet. BuildFailed if that is impossible.
+
+    Its name holds a hash of all that it depends on: source, flags, compiler, processor. It appears by a rename,
+    complete, so a second process that builds at the same time does no harm.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise BuildFailed("no C++ compiler (c++, g++, clang++ or $CXX)")
+    parts = (SOURCE.read_bytes(), repr(flags).encode(), _output([compiler, "--version"]), _processor())
+    target = folder / f"cpu-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    notice(f"building the C++ kernels with {compiler} (once; kept in {folder})")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
+            built = Path(temporary) / target.name
+            _output([compiler, *flags, str(SOURCE), "-o", str(built)])
+            os.replace(built, target)
+    except OSError as error:
+        raise BuildFailed(f"cannot write to {folder}: {error.strerror}; set MINIPAGED_CACHE") from None
+    return target
+
+
+def _output(command: list[str]) -> bytes:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"{command[0]} does not run: {error}") from None
+    if done.returncode:
+        first = next((line for line in done.stderr.decode(errors="replace").splitlines() if "error" in line), "")
+        raise BuildFailed(f"{command[0]} failed: {first[:200] or done.returncode}")
+    return done.stdout
+
+
+def _processor() -> bytes:
+    """-march=native builds for this processor: a home folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "/".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
+
+
+def load(folder: Path, notice: Callable[[str], None]) -> ctypes.CDLL:
+    """The library's functions, told the types of their arguments."""
+    library = ctypes.CDLL(str(build(folder, notice)))
+    p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+    library.cpu_linear.argtypes = [p, p, i, p, p, n, n, n, i, i]
+    library.cpu_attention.argtypes = [p, i, n, p, i, p, p, p, p, *[n] * 7, x, i]
+    library.cpu_rms_norm.argtypes = [p, i, n, p, x, p, n, n, i]
+    library.cpu_rope_and_write.argtypes = [p, p, p, i, n, n, n, p, p, p, i, p, *[n] * 6, i]
+    library.cpu_silu_and_mul.argtypes = [p, i, p, n, n, i]
+    return library
+
+
+class CppBackend(TorchBackend):
+    """Attention, norm, rope with cache write, gated activation and products in C++; the rest as in PyTorch.
+
+    Raises BuildFailed where the C++ file can't be built. dtype: float32 or bfloat16.
+    """
+
+    name = "cpp"
+
+    def __init__(self, dtype: torch.dtype, folder: Path, notice: Callable[[str], None] = print):
+        super().__init__("cpu", dtype)
+        self.library = load(folder, notice)
+        self.pages = HugePages()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> "Linear | PackedLinear":
+        """Where the processor computes in bf16 itself, oneDNN is the faster one."""
+        return PackedLinear(self, weight, bias) if self.dtype == torch.float32 else Linear(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dim() > 2 or x.stride(-1) != 1:
+            return super().rms_norm(x, weight, eps)
+        y = torch.empty(x.shape, dtype=x.dtype)
+        self.library.cpu_rms_norm(
+            x.data_ptr(), _bf16(x), x.stride(0), weight.data_ptr(), eps, y.data_ptr(), *x.shape, torch.get_num_threads()
+        )
+        return y
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        rows, width = x.shape
+        y = torch.empty(rows, width // 2, dtype=x.dtype)
+        self.library.cpu_silu_and_mul(
+            x.data_ptr(), _bf16(x), y.data_ptr(), rows, width // 2, torch.get_num_threads()
+        )
+        return y
+
+    def rope_and_write(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch
+    ) -> Tensor:
+        _, kv_heads, num_blocks, block_size, head_size = layer_cache.shape
+        self.library.cpu_rope_and_write(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), _bf16(q), q.stride(0), k.stride(0), v.stride(0),
+            cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), _bf16(layer_cache), batch.slot_mapping.data_ptr(),
+            *q.shape[:2], kv_heads, num_blocks, block_size, head_size, torch.get_num_threads(),
+        )  # fmt: skip
+        return q
+
+    def paged_attention(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        _, kv_heads, num_blocks, block_size, head_size = layer_cache.shape
+        out = torch.empty(q.shape, dtype=q.dtype)
+        self.library.cpu_attention(
+            q.data_ptr(), _bf16(q), q.stride(0), layer_cache.data_ptr(), _bf16(layer_cache),
+            batch.query_start.data_ptr(), batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), out.data_ptr(),
+            *batch.block_tables.shape, q.shape[1], kv_heads, num_blocks, block_size, head_size, scale,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def _bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+class PackedLinear:
+    """y = x W^T + bias in fp32, W kept in its own dtype, packed into panels: see `linear` in cpu.cpp."""
+
+    def __init__(self, backend: CppBackend, weight: Tensor, bias: Tensor | None):
+        self.library = backend.library
+        self.out, self.into = weight.shape
+        self.bias = None if bias is None else bias.float().contiguous()
+        width = self.library.panel_width()
+        panels = -(-self.out // width)
+        self.packed = backend.pages.empty((panels, self.into, width), weight.dtype)  # [out / P, in, P]
+        if panels * width > self.out:
+            weight = torch.cat((weight, weight.new_zeros(panels * width - self.out, self.into)))
+        self.packed.copy_(weight.view(panels, width, self.into).transpose(1, 2))
+
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        y = torch.empty(len(x), self.out) if add_to is None else add_to
+        self.library.cpu_linear(
+            x.data_ptr(), self.packed.data_ptr(), _bf16(self.packed),
+            None if self.bias is None else self.bias.data_ptr(), y.data_ptr(),
+            len(x), self.out, self.into, add_to is not None, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+class HugePages:
+    """Memory for weights in pages of 2 MiB where the system has them.
+
+    Each step reads all weights once. In pages of 4 KiB a third of that time goes into looking up where they lie.
+    """
+
+    PAGE, CHUNK = 2 << 20, 64 << 20
+
+    def __init__(self) -> None:
+        self.free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = -(-torch.Size(shape).numel() * dtype.itemsize // 64) * 64
+        if len(self.free) < size:
+            self.free = self._chunk(max(size, self.CHUNK))
+        taken, self.free = self.free[:size], self.free[size:]
+        return taken.view(dtype)[: torch.Size(shape).numel()].view(shape)
+
+    def _chunk(self, size: int) -> Tensor:
+        memory = mmap.mmap(-1, size + self.PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        chunk = torch.frombuffer(memory, dtype=torch.uint8)
+        return chunk[-chunk.data_ptr() % self.PAGE :][:size]

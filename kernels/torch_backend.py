@@ -1,0 +1,72 @@
+"""The backend that needs nothing but PyTorch, on a CPU or a GPU. The others replace what they do faster.
+
+Shapes as in reference.py; a `layer_cache` is one layer's [2, G, N, B, D], a `cache` all of them, [L, 2, G, N, B, D].
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import reference, torch_attention
+from kernels.batch import Batch
+from kernels.linear import Linear, compute_dtype
+
+
+class TorchBackend:
+    """What a model and its runner ask of the hardware.
+
+    dtype: what activations are computed in when weights and cache are kept in the dtype that it was made with.
+    """
+
+    name = "torch"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.dtype = compute_dtype(dtype, device)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A function x [T, in] -> x weight^T + bias [T, out], or with add_to=y [T, out]: y plus that, in place."""
+        return Linear(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last dimension."""
+        return reference.rms_norm(x, weight, eps)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """silu(gate) * up for x [T, 2F] = (gate, up). Returns [T, F]."""
+        return reference.silu_and_mul(x)
+
+    def rope_and_write(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch
+    ) -> Tensor:
+        """Turn q [T, H, D] and k [T, G, D] by cos and sin [T, D/2]; write k and v into their slots. Returns q, turned.
+
+        q may be changed in place.
+        """
+        self.write_kv(reference.rope(k, cos, sin), v, layer_cache, batch)
+        return reference.rope(q, cos, sin)
+
+    def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:
+        """Write k and v [T, G, D] into the batch's slots; a slot of -1 writes nothing."""
+        slots = batch.slot_mapping
+        if slots.min() < 0:
+            kept = slots >= 0
+            k, v, slots = k[kept], v[kept], slots[kept]
+        keys, values = layer_cache.flatten(2, 3)  # [G, N B, D]
+        keys.index_copy_(1, slots, k.transpose(0, 1).to(keys.dtype))
+        values.index_copy_(1, slots, v.transpose(0, 1).to(values.dtype))
+
+    def paged_attention(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """Causal attention of q [T, H, D] through the page tables: see reference.paged_attention. Returns [T, H, D]."""
+        where = batch.query_start, batch.context_lens, batch.block_tables
+        if q.device.type != "cpu":
+            return reference.paged_attention(q, layer_cache, *where, scale)
+        if batch.plan is None:  # the first layer: the others share it
+            batch.plan = torch_attention.AttentionPlan(*where, q.shape[1], layer_cache.shape)
+        return torch_attention.paged_attention(q, layer_cache, batch.plan, scale)
+
+    def copy_blocks(self, cache: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy whole blocks inside the pool, in all layers at once: see reference.copy_blocks."""
+        reference.copy_blocks(cache, source, target)
+
+    def move_blocks(self, from_cache: Tensor, to_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy blocks from one pool to another, on whatever devices they are: swapping."""
+        reference.move_blocks(from_cache, to_cache, source, target)
