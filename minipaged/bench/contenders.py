@@ -1,18 +1,16 @@
-"""This engine as a contender, and the list of all.
+"""The list of contenders, and what they are told.
 
-A contender loads the model once, and then runs loads: `run(load) -> Run`.
+A contender loads the model once, and then runs loads: `run(load) -> Run`. This file, loads.py and worker.py
+import nothing but the standard library: they also run in a peer's environment, where our packages may be missing.
 """
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
-import torch
-
 from minipaged.bench.loads import Load, Run
-from minipaged.engine import LLM
-from minipaged.plan import StepOutput, StepPlan
-from minipaged.sampling_params import SamplingParams
+
+BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,7 @@ class Options:
 
     most_blocks: of BLOCK_SIZE tokens, that hold the largest load whole: the pool, if nothing else is said.
     kv_bytes_per_token: of one token, in all layers.
+    most_requests, longest: of any load: the requests, and the positions that one takes.
     """
 
     model: str
@@ -28,70 +27,38 @@ class Options:
     threads: int
     most_blocks: int
     kv_bytes_per_token: int
+    most_requests: int
+    longest: int
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
 
 
-BLOCK_SIZE = 16
-
-
 class Contender(Protocol):
+    about: str | None  # what a reader should know of it besides its name: version, weights, settings
+
     def run(self, load: Load) -> Run: ...
-
-
-class Minipaged:
-    """This engine, with its defaults but for the size of its pool.
-
-    kv_bytes: the blocks in use at the moment when most were.
-    """
-
-    def __init__(self, options: Options):
-        blocks, free = options.num_blocks, options.num_blocks is None and options.kv_cache_memory is None
-        self.llm = LLM(
-            options.model,
-            dtype=options.dtype,
-            device="cpu",
-            block_size=BLOCK_SIZE,
-            num_blocks=int(1.02 * options.most_blocks) + 2 if free else blocks,  # with room for the watermark
-            kv_cache_memory=options.kv_cache_memory,
-            num_cpu_blocks=0 if free else None,  # all fits: nothing is swapped
-        )
-        self.llm.observers.append(self._observe)
-        self._most_blocks = 0
-
-    def run(self, load: Load) -> Run:
-        params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in load.outputs]
-        self._most_blocks = 0
-        before = asdict(self.llm.stats().times)
-        began = time.perf_counter()
-        outputs = self.llm.generate(load.prompts, params)
-        seconds = time.perf_counter() - began
-        times = {name: spent - before[name] for name, spent in asdict(self.llm.stats().times).items()}
-        return Run(
-            tokens=[output.outputs[0].token_ids for output in outputs],
-            seconds=seconds,
-            first_token=[output.metrics.time_to_first_token or 0.0 for output in outputs],
-            kv_bytes=self._most_blocks * self.llm.block_bytes,
-            times=times,
-        )
-
-    def _observe(self, plan: StepPlan, output: StepOutput) -> None:
-        self._most_blocks = max(self._most_blocks, sum(len(s.block_table) for s in plan.sequences))
 
 
 LABELS = {
     "minipaged": "minipaged",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp",
 }
-PEERS = ("static", "continuous")  # the order of the turns
+DEFAULT_PEERS = ("static", "continuous")
+PEERS = (*DEFAULT_PEERS, "vllm", "llama.cpp")  # the order of the turns
+# Each one's home, loaded only in the process where it lives: a module of this folder, and a class in it.
+HOMES = {
+    "minipaged": ("ours", "Minipaged"),
+    "static": ("peer_transformers", "Static"),
+    "continuous": ("peer_transformers", "Continuous"),
+    "vllm": ("peer_vllm", "VLLM"),
+    "llama.cpp": ("peer_llama_cpp", "LlamaCpp"),
+}
 
 
 def build(name: str, options: Options) -> Contender:
     """Load a contender, in the process that it is to live in."""
-    torch.set_num_threads(options.threads)
-    if name == "minipaged":
-        return Minipaged(options)
-    from minipaged.bench import peers  # transformers is loaded only where it is needed
-
-    return peers.Static(options) if name == "static" else peers.Continuous(options)
+    module, contender = HOMES[name]
+    return getattr(import_module(f"minipaged.bench.{module}"), contender)(options)

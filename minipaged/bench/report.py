@@ -20,7 +20,8 @@ MIB = 1 << 20
 NOTES = """\
 tok/s: useful output tokens per second. first: seconds to a request's first token, the median.
 KV: MiB of keys and values at their peak (minipaged: the blocks in use; padded batches: the padded tensors;
-continuous batching: its pool, made to fit the load). peak: MiB, the most that the process held in all.
+continuous batching: its pool, made to fit the load; vLLM and llama.cpp: theirs, made to fit the largest load).
+peak: MiB, the most that the process held in all.
 minipaged is: its speed as a multiple of this one's, run beside it. same: requests with the same tokens as
 minipaged's (where two tokens are about as likely, rounding may choose, and all that follows differs)."""
 
@@ -141,6 +142,8 @@ def print_report(report: dict[str, Any]) -> None:
         if "split" in row:
             print(_split_line(row))
     print(NOTES)
+    for name, about in report["about"].items():
+        print(f"{LABELS[name]}: {about}")
     for name, reason in report["left_out"].items():
         print(f"left out: {LABELS[name]}: {reason}")
     for name, reason in report["failed"].items():

@@ -30,6 +30,7 @@ from minipaged.runner import DTYPES
 
 def load_model(options: Options):
     """The model in evaluation mode, from a .gguf file or a folder; never from a pickle."""
+    torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     tqdm.set_lock(threading.RLock())  # its own is shared by processes, and complained about if one is killed
     path, dtype = Path(options.model), DTYPES[options.dtype]
@@ -53,6 +54,8 @@ class Static:
     Prompts are padded on the left and masked. With attention by SDPA and a DynamicCache.
     kv_bytes: the keys and values of a batch at its end, padding and all.
     """
+
+    about = None
 
     def __init__(self, options: Options):
         self.model = load_model(options)
@@ -115,6 +118,7 @@ class Continuous:
     kv_bytes: its pool.
     """
 
+    about = None
     PAGE_SIZE = 16
     MAX_BATCH_TOKENS = 512
     PATIENCE = 1.0  # seconds between looks at whether its thread still lives

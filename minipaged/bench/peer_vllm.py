@@ -1,0 +1,70 @@
+"""vLLM as a contender: its offline `LLM`, all requests at once, on a CPU.
+
+Runs in vLLM's own environment: of ours, it imports nothing that needs a package.
+
+The settings that we found best for it on a CPU: torch.compile, its default; the engine in this process, where the
+threads are told by OMP_NUM_THREADS, unbound; blocks of 32, the smallest that its CPU attention has. Prefix caching
+is off, since random prompts share nothing. No text is made, and its statistics are on, since they tell when the first
+token of a request was there.
+"""
+
+import os
+import time
+import warnings
+
+from minipaged.bench.contenders import BLOCK_SIZE, Options
+from minipaged.bench.loads import Load, Run
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+VLLM_BLOCK_SIZE = 32
+SETTINGS = {  # read when it is imported
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class VLLM:
+    """kv_bytes: its pool, which holds the largest load whole: nothing waits for memory."""
+
+    def __init__(self, options: Options):
+        os.environ |= SETTINGS | {"OMP_NUM_THREADS": str(options.threads)}
+        warnings.simplefilter("ignore")
+        import vllm
+
+        self.about = f"{vllm.__version__}, compiled, blocks of {VLLM_BLOCK_SIZE} tokens"
+        self.params = vllm.SamplingParams
+        tokens = options.most_blocks * BLOCK_SIZE + options.most_requests * VLLM_BLOCK_SIZE
+        self.kv_bytes = (tokens + 8 * VLLM_BLOCK_SIZE) * options.kv_bytes_per_token
+        self.llm = vllm.LLM(
+            options.model,
+            dtype=DTYPES[options.dtype],
+            load_format="safetensors",  # never a pickle
+            skip_tokenizer_init=True,
+            block_size=VLLM_BLOCK_SIZE,
+            kv_cache_memory_bytes=self.kv_bytes,
+            max_num_seqs=options.most_requests,
+            max_model_len=options.longest,
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            use_tqdm_on_load=False,
+        )
+        for count in (1, options.most_requests):  # what is compiled on first use, is compiled before the clock starts
+            self.run(Load("", [[0] * (options.longest // 2)] * count, [4] * count, count))
+
+    def run(self, load: Load) -> Run:
+        params = [self.params(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in load.outputs]
+        prompts = [{"prompt_token_ids": prompt} for prompt in load.prompts]
+        began = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        return Run(
+            tokens=[list(output.outputs[0].token_ids) for output in outputs],
+            seconds=seconds,
+            first_token=[o.metrics.first_token_latency for o in outputs if o.metrics],
+            kv_bytes=self.kv_bytes,
+        )
