@@ -4,8 +4,11 @@
     torch_backend.py     the backend that needs nothing but PyTorch,
     torch_attention.py     its paged attention, fast on a CPU,
     linear.py              its products with weights packed for the machine
-    triton_*.py          Triton kernels, for a GPU (or Triton's interpreter)
-    cpu.cpp, cpp.py      C++ for a CPU, and how it is built and called
+    triton_backend.py    the backend for a GPU (or Triton's interpreter),
+    triton_attention.py    its paged attention,
+    triton_cache.py        its cache writes, block copies and moves,
+    triton_tiles.py        and how it cuts the work
+    cpp.py, cpu.cpp      the backend for a CPU: how the C++ is built and called, and the C++
     bench.py             python -m kernels.bench
 
 This file is the door: callers say what they want, and `load` who does it.
@@ -62,27 +65,29 @@ def load(
     except Unavailable as error:
         if name != "auto":
             raise
-        notice(f"kernels in PyTorch, since {error}")
+        notice(f"{error}; PyTorch computes instead")
     return TorchBackend(device, dtype)
 
 
 def _cpp(on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None]) -> Backend:
-    from kernels.cpp import BuildFailed, CppBackend
+    from kernels.cpp import BuildFailed, CppBackend, build
 
     if not on_cpu:
-        raise Unavailable("those in C++ are for a CPU")
+        raise Unavailable("kernels in C++ are for a CPU")
     if dtype not in (torch.float32, torch.bfloat16):
-        raise Unavailable(f"those in C++ compute fp32 and bf16, not {str(dtype).removeprefix('torch.')}")
+        raise Unavailable(f"kernels in C++ compute fp32 and bf16, not {str(dtype).removeprefix('torch.')}")
     folder = folder or Path(os.environ.get("MINIPAGED_CACHE") or "~/.cache/minipaged").expanduser()
     try:
-        return CppBackend(dtype, folder / "kernels", notice)
+        return CppBackend(dtype, build(folder / "kernels", notice))
     except (BuildFailed, OSError) as error:
-        raise Unavailable(f"those in C++ can't be built: {error}") from None
+        raise Unavailable(f"kernels in C++ can't be built: {error}") from None
 
 
 def _triton(device: torch.device | str, dtype: torch.dtype) -> Backend:
     try:
-        from kernels.triton_backend import TritonBackend
+        from kernels.triton_backend import TritonBackend, why_not
     except ImportError:
-        raise Unavailable("Triton is not installed (pip install triton; it has Linux wheels only)") from None
+        raise Unavailable("kernels in Triton need the package triton (pip install triton; Linux only)") from None
+    if reason := why_not(device, dtype):
+        raise Unavailable(reason)
     return TritonBackend(device, dtype)

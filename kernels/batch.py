@@ -33,11 +33,13 @@ class Batch:
 
 def new_cache(
     layers: int, num_blocks: int, block_size: int, kv_heads: int, head_size: int,
-    dtype: torch.dtype, device: torch.device | str = "cpu",
+    dtype: torch.dtype, device: torch.device | str = "cpu", pinned: bool = False,
 ) -> Tensor:  # fmt: skip
     """Keys and values of N blocks for all layers: [L, 2, G, N, B, D], not initialised.
 
     A slot is never read before it is written, so the system need not give memory to blocks that are never used.
     Heads stand outside blocks, so that for one head a block is B D numbers in one piece.
+    pinned: CPU memory that a GPU can reach by itself, to swap to.
     """
-    return torch.empty(layers, 2, kv_heads, num_blocks, block_size, head_size, dtype=dtype, device=device)
+    shape = (layers, 2, kv_heads, num_blocks, block_size, head_size)
+    return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)

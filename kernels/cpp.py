@@ -1,7 +1,7 @@
 """The C++ backend: builds cpu.cpp on first use, and calls it.
 
 cpu.cpp is plain C++ on plain memory, with no header of PyTorch: it builds in seconds, fits every version of
-PyTorch, and needs nothing but a compiler. Where there is none, `load` raises BuildFailed and PyTorch serves.
+PyTorch, and needs nothing but a compiler. Where there is none, `build` raises BuildFailed and PyTorch serves.
 """
 
 import ctypes
@@ -76,9 +76,9 @@ def _processor() -> bytes:
     return "/".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
 
 
-def load(folder: Path, notice: Callable[[str], None]) -> ctypes.CDLL:
+def load(path: Path) -> ctypes.CDLL:
     """The library's functions, told the types of their arguments."""
-    library = ctypes.CDLL(str(build(folder, notice)))
+    library = ctypes.CDLL(str(path))
     p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
     library.cpu_linear.argtypes = [p, p, i, p, p, n, n, n, i, i]
     library.cpu_attention.argtypes = [p, i, n, p, i, p, p, p, p, *[n] * 7, x, i]
@@ -91,17 +91,17 @@ def load(folder: Path, notice: Callable[[str], None]) -> ctypes.CDLL:
 class CppBackend(TorchBackend):
     """Attention, norm, rope with cache write, gated activation and products in C++; the rest as in PyTorch.
 
-    Raises BuildFailed where the C++ file can't be built. dtype: float32 or bfloat16.
+    dtype: float32 or bfloat16. library: see `build`.
     """
 
     name = "cpp"
 
-    def __init__(self, dtype: torch.dtype, folder: Path, notice: Callable[[str], None] = print):
+    def __init__(self, dtype: torch.dtype, library: Path):
         super().__init__("cpu", dtype)
-        self.library = load(folder, notice)
+        self.library = load(library)
         self.pages = HugePages()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> "Linear | PackedLinear":
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
         """Where the processor computes in bf16 itself, oneDNN is the faster one."""
         return PackedLinear(self, weight, bias) if self.dtype == torch.float32 else Linear(weight, bias)
 

@@ -35,7 +35,7 @@ typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 struct bf16 { uint16_t bits; };  // the upper half of a float
 
-static inline V splat(float x) { return V{} + x; }
+static inline V splat(float x) { return x - V{}; }  // a compiler may leave out "- 0", but not "+ 0"
 static inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 static inline V load(const bf16* p) {
@@ -87,50 +87,68 @@ static inline V exp(V x) {
 
 // --- 2. the tile --------------------------------------------------------------------------------------------
 
-// A tile's ROWS x 2 sums stay in registers. AVX2 has 16 of those, and some must hold weights; the others have 32.
-constexpr int ROWS = W == 8 ? 6 : 12;
-constexpr int P = 2 * W;  // columns of a tile: the width of a panel of weights
-
-// y [R, P] += x [R, K] w [K, P], or = if not add. Strides between rows: ldx, ldw, ldy; within a row 1.
-template <int R, class T>
+// y [R, C W] += x [R, K] w [K, C W], or = if not add. Strides between rows: ldx, ldw, ldy; within a row 1.
+// All the R C sums stay in registers.
+template <int R, int C, class T>
 static void tile(const float* x, long ldx, const T* w, long ldw, long K, float* y, long ldy, bool add) {
-    V sums[R][2] = {};
+    V sums[R][C] = {};
     if (add)
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < 2; j++) sums[r][j] = load(y + r * ldy + j * W);
+            for (int c = 0; c < C; c++) sums[r][c] = load(y + r * ldy + c * W);
 #pragma GCC unroll 4
     for (long k = 0; k < K; k++) {
-        V w0 = load(w + k * ldw), w1 = load(w + k * ldw + W);
-        for (int r = 0; r < R; r++) {
-            V xk = splat(x[r * ldx + k]);
-            sums[r][0] += xk * w0;
-            sums[r][1] += xk * w1;
+        if constexpr (R < C) {  // what there is less of waits in registers for the other
+            V xs[R];
+            for (int r = 0; r < R; r++) xs[r] = splat(x[r * ldx + k]);
+            for (int c = 0; c < C; c++) {
+                V weights = load(w + k * ldw + c * W);
+                for (int r = 0; r < R; r++) sums[r][c] += xs[r] * weights;
+            }
+        } else {
+            V weights[C];
+            for (int c = 0; c < C; c++) weights[c] = load(w + k * ldw + c * W);
+            for (int r = 0; r < R; r++) {
+                V xk = splat(x[r * ldx + k]);
+                for (int c = 0; c < C; c++) sums[r][c] += xk * weights[c];
+            }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++) store(y + r * ldy + j * W, sums[r][j]);
+        for (int c = 0; c < C; c++) store(y + r * ldy + c * W, sums[r][c]);
 }
 
-// The same for any number of rows: cut into tiles of nearly the same height, none above ROWS. The height must be
-// known when the tile is compiled, so there is one function for each, in a table.
+constexpr int P = 2 * W;  // the columns of a tile of many rows, and the width of a panel of weights
+// A tile of that width has at most so many rows. AVX2 has 16 registers, and some must hold weights.
+constexpr int ROWS = W == 8 ? 6 : 12;
+
+// The same for any number of rows, cut into tiles of nearly the same height, and for columns in whole panels. A
+// tile's size must be known when it is compiled, so there is a function for each height, in a table; few rows are
+// taken two panels at a time, or there would be too few sums to keep the multipliers busy.
+// `ahead`: memory that is needed next, called for while the tiles are at work.
 template <class T, int... R>
-static void tiles(std::integer_sequence<int, R...>, const float* x, long ldx, const T* w, long ldw, long rows, long K,
-                  float* y, long ldy, bool add, const char* ahead, long ahead_lines) {
-    static constexpr decltype(&tile<1, T>) by_height[] = {&tile<R + 1, T>...};
+static void multiply(std::integer_sequence<int, R...>, const float* x, long ldx, const T* w, long ldw, long rows, long K,
+                     long columns, float* y, long ldy, bool add, const char* ahead, long ahead_lines) {
+    static constexpr decltype(&tile<1, 2, T>) narrow[] = {&tile<R + 1, 2, T>...};
+    static constexpr decltype(&tile<1, 4, T>) wide[] = {&tile<R / 2 + 1, 4, T>...};
     long count = (rows + ROWS - 1) / ROWS, share = (ahead_lines + count - 1) / count;
     for (long i = 0; i < count; i++) {
-        long begin = rows * i / count, end = rows * (i + 1) / count;
+        long begin = rows * i / count, height = rows * (i + 1) / count - begin;
         for (long line = share * i; line < std::min(ahead_lines, share * (i + 1)); line++)
             __builtin_prefetch(ahead + 64 * line, 0, 2);
-        by_height[end - begin - 1](x + begin * ldx, ldx, w, ldw, K, y + begin * ldy, ldy, add);
+        for (long c = 0; c < columns;) {
+            bool two = 2 * height <= ROWS && c + 2 * P <= columns;
+            auto f = two ? wide[2 * height - 1] : narrow[height - 1];
+            f(x + begin * ldx, ldx, w + c, ldw, K, y + begin * ldy + c, ldy, add);
+            c += two ? 2 * P : P;
+        }
     }
 }
 
 template <class T>
-static void multiply(const float* x, long ldx, const T* w, long ldw, long rows, long K, float* y, long ldy, bool add,
-                     const void* ahead = nullptr, long ahead_bytes = 0) {
-    tiles(std::make_integer_sequence<int, ROWS>{}, x, ldx, w, ldw, rows, K, y, ldy, add, (const char*)ahead,
-          ahead_bytes / 64);
+static void multiply(const float* x, long ldx, const T* w, long ldw, long rows, long K, long columns, float* y, long ldy,
+                     bool add, const void* ahead = nullptr, long ahead_bytes = 0) {
+    multiply(std::make_integer_sequence<int, ROWS>{}, x, ldx, w, ldw, rows, K, columns, y, ldy, add, (const char*)ahead,
+             ahead_bytes / 64);
 }
 
 // --- 3. linear ----------------------------------------------------------------------------------------------
@@ -144,18 +162,24 @@ static void multiply(const float* x, long ldx, const T* w, long ldw, long rows, 
 template <class T>
 static void linear(const float* x, const T* packed, const float* bias, float* y, long M, long N, long K, bool add,
                    int threads) {
-    constexpr long SLICE = 96, PIECE = 288;
+    constexpr long SLICE = 96, PIECE = 192;
+    bool unpack = sizeof(T) < sizeof(float) && M > ROWS;  // bf16 becomes fp32 once, not in every tile
     long panels = (N + P - 1) / P;
 #pragma omp parallel num_threads(threads)
     for (long m = 0; m < M; m += SLICE) {
         long rows = std::min(SLICE, M - m);
 #pragma omp for schedule(static) nowait
         for (long p = 0; p < panels; p++) {
-            float sums[SLICE * P];
+            float sums[SLICE * P], unpacked[PIECE * P];
             for (long k = 0; k < K; k += PIECE) {
                 const T* weights = packed + (p * K + k) * P;
                 long depth = std::min(PIECE, K - k), ahead = rows > ROWS ? sizeof(T) * depth * P : 0;
-                multiply(x + m * K + k, K, weights, P, rows, depth, sums, P, k > 0, weights + depth * P, ahead);
+                const T* next = weights + depth * P;
+                if (unpack) {
+                    for (long i = 0; i < depth * P; i += W) store(unpacked + i, load(weights + i));
+                    multiply(x + m * K + k, K, unpacked, P, rows, depth, P, sums, P, k > 0, next, ahead);
+                } else
+                    multiply(x + m * K + k, K, weights, P, rows, depth, P, sums, P, k > 0, next, ahead);
             }
             // Subtle: what y held is added last. Sums that begin with a large number lose the small ones.
             long first = p * P, width = std::min<long>(P, N - first);
@@ -177,10 +201,16 @@ struct Pool {
     const int64_t *query_start, *context_lens, *tables;  // [S + 1], [S], [S, M]
     long S, M, G, N, B, D;
 
-    // position -> (logical block, offset) -> (physical block, offset) -> the numbers of that slot
-    long slot(long s, long g, long position) const {
-        long block = tables[s * M + position / B], offset = position % B;
-        return ((g * N + block) * B + offset) * D;
+    // Where the keys and values of `count` positions lie in the pool, for group g of sequence s:
+    // position -> (logical block, offset) -> (physical block, offset) -> slot -> the numbers of that slot.
+    // Divided once, then walked: division takes longer than all the rest.
+    void slots(long s, long g, long position, long count, long* places) const {
+        const int64_t* block = tables + s * M + position / B;
+        long offset = position % B;
+        for (long j = 0; j < count; j++) {
+            places[j] = ((g * N + *block) * B + offset) * D;
+            if (++offset == B) offset = 0, block++;
+        }
     }
 };
 
@@ -191,45 +221,71 @@ struct Scratch {
     long rows, depth;  // depth: D, filled up to whole panels
     std::vector<float> q, keys, values, scores, out, top, total;
     Scratch(long rows, long D)
-        : rows(rows), depth((D + P - 1) / P * P), q(rows * D), keys(D * P), values(CHUNK * depth),
+        : rows(rows), depth((D + P - 1) / P * P), q(rows * D), keys(D * CHUNK), values(CHUNK * depth),
           scores(rows * CHUNK), out(rows * depth), top(rows), total(rows) {}
 };
 
 // W vectors of W numbers, transposed: halves change places, then quarters, down to neighbours.
-static inline void transpose(V* v) {
-#pragma GCC unroll 4
-    for (int half = W / 2; half; half /= 2) {
-        VI low, high;
-        for (int i = 0; i < W; i++) {
-            low[i] = i & half ? W + (i ^ half) : i;
-            high[i] = i & half ? W + i : i ^ half;
+template <int half, int... I>
+static inline void transpose(V* v, std::integer_sequence<int, I...> all) {
+    for (int i = 0; i < W; i++)
+        if (!(i & half)) {
+            V a = v[i], b = v[i + half];
+            v[i] = __builtin_shufflevector(a, b, (I & half ? W + (I ^ half) : I)...);
+            v[i + half] = __builtin_shufflevector(a, b, (I & half ? W + I : I ^ half)...);
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++)
-            if (!(i & half)) {
-                V a = v[i], b = v[i + half];
-                v[i] = __builtin_shuffle(a, b, low);
-                v[i + half] = __builtin_shuffle(a, b, high);
-            }
+    if constexpr (half > 1) transpose<half / 2>(v, all);
+}
+
+// Keys [D, CHUNK] from `count` places in the pool, transposed: as a tile wants its weights.
+template <class C>
+static void gather_keys(const Pool<C>& pool, const long* places, long count, long filled, float* keys) {
+    for (long j = 0; j < filled; j += W) {
+        const C* key[W];  // what lies beyond the context is not read: the last position stands in
+        for (long i = 0; i < W; i++) key[i] = pool.keys + places[std::min(j + i, count - 1)];
+        long d = 0;
+        for (; d + W <= pool.D; d += W) {
+            V v[W];
+            for (int i = 0; i < W; i++) v[i] = load(key[i] + d);
+            transpose<W / 2>(v, std::make_integer_sequence<int, W>{});
+            for (int i = 0; i < W; i++) store(keys + (d + i) * CHUNK + j, v[i]);
+        }
+        for (; d < pool.D; d++)
+            for (int i = 0; i < W; i++) keys[d * CHUNK + j + i] = get(key[i] + d);
     }
 }
 
-// keys [D, P] = the keys of P positions, transposed: as a tile wants its weights. Positions from `end` on are not
-// read; the last before them stands in.
+// out [rows, depth] += weights [rows, CHUNK] times the values of `count` places in the pool. For few rows values are
+// read where they lie, in pieces as long as they lie side by side; for many it pays to bring them together first.
 template <class C>
-static void gather_keys(const Pool<C>& pool, long s, long g, long position, long end, float* keys) {
-    const C* key[P];
-    for (long j = 0; j < P; j++) key[j] = pool.keys + pool.slot(s, g, std::min(position + j, end - 1));
-    long d = 0;
-    for (; d + W <= pool.D; d += W)
-        for (long j = 0; j < P; j += W) {
-            V v[W];
-            for (int i = 0; i < W; i++) v[i] = load(key[j + i] + d);
-            transpose(v);
-            for (int i = 0; i < W; i++) store(keys + (d + i) * P + j, v[i]);
+static void sum_values(const Pool<C>& pool, const long* places, long count, Scratch& my) {
+    long D = pool.D, depth = my.depth;
+    const float* weights = my.scores.data();
+    float* out = my.out.data();
+    if (my.rows <= ROWS && D == depth) {
+        for (long j = 0, run; j < count; j += run) {
+            for (run = 1; j + run < count && places[j + run] == places[j] + run * D;) run++;
+            multiply(weights + j, CHUNK, pool.values + places[j], D, my.rows, run, D, out, D, true);
         }
-    for (; d < pool.D; d++)
-        for (long j = 0; j < P; j++) keys[d * P + j] = get(key[j] + d);
+        return;
+    }
+    for (long j = 0; j < count; j++) {
+        const C* value = pool.values + places[j];
+        float* to = my.values.data() + j * depth;
+        long d = 0;
+        for (; d + W <= D; d += W) store(to + d, load(value + d));
+        for (; d < D; d++) to[d] = get(value + d);
+    }
+    multiply(weights, CHUNK, my.values.data(), depth, my.rows, count, depth, out, depth, true);
+}
+
+template <class C>
+static void call_for(const Pool<C>& pool, const long* places, long count) {
+    for (long j = 0; j < count; j++)
+        for (long d = 0; d < pool.D; d += 64 / sizeof(C)) {
+            __builtin_prefetch(pool.keys + places[j] + d);
+            __builtin_prefetch(pool.values + places[j] + d);
+        }
 }
 
 // Softmax over a row's scores [count], of which only the first `seen` may be: they become weights e^(score - top),
@@ -257,7 +313,7 @@ static void online_softmax(float* scores, long seen, long count, float& top, flo
 template <class T, class C>
 static void attend(const Pool<C>& pool, const T* q, long q_stride, T* out, long s, long g, long first, long last, long R,
                    float scale, Scratch& my) {
-    long D = pool.D, rows = (last - first) * R, H = pool.G * R, depth = my.depth;
+    long D = pool.D, rows = my.rows = (last - first) * R, H = pool.G * R, depth = my.depth;
     long position = pool.context_lens[s] - pool.query_start[s + 1] + first;  // of the first query
     long end = position + (last - first);                                    // what the last one sees
     for (long row = 0; row < rows; row++) {
@@ -267,25 +323,25 @@ static void attend(const Pool<C>& pool, const T* q, long q_stride, T* out, long 
     std::fill(my.out.begin(), my.out.end(), 0.0f);
     std::fill(my.top.begin(), my.top.end(), -INFINITY);
     std::fill(my.total.begin(), my.total.end(), 0.0f);
+    long here[CHUNK], later[CHUNK];
+    pool.slots(s, g, 0, std::min(CHUNK, end), here);
     for (long chunk = 0; chunk < end; chunk += CHUNK) {
         long count = std::min(CHUNK, end - chunk), filled = (count + P - 1) / P * P;
-        for (long j = 0; j < count; j += P) {
-            gather_keys(pool, s, g, chunk + j, end, my.keys.data());
-            multiply(my.q.data(), D, my.keys.data(), P, rows, D, &my.scores[j], CHUNK, false);
-        }
+        long more = std::clamp(end - chunk - CHUNK, 0L, CHUNK);  // the next chunk comes while this one is computed
+        pool.slots(s, g, chunk + CHUNK, more, later);
+        call_for(pool, later, more);
+        gather_keys(pool, here, count, filled, my.keys.data());
+        multiply(my.q.data(), D, my.keys.data(), CHUNK, rows, D, filled, my.scores.data(), CHUNK, false);
         for (long row = 0; row < rows; row++)
             online_softmax(&my.scores[row * CHUNK], position + row / R + 1 - chunk, filled, my.top[row], my.total[row],
                            &my.out[row * depth], depth);
-        for (long j = 0; j < count; j++) {
-            const C* value = pool.values + pool.slot(s, g, chunk + j);
-            for (long d = 0; d < D; d++) my.values[j * depth + d] = get(value + d);
-        }
-        for (long d = 0; d < depth; d += P)
-            multiply(my.scores.data(), CHUNK, &my.values[d], depth, rows, count, &my.out[d], depth, true);
+        sum_values(pool, here, count, my);
+        std::copy_n(later, more, here);
     }
     for (long row = 0; row < rows; row++) {
         T* to = out + ((first + row / R) * H + g * R + row % R) * D;
-        for (long d = 0; d < D; d++) put(to + d, my.out[row * depth + d] / my.total[row]);
+        float total = my.total[row] ? my.total[row] : 1;  // a context of 0 tokens, as in padding, gives 0
+        for (long d = 0; d < D; d++) put(to + d, my.out[row * depth + d] / total);
     }
 }
 
@@ -294,7 +350,9 @@ static void attend(const Pool<C>& pool, const T* q, long q_stride, T* out, long 
 template <class T, class C>
 static void attention(const Pool<C>& pool, const T* q, long q_stride, T* out, long H, float scale, int threads) {
     struct Piece { long s, g, first, last; };
-    long R = H / pool.G, most = std::max(1L, 48 / R);
+    long R = H / pool.G, most = 1;
+    for (long s = 0; s < pool.S; s++) most = std::max<long>(most, pool.query_start[s + 1] - pool.query_start[s]);
+    most = std::min(most, std::max(1L, 48 / R));
     std::vector<Piece> pieces;
     for (long s = 0; s < pool.S; s++)
         for (long first = pool.query_start[s]; first < pool.query_start[s + 1]; first += most)

@@ -3,6 +3,8 @@
 Shapes as in reference.py; a `layer_cache` is one layer's [2, G, N, B, D], a `cache` all of them, [L, 2, G, N, B, D].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ class TorchBackend:
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.dtype = compute_dtype(dtype, device)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
         """A function x [T, in] -> x weight^T + bias [T, out], or with add_to=y [T, out]: y plus that, in place."""
         return Linear(weight, bias)
 
@@ -39,7 +41,7 @@ class TorchBackend:
     ) -> Tensor:
         """Turn q [T, H, D] and k [T, G, D] by cos and sin [T, D/2]; write k and v into their slots. Returns q, turned.
 
-        q may be changed in place.
+        Within a token, heads lie side by side; q may be changed in place.
         """
         self.write_kv(reference.rope(k, cos, sin), v, layer_cache, batch)
         return reference.rope(q, cos, sin)

@@ -40,6 +40,7 @@ class LLM:
     dtype: "auto" (fp32 on a CPU, bf16 on a GPU), "fp32", "bf16" or "fp16": of weights, keys and values.
     device: "auto" (a GPU if there is one), "cpu" or "cuda".
     kernels: "auto", "torch", "triton" or "cpp": see `kernels.load`.
+    cuda_graphs: on a GPU with Triton, replay decode steps: see decode_graphs.py.
     block_size: token slots in a block.
     num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes; by default a share of what's free.
     num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has.
@@ -56,6 +57,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         kernels: str = "auto",
+        cuda_graphs: bool = True,
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
@@ -81,13 +83,13 @@ class LLM:
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self.max_model_len = min(max_model_len or loaded.config.max_model_len, loaded.config.max_model_len)
         self.block_bytes = block_size * kv_bytes_per_token(self.config, kind)
-        blocks = choose_num_blocks(
-            num_blocks, kv_cache_memory, self.block_bytes, -(-self.max_model_len // block_size) * max_num_seqs, device
-        )
+        longest = -(-self.max_model_len // block_size)
+        blocks = choose_num_blocks(num_blocks, kv_cache_memory, self.block_bytes, longest * max_num_seqs, device)
         cpu_blocks = blocks if num_cpu_blocks is None else min(num_cpu_blocks, blocks)
         self.memory = KVCacheManager(blocks, block_size, cpu_blocks)
         self.scheduler = Scheduler(self.memory, max_num_seqs, max_num_batched_tokens, preemption, watermark)
-        self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug)
+        replay = (max_num_seqs, longest) if cuda_graphs and device == "cuda" and backend.name == "triton" else None
+        self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug, replay)
         self.debug = debug
         self.observers: list[Callable[[StepPlan, StepOutput], None]] = []  # called after each step: watch, trace
         self._random = random.Random(seed)

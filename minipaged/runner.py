@@ -5,11 +5,13 @@ stands in the plan.
 """
 
 import time
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 import kernels
+from minipaged.decode_graphs import DecodeGraphs
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
@@ -47,6 +49,7 @@ class ModelRunner:
     """Runs `model` over a pool of N = num_blocks blocks of B = block_size slots, in all L layers.
 
     debug: fill freed blocks with NaN, so that a stale read shows in the output, and check every table.
+    replay: (sequences, blocks of a page table) at the most in decode steps that are replayed as CUDA graphs.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ModelRunner:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         debug: bool = False,
+        replay: tuple[int, int] | None = None,
     ):
         self.model, self.backend = model, model.backend
         self.device = device
@@ -67,9 +71,10 @@ class ModelRunner:
         config = model.config
         shape = (block_size, config.num_kv_heads, config.head_size, dtype)
         self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
-        self.cpu_cache = kernels.new_cache(config.num_layers, num_cpu_blocks, *shape)
+        self.cpu_cache = kernels.new_cache(config.num_layers, num_cpu_blocks, *shape, pinned=device == "cuda")
         if debug:
             self.cache.fill_(torch.nan)
+        self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -80,7 +85,10 @@ class ModelRunner:
             return StepOutput()
         input_ids, positions, batch = self._batch(plan.sequences)
         prepared = time.perf_counter()
-        hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
+        if self.graphs and self.graphs.fits(batch):
+            hidden = self.graphs.run(input_ids, positions, batch)
+        else:
+            hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
         logits, wanted = self._logits(plan.sequences, batch, hidden)
         computed = time.perf_counter()
         output = self._draw(logits, wanted)
@@ -111,18 +119,24 @@ class ModelRunner:
         starts, longest = [0], max(len(s.block_table) for s in sequences)
         for s in sequences:
             starts.append(starts[-1] + len(s.token_ids))
-        batch = kernels.Batch(
-            slot_mapping=self._tensor([slot for s in sequences for slot in s.slots]),
-            query_start=self._tensor(starts),
-            context_lens=self._tensor([s.context_len for s in sequences]),
-            block_tables=self._tensor([s.block_table + [0] * (longest - len(s.block_table)) for s in sequences]),
+        context_lens = [s.context_len for s in sequences]
+        input_ids, positions, slots, query_start, contexts, tables = self._tensors(
+            [token for s in sequences for token in s.token_ids],
+            [p for s in sequences for p in range(s.start, s.context_len)],
+            [slot for s in sequences for slot in s.slots],
+            starts,
+            context_lens,
+            [block for s in sequences for block in s.block_table + [0] * (longest - len(s.block_table))],
         )
-        input_ids = self._tensor([token for s in sequences for token in s.token_ids])
-        positions = self._tensor([p for s in sequences for p in range(s.start, s.context_len)])
+        batch = kernels.Batch(slots, query_start, contexts, tables.view(-1, longest))
+        batch.max_query_len = max(len(s.token_ids) for s in sequences)
+        batch.max_context_len = max(context_lens)
         return input_ids, positions, batch
 
-    def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+    def _tensors(self, *lists: list[int]) -> tuple[Tensor, ...]:
+        """All integers of a step go to the device in one transfer."""
+        together = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
+        return together.to(self.device, non_blocking=True).split([len(values) for values in lists])
 
     def _check(self, sequences: list[ScheduledSequence]) -> None:
         """A wrong table reads somebody else's memory and says nothing: look before the kernels do."""

@@ -18,3 +18,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser):
     parser.addoption("--schedules", type=int, default=2000, help="random schedules on the recall model (2000)")
+    parser.addoption("--sanitize", action="store_true", help="build C++ with sanitizers (LD_PRELOAD must hold libasan)")

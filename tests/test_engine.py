@@ -12,7 +12,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-import kernels
 from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams
 from minipaged.models import Llama, ModelConfig, open_checkpoint
 

@@ -1,14 +1,39 @@
 """Every fast kernel against its plain reference, with poison wherever nothing may be read or left unwritten."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import reference
+from kernels import cpp, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+FACES = {  # the C++ file as each kind of machine builds it: by the floats in its vectors
+    "torch": None,
+    "cpp": (),
+    "cpp 4": ("-DLANES=4",),
+    "cpp 16": ("-DLANES=16", "-Wno-psabi"),
+}
+
+
+@pytest.fixture(scope="session", params=FACES)
+def backend(request, tmp_path_factory):
+    """A function dtype -> backend. With --sanitize, C++ is built with SANITIZERS."""
+    extra = FACES[request.param]
+    if extra is None:
+        return lambda dtype: kernels.TorchBackend("cpu", dtype)
+    flags = cpp.FLAGS + extra + (SANITIZERS if request.config.getoption("--sanitize") else ())
+    try:
+        library = cpp.build(tmp_path_factory.mktemp("kernels"), print, flags)
+    except cpp.BuildFailed as error:
+        pytest.skip(str(error))
+    return lambda dtype: cpp.CppBackend(dtype, library)
 
 
 def make_batch(contexts, counts, block_size, num_blocks, generator):
@@ -38,30 +63,62 @@ def make_cache(batch, contexts, kv_heads, head_size, block_size, num_blocks, dty
     return cache
 
 
+LENGTHS = st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=9)
+
+
 @settings(max_examples=60)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=9),
-    heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (6, 2)]),
-    head_size=st.sampled_from([4, 32, 48]),
-    block_size=st.sampled_from([1, 2, 3, 4, 16, 64]),
+    lengths=LENGTHS,
+    heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (6, 2), (32, 2)]),
+    head_size=st.sampled_from([4, 6, 32, 48, 64, 80]),
+    block_size=st.sampled_from([1, 2, 3, 4, 16, 64, 256]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    compute=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**20),
 )
-def test_paged_attention_equals_the_reference(lengths, heads, head_size, block_size, dtype, seed):
+def test_paged_attention_equals_the_reference(backend, lengths, heads, head_size, block_size, dtype, compute, seed):
     generator = torch.Generator().manual_seed(seed)
     contexts = [max(pair) for pair in lengths]
     counts = [1 if seed % 3 and s % 2 else min(pair) for s, pair in enumerate(lengths)]  # decode, prefill, mixed
     num_blocks = sum(-(-c // block_size) for c in contexts) + 3
     batch = make_batch(contexts, counts, block_size, num_blocks, generator)
+    one = backend(dtype)
+    if one.name == "cpp" and dtype == torch.float16:
+        dtype = torch.float32
     cache = make_cache(batch, contexts, heads[1], head_size, block_size, num_blocks, dtype, generator)
-    q = torch.randn(sum(counts), heads[0], head_size, generator=generator)
+    rows = torch.randn(sum(counts), heads[0] + 2, head_size, generator=generator)  # as in the product for q, k and v
+    q = rows.to(compute if one.name == "cpp" else torch.float32)[:, : heads[0]]
 
-    out = kernels.paged_attention(q, cache, batch, head_size**-0.5)
+    out = one.paged_attention(q, cache, batch, head_size**-0.5)
     expected = reference.paged_attention(
         q, cache, batch.query_start, batch.context_lens, batch.block_tables, head_size**-0.5
     )
     assert out.shape == q.shape and out.is_contiguous()
-    torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[q.dtype])
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_attention_keeps_its_accuracy_where_scores_are_large(backend):
+    """Scores far apart: e^x would overflow without the largest taken off, and underflow must be 0, not garbage."""
+    generator = torch.Generator().manual_seed(1)
+    batch = make_batch([130, 7], [3, 1], 4, 50, generator)
+    cache = make_cache(batch, [130, 7], 2, 32, 4, 50, torch.float32, generator)
+    q = 100 * torch.randn(4, 6, 32, generator=generator)
+    out = backend(torch.float32).paged_attention(q, cache, batch, 1.0)
+    expected = reference.paged_attention(q, cache, batch.query_start, batch.context_lens, batch.block_tables, 1.0)
+    torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_stale_read_shows(backend):
+    """NaN in a slot of the context reaches the output: debug mode counts on it."""
+    generator = torch.Generator().manual_seed(1)
+    batch = make_batch([70], [1], 4, 20, generator)
+    cache = make_cache(batch, [70], 1, 32, 4, 20, torch.float32, generator)
+    for part in (0, 1):
+        poisoned = cache.clone()
+        poisoned[part, :, batch.block_tables[0, 3], 2] = torch.nan
+        out = backend(torch.float32).paged_attention(torch.randn(1, 2, 32), poisoned, batch, 0.2)
+        assert out.isnan().any(-1).all()
 
 
 def test_reference_attention_is_ordinary_attention():
@@ -71,7 +128,7 @@ def test_reference_attention_is_ordinary_attention():
     batch = make_batch([11], [11], 4, 5, generator)
     cache = torch.full((2, 2, 5, 4, 8), torch.nan)
     reference.write_kv(k, v, cache, batch.slot_mapping)
-    out = kernels.paged_attention(q, cache, batch, 0.5)
+    out = reference.paged_attention(q, cache, batch.query_start, batch.context_lens, batch.block_tables, 0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, scale=0.5, enable_gqa=True
     )
@@ -85,7 +142,7 @@ def test_many_sequences_fall_into_several_buckets():
     batch = make_batch(contexts, [1] * 64, 4, 730, generator)
     cache = make_cache(batch, contexts, 1, 4, 4, 730, torch.float32, generator)
     q = torch.randn(64, 2, 4, generator=generator)
-    out = kernels.paged_attention(q, cache, batch, 0.5)
+    out = kernels.TorchBackend().paged_attention(q, cache, batch, 0.5)
     assert batch.plan is not None and [len(b.rows) for b in batch.plan.buckets] == [4, 60]
     expected = reference.paged_attention(
         q, cache, batch.query_start, batch.context_lens, batch.block_tables, 0.5
@@ -93,63 +150,108 @@ def test_many_sequences_fall_into_several_buckets():
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("slots", [[5], [0, 7, 3], [-1, 6, -1], [-1]])
-def test_write_kv_writes_its_slots_and_nothing_else(slots, dtype):
-    k, v = torch.randn(2, len(slots), 3, 4)
-    written, expected = torch.full((2, 2, 3, 2, 4, 4), torch.nan, dtype=dtype)
-    kernels.write_kv(k, v, written, torch.tensor(slots))
-    reference.write_kv(k, v, expected, torch.tensor(slots))
-    torch.testing.assert_close(written, expected, equal_nan=True, atol=0, rtol=0)
-    assert int((~written.isnan()).sum()) == 2 * 3 * 4 * sum(slot >= 0 for slot in slots)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [[5], [0, 7, 3], [-1, 6, -1], [-1], [7, -1, 2, 0, 5, 6]])
+def test_writes_go_to_their_slots_and_nowhere_else(backend, slots, dtype):
+    one = backend(dtype)
+    q, k, v = torch.randn(len(slots), 15, 6).split((9, 3, 3), 1)  # as in the product for all three: with gaps
+    cos, sin = torch.randn(2, len(slots), 3)
+    caches = torch.full((4, 2, 3, 2, 4, 6), torch.nan, dtype=dtype)
+    batch = kernels.Batch(torch.tensor(slots), *[torch.tensor(())] * 3)
+    one.write_kv(k, v, caches[0], batch)
+    reference.write_kv(k, v, caches[1], batch.slot_mapping)
+    torch.testing.assert_close(caches[0], caches[1], equal_nan=True, atol=0, rtol=0)
+    expected = reference.rope(q, cos, sin)
+    reference.write_kv(reference.rope(k, cos, sin), v, caches[3], batch.slot_mapping)
+    turned = one.rope_and_write(q, k, v, cos, sin, caches[2], batch)
+    torch.testing.assert_close(turned, expected)
+    torch.testing.assert_close(caches[2], caches[3], equal_nan=True, atol=1e-5, rtol=1e-2 * (dtype != torch.float32))
+    for cache in caches:
+        assert int((~cache.isnan()).sum()) == 2 * 3 * 6 * sum(slot >= 0 for slot in slots)
 
 
 def test_copy_blocks_reads_before_it_writes():
     cache = torch.arange(4.0).view(1, 1, 1, 4, 1, 1).expand(2, 2, 3, 4, 5, 6).clone()
-    kernels.copy_blocks(cache, torch.tensor([1, 2]), torch.tensor([2, 3]))  # block 2 is a source and a target
+    reference.copy_blocks(cache, torch.tensor([1, 2]), torch.tensor([2, 3]))  # block 2 is a source and a target
     assert cache[1, 1, 2, :, 4, 5].tolist() == [0, 1, 1, 2]
 
 
 def test_move_blocks_between_pools_of_different_sizes():
     from_cache, to_cache = torch.randn(2, 2, 3, 6, 4, 5), torch.zeros(2, 2, 3, 2, 4, 5)
-    kernels.move_blocks(from_cache, to_cache, torch.tensor([5, 0]), torch.tensor([0, 1]))
+    reference.move_blocks(from_cache, to_cache, torch.tensor([5, 0]), torch.tensor([0, 1]))
     assert torch.equal(to_cache[:, :, :, 0], from_cache[:, :, :, 5])
     assert torch.equal(to_cache[:, :, :, 1], from_cache[:, :, :, 0])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+@pytest.mark.parametrize("rows", [1, 2, 7, 33, 97])
+@pytest.mark.parametrize("shape", [(1, 1), (24, 40), (33, 200), (64, 577)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(rows, bias):
-    weight, x = torch.randn(24, 40), torch.randn(rows, 40)
-    b = torch.randn(24) if bias else None
+def test_linear(backend, rows, shape, bias):
+    weight, x, y = torch.randn(shape), torch.randn(rows, shape[1]), torch.randn(rows, shape[0])
+    b = torch.randn(shape[0]) if bias else None
+    linear = backend(torch.float32).linear(weight, b)
     expected = x.double() @ weight.double().T + (b.double() if b is not None else 0)
-    torch.testing.assert_close(kernels.Linear(weight, b)(x), expected.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(linear(x), expected.float(), atol=5e-5, rtol=1e-5)
+    total = (y + expected).float()
+    assert linear(x, add_to=y) is y
+    torch.testing.assert_close(y, total, atol=5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 13])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_computes_where_the_machine_can(dtype):
-    weight = torch.randn(24, 40).to(dtype)
-    x = torch.randn(3, 40).to(kernels.compute_dtype(dtype, "cpu"))
-    out = kernels.Linear(weight)(x)
+def test_linear_computes_where_the_machine_can(backend, dtype, rows):
+    one = backend(dtype)
+    if one.name == "cpp" and dtype == torch.float16:
+        pytest.skip("not in C++")
+    weight = torch.randn(24, 400).to(dtype)
+    x = torch.randn(rows, 400).to(one.dtype)
+    out = one.linear(weight)(x)
     assert out.dtype == x.dtype
     torch.testing.assert_close(out.float(), x.float() @ weight.float().T, atol=0.1, rtol=2e-2)
+
+
+def test_what_is_added_to_may_be_large(backend):
+    """A residual stream holds numbers in the thousands: sums must not begin with them."""
+    weight, x, y = torch.randn(16, 600), torch.randn(3, 600) / 100, torch.full((3, 16), 5000.0)
+    expected = (y.double() + x.double() @ weight.double().T).float()
+    backend(torch.float32).linear(weight)(x, add_to=y)
+    torch.testing.assert_close(y, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 5, 16, 70])
+def test_norm_and_gate(backend, dtype, width):
+    one = backend(torch.float32)
+    x, weight = torch.randn(9, 2 * width).to(dtype), torch.randn(2 * width).to(dtype)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
+    expected = torch.nn.functional.rms_norm(x, (2 * width,), weight, 1e-5)
+    torch.testing.assert_close(one.rms_norm(x, weight, 1e-5), expected, **tolerance)
+    torch.testing.assert_close(one.rms_norm(x[:, None], weight, 1e-5)[:, 0], expected, **tolerance)
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(one.silu_and_mul(x), gate * gate.sigmoid() * up, **tolerance)
+    extreme = torch.tensor([[-200.0, 200.0, 0.0, torch.nan, -87.5, 30.0] * 2]).repeat(1, 5)
+    torch.testing.assert_close(one.silu_and_mul(extreme), reference.silu_and_mul(extreme), equal_nan=True)
 
 
 def test_rope_turns_by_the_position():
     """Position 0 is left alone, lengths are kept, and q . k depends on the distance alone."""
     x = torch.randn(1, 2, 8)
     angles = torch.arange(6.0)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
-    turned = kernels.rope(x.expand(6, 2, 8), angles.cos(), angles.sin())
+    turned = reference.rope(x.expand(6, 2, 8), angles.cos(), angles.sin())
     torch.testing.assert_close(turned[0], x[0])
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1).expand(6, 2))
     products = torch.einsum("ihd,jhd->hij", turned, turned)
     torch.testing.assert_close(products[:, 0, 2], products[:, 3, 5])
 
 
-def test_norm_and_gate():
-    x, weight = torch.randn(5, 16), torch.randn(16)
-    torch.testing.assert_close(
-        kernels.rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (16,), weight, 1e-5)
-    )
-    gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(kernels.silu_and_mul(x), gate * gate.sigmoid() * up)
+def test_the_c_plus_plus_tests_under_sanitizers(request):
+    """Again, in a process whose memory is watched: a read or write outside of a tensor ends it."""
+    if request.config.getoption("--sanitize"):
+        pytest.skip("this is that process")
+    watcher = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(watcher):
+        pytest.skip("no address sanitizer")
+    environment = os.environ | {"LD_PRELOAD": watcher, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "--sanitize", "-k", "cpp and not 16", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,0 +1,41 @@
+"""The Triton backend: attention, cache writes and block moves on a GPU; the rest as in PyTorch.
+
+Without a GPU it runs where TRITON_INTERPRET=1 is set before Python starts: slow, but every line can be stepped through.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from kernels import triton_attention, triton_cache
+from kernels.batch import Batch
+from kernels.torch_backend import TorchBackend
+
+
+class TritonBackend(TorchBackend):
+    name = "triton"
+
+    def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:
+        triton_cache.write_kv(k, v, layer_cache, batch.slot_mapping)
+
+    def paged_attention(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        return triton_attention.paged_attention(
+            q, layer_cache, batch.query_start, batch.context_lens, batch.block_tables, scale,
+            batch.max_query_len, batch.max_context_len,
+        )  # fmt: skip
+
+    def copy_blocks(self, cache: Tensor, source: Tensor, target: Tensor) -> None:
+        triton_cache.copy_blocks(cache, source, target)
+
+    def move_blocks(self, from_cache: Tensor, to_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        triton_cache.move_blocks(from_cache, to_cache, source, target)
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why the kernels can't run on this device in this dtype; None if they can."""
+    if torch.device(device).type != "cpu":
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "kernels in Triton need a GPU, or its interpreter (set TRITON_INTERPRET=1)"
+    return "Triton's interpreter computes bf16 wrongly" if dtype == torch.bfloat16 else None

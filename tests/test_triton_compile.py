@@ -1,0 +1,155 @@
+"""Every Triton kernel, as the engine launches it for real models, compiles for the GPUs it is meant for; no GPU needed.
+
+The launchers themselves run, on tensors without memory (device "meta"), so the tile sizes, the warps and what
+Triton assumes of sizes and strides are those of a real launch. Two things are replaced: the driver, by one that only
+names its GPU, and the launch, by the compilation before it. What comes out is read: PTX, and what its assembler used.
+
+The interpreter, under which test_triton.py runs, must be chosen before triton is imported, and so must its absence:
+each GPU's kernels are compiled in a process of their own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPUS = {80: "A100", 90: "H100"}
+MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "GPT-2": (12, 12, 64)}  # H, G, D
+LAUNCHES = {"decode": (1, 1), "split decode": (1, 8), "prefill": (500, 1), "short prefill": (5, 4)}  # queries, splits
+CASES = [(model, "bfloat16", launch) for model in MODELS for launch in LAUNCHES]
+CASES += [("Llama-3-8B", "float16", launch) for launch in LAUNCHES]
+CASES += [("SmolLM2-135M", "float32", launch) for launch in LAUNCHES] + [("Llama-3-8B", "float32", "prefill")]
+NAMES = [" ".join(case) for case in CASES]
+PRODUCTS = {80: r"mma\.sync\S*\.{0}\.{0}", 90: r"(mma\.sync|wgmma\.mma_async)\S*\.{0}\.{0}"}
+SHORT = {"bfloat16": "bf16", "float16": "f16"}
+
+
+@pytest.fixture(scope="module", params=GPUS, ids=lambda capability: f"sm_{capability}")
+def compiled(request):
+    """{case: [kernel]} for one GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, __file__, str(request.param)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return request.param, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_launch_compiles_for_its_gpu(compiled):
+    capability, kernels = compiled
+    assert set(kernels) == {*NAMES, "write", "copy", "move"}
+    for name, parts in kernels.items():
+        if name in NAMES:
+            expected = ["_attention_kernel", "_merge_kernel"][: 2 if "split" in name or "short" in name else 1]
+        else:
+            expected = ["_write_kernel" if name == "write" else "_copy_kernel"]
+        assert [kernel["name"] for kernel in parts] == expected
+        assert all(re.search(rf"\.target sm_{capability}a?\b", kernel["ptx"]) for kernel in parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_run_on_tensor_cores(compiled, name):
+    """But for fp32: rounded to TF32 it would no longer be fp32."""
+    capability, kernels = compiled
+    dtype = name.split()[1]
+    ptx = kernels[name][0]["ptx"]
+    if dtype == "float32":
+        assert "mma" not in ptx and "tf32" not in ptx
+    else:
+        assert re.search(PRODUCTS[capability].format(SHORT[dtype]), ptx)
+    if capability == 90 and " prefill" in name and "short" not in name and dtype != "float32":
+        assert "wgmma" in ptx
+
+
+@pytest.mark.parametrize("name", [*NAMES, "write", "copy", "move"])
+def test_nothing_spills_and_addresses_have_64_bits(compiled, name):
+    """Registers that do not suffice spill to a stack in memory, which is what the kernels wait for anyway."""
+    for kernel in compiled[1][name]:
+        assert kernel["stack"] <= 16  # bytes a thread
+        assert re.search(r"(mul\.wide|mad\.wide|mul\.lo|mad\.lo)\.[su]64|shl\.b64", kernel["ptx"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "16" in name])
+def test_keys_and_values_come_in_16_bytes_a_thread_ahead_of_time(compiled, name):
+    """Asynchronous copies (cp.async) of the widest kind, several iterations before they are needed."""
+    ptx = compiled[1][name][0]["ptx"]
+    assert len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*0x10", ptx)) >= 8
+
+
+def compile_all(capability):
+    """{case: [kernel]}: runs in a process of its own."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from kernels import triton_attention, triton_cache
+
+    class NamedGPU:
+        """As much of a driver as a compilation asks for."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    launched = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        launched.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    def blank(*shape, dtype=torch.int64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def attend(heads, kv_heads, head_size, dtype, queries, splits):
+        qkv = blank(4 * queries, heads + 2 * kv_heads, head_size, dtype=dtype)
+        cache = blank(2, kv_heads, 100_000, 16, head_size, dtype=dtype)
+        tables = blank(5), blank(4), blank(4, 64)
+        triton_attention.paged_attention(qkv[:, :heads], cache, *tables, 0.1, queries, 1000, splits)
+
+    def collect(name, launch, *args):
+        launched.clear()
+        launch(*args)
+        kernels[name] = [
+            dict(name=kernel.name, ptx=kernel.asm["ptx"], stack=stack(kernel.asm["cubin"]))
+            for kernel in launched
+        ]
+
+    kernels = {}
+    driver.set_active(NamedGPU())
+    JITFunction.run = compile_only
+    for model, dtype, launch in CASES:
+        collect(f"{model} {dtype} {launch}", attend, *MODELS[model], getattr(torch, dtype), *LAUNCHES[launch])
+    qkv = blank(4, 15, 64, dtype=torch.bfloat16)
+    pool, other = (blank(30, 2, 3, blocks, 16, 64, dtype=torch.bfloat16) for blocks in (100_000, 500))
+    collect("write", triton_cache.write_kv, qkv[:, 9:12], qkv[:, 12:], pool[0], blank(4))
+    collect("copy", triton_cache.copy_blocks, pool, blank(40), blank(40))
+    collect("move", triton_cache.move_blocks, pool, other, blank(7), blank(7))
+    return kernels
+
+
+def stack(cubin):
+    """Bytes of stack of each thread, as the tool that comes with Triton reads them."""
+    import tempfile
+
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", shown)[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))
