@@ -50,6 +50,8 @@ def build(folder: Path, notice: Callable[[str], None], flags: tuple[str, ...] = 
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
             built = Path(temporary) / target.name
             _output([compiler, *flags, str(SOURCE), "-o", str(built)])
+            if not built.is_file():
+                raise BuildFailed(f"{compiler} failed: no library came out")
             os.replace(built, target)
     except OSError as error:
         raise BuildFailed(f"cannot write to {folder}: {error.strerror}; set MINIPAGED_CACHE") from None
@@ -192,8 +194,9 @@ class HugePages:
         return taken.view(dtype)[: torch.Size(shape).numel()].view(shape)
 
     def _chunk(self, size: int) -> Tensor:
-        memory = mmap.mmap(-1, size + self.PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(size, dtype=torch.uint8)
+        memory = mmap.mmap(-1, size + self.PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
         chunk = torch.frombuffer(memory, dtype=torch.uint8)
         return chunk[-chunk.data_ptr() % self.PAGE :][:size]

@@ -89,14 +89,17 @@ static inline V exp(V x) {
 
 // y [R, C W] += x [R, K] w [K, C W], or = if not add. Strides between rows: ldx, ldw, ldy; within a row 1.
 // All the R C sums stay in registers.
+// `ahead`: memory that is needed next; K times `step` bytes of it are called for on the way.
 template <int R, int C, class T>
-static void tile(const float* x, long ldx, const T* w, long ldw, long K, float* y, long ldy, bool add) {
+static void tile(const float* x, long ldx, const T* w, long ldw, long K, float* y, long ldy, bool add,
+                 const char* ahead, long step) {
     V sums[R][C] = {};
     if (add)
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++) sums[r][c] = load(y + r * ldy + c * W);
 #pragma GCC unroll 4
     for (long k = 0; k < K; k++) {
+        __builtin_prefetch(ahead + k * step, 0, 2);
         if constexpr (R < C) {  // what there is less of waits in registers for the other
             V xs[R];
             for (int r = 0; r < R; r++) xs[r] = splat(x[r * ldx + k]);
@@ -124,31 +127,29 @@ constexpr int ROWS = W == 8 ? 6 : 12;
 // The same for any number of rows, cut into tiles of nearly the same height, and for columns in whole panels. A
 // tile's size must be known when it is compiled, so there is a function for each height, in a table; few rows are
 // taken two panels at a time, or there would be too few sums to keep the multipliers busy.
-// `ahead`: memory that is needed next, called for while the tiles are at work.
 template <class T, int... R>
 static void multiply(std::integer_sequence<int, R...>, const float* x, long ldx, const T* w, long ldw, long rows, long K,
-                     long columns, float* y, long ldy, bool add, const char* ahead, long ahead_lines) {
+                     long columns, float* y, long ldy, bool add, const char* ahead, long bytes) {
     static constexpr decltype(&tile<1, 2, T>) narrow[] = {&tile<R + 1, 2, T>...};
     static constexpr decltype(&tile<1, 4, T>) wide[] = {&tile<R / 2 + 1, 4, T>...};
-    long count = (rows + ROWS - 1) / ROWS, share = (ahead_lines + count - 1) / count;
+    long count = (rows + ROWS - 1) / ROWS, step = bytes / count / K;
     for (long i = 0; i < count; i++) {
         long begin = rows * i / count, height = rows * (i + 1) / count - begin;
-        for (long line = share * i; line < std::min(ahead_lines, share * (i + 1)); line++)
-            __builtin_prefetch(ahead + 64 * line, 0, 2);
         for (long c = 0; c < columns;) {
             bool two = 2 * height <= ROWS && c + 2 * P <= columns;
             auto f = two ? wide[2 * height - 1] : narrow[height - 1];
-            f(x + begin * ldx, ldx, w + c, ldw, K, y + begin * ldy + c, ldy, add);
+            f(x + begin * ldx, ldx, w + c, ldw, K, y + begin * ldy + c, ldy, add, ahead + bytes / count * i, step);
             c += two ? 2 * P : P;
         }
     }
 }
 
+// `ahead`: so many bytes from there on are called from memory meanwhile.
 template <class T>
 static void multiply(const float* x, long ldx, const T* w, long ldw, long rows, long K, long columns, float* y, long ldy,
-                     bool add, const void* ahead = nullptr, long ahead_bytes = 0) {
+                     bool add, const void* ahead = nullptr, long bytes = 0) {
     multiply(std::make_integer_sequence<int, ROWS>{}, x, ldx, w, ldw, rows, K, columns, y, ldy, add, (const char*)ahead,
-             ahead_bytes / 64);
+             bytes);
 }
 
 // --- 3. linear ----------------------------------------------------------------------------------------------
@@ -377,18 +378,27 @@ static void rms_norm(const T* x, long x_stride, const T* weight, float eps, T* y
 #pragma omp parallel for num_threads(threads) if (rows * E > 1 << 16)
     for (long r = 0; r < rows; r++) {
         const T* from = x + r * x_stride;
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (long e = 0; e < E; e++) squares += get(from + e) * get(from + e);
-        float scale = 1 / std::sqrt(squares / E + eps);
-        for (long e = 0; e < E; e++) put(y + r * E + e, get(from + e) * scale * get(weight + e));
+        V squares{};
+        long e = 0;
+        for (; e + W <= E; e += W) squares += load(from + e) * load(from + e);
+        float total = sum(squares);
+        for (; e < E; e++) total += get(from + e) * get(from + e);
+        float scale = 1 / std::sqrt(total / E + eps);
+        for (e = 0; e + W <= E; e += W) store(y + r * E + e, load(from + e) * scale * load(weight + e));
+        for (; e < E; e++) put(y + r * E + e, get(from + e) * scale * get(weight + e));
     }
 }
 
 // Turns x [D] into y: the pair (i, i + D/2) by its angle.
 template <class X, class Y>
 static void rotate(const X* x, const float* cos, const float* sin, Y* y, long D) {
-    for (long i = 0; i < D / 2; i++) {
+    long i = 0;
+    for (; i + W <= D / 2; i += W) {
+        V a = load(x + i), b = load(x + i + D / 2), c = load(cos + i), s = load(sin + i);
+        store(y + i, a * c - b * s);
+        store(y + i + D / 2, b * c + a * s);
+    }
+    for (; i < D / 2; i++) {
         float a = get(x + i), b = get(x + i + D / 2);
         put(y + i, a * cos[i] - b * sin[i]);
         put(y + i + D / 2, b * cos[i] + a * sin[i]);

@@ -3,7 +3,11 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; nothing else reads it
+
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # The same examples on every run: a failure in CI is a failure here. HYPOTHESIS_PROFILE=explore draws new ones.
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
