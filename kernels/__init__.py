@@ -9,7 +9,7 @@
     triton_cache.py        its cache writes, block copies and moves,
     triton_tiles.py        and how it cuts the work
     cpp.py, cpu.cpp      the backend for a CPU: how the C++ is built and called, and the C++
-    bench.py             python -m kernels.bench
+    bench/               python -m kernels.bench: how fast they are
 
 This file is the door: callers say what they want, and `load` who does it.
 """

@@ -4,7 +4,7 @@ Read reference.py first: this file computes the same Equation 4 of the PagedAtte
 
     o_i = sum_j exp(scale q_i . K_j) V_j  /  sum_j exp(scale q_i . K_j),        j = 0 .. position of i
 
-but never holds all scores. Three ideas:
+but never holds all scores. Three ideas.
 
 **Online softmax** (Milakov and Gimelshein 2018, FlashAttention). Go through the keys a tile at a time and keep, for
 each query, m (the largest score so far), z (the sum of all 2^(score - m)) and o (the sum of all 2^(score - m) V). A
@@ -48,18 +48,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_tiles import Tiles, choose_splits, choose_tiles, multiprocessors, power_of_2
+from kernels.triton_tiles import Tiles, check_input, choose_splits, choose_tiles, multiprocessors, power_of_2
 
 NONE = tl.constexpr(-1.0e38)  # m before the first key: below any score, but finite, since -inf - -inf is NaN
 
 
 @triton.jit
-def _find_queries(tile, query_start, num_seqs, TILE_Q: tl.constexpr, DECODE: tl.constexpr):
+def _find_queries(tile, query_start, num_seqs, least, TILE_Q: tl.constexpr, DECODE: tl.constexpr):
     """Whose queries are in this tile: (s, its first token in the batch, its number of queries, the tile's first one).
 
-    DECODE takes the sequences of one query, and tile and sequence are the same; the other launch takes the rest. There
-    the tiles of sequence s begin at number query_start[s] // TILE_Q + s: one tile more than needed at times, but
-    nobody has to go through the sequences before. The last s that does not begin behind `tile` is found by bisection.
+    DECODE takes the sequences of one query: tile and sequence are the same. The other launch takes those of `least` and
+    more: the tiles of sequence s begin at number query_start[s] // TILE_Q + s. That is one tile too many at times, but
+    no sum over the sequences before; the last s that does not begin behind `tile` is found by bisection.
     """
     s = tile
     first = 0
@@ -75,7 +75,7 @@ def _find_queries(tile, query_start, num_seqs, TILE_Q: tl.constexpr, DECODE: tl.
         first = (tile - s - tl.load(query_start + s).to(tl.int32) // TILE_Q) * TILE_Q
     start = tl.load(query_start + s).to(tl.int32)
     count = tl.load(query_start + s + 1).to(tl.int32) - start
-    if (count == 1) != DECODE:
+    if (DECODE and count > 1) or count < least:
         count = 0  # the other launch's
     return s, start, count, first
 
@@ -116,9 +116,9 @@ def _attend(
     return o, m, z
 
 
-@triton.jit(do_not_specialize=["num_seqs", "stride_table"])
+@triton.jit(do_not_specialize=["num_seqs", "least", "stride_table"])
 def _attention_kernel(
-    out, partial_o, partial_mz, q, cache, query_start, context_lens, block_tables, num_seqs, scale_log2,
+    out, partial_o, partial_mz, q, cache, query_start, context_lens, block_tables, num_seqs, least, scale_log2,
     stride_out_t, stride_out_h, stride_q_t, stride_q_h, stride_kv, stride_g, stride_n, stride_b, stride_table,
     R: tl.constexpr, B: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr,
@@ -126,7 +126,7 @@ def _attention_kernel(
     """One tile of queries, one key/value head, one split of the context."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries of a prefill have the most keys: they go first
     g = tl.program_id(1)
-    s, start, count, first = _find_queries(tile, query_start, num_seqs, TILE_Q, DECODE)
+    s, start, count, first = _find_queries(tile, query_start, num_seqs, least, TILE_Q, DECODE)
     if first >= count:
         return
     context = tl.load(context_lens + s).to(tl.int32)
@@ -163,9 +163,8 @@ def _attention_kernel(
         )  # fmt: skip
 
     if SPLIT:
-        num_splits = tl.num_programs(2)
-        num_heads = tl.num_programs(1) * R
-        place = ((tile * TILE_Q + row // R).to(tl.int64) * num_heads + head) * num_splits + tl.program_id(2)
+        place = (tile * TILE_Q + row // R).to(tl.int64) * (tl.num_programs(1) * R) + head
+        place = place * tl.num_programs(2) + tl.program_id(2)
         tl.store(partial_mz + place * 2, m, mask=real)
         tl.store(partial_mz + place * 2 + 1, z, mask=real)
         tl.store(partial_o + place[:, None] * D + d[None, :], o, mask=there & (z > 0)[:, None])
@@ -175,14 +174,14 @@ def _attention_kernel(
         tl.store(pointers, o.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "least", "num_splits"])
 def _merge_kernel(
-    out, partial_o, partial_mz, query_start, num_seqs, num_splits, stride_out_t, stride_out_h,
+    out, partial_o, partial_mz, query_start, num_seqs, least, num_splits, stride_out_t, stride_out_h,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE_Q: tl.constexpr, DECODE: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """One query, one head: the splits' m, z and o become the answer."""
     tile = tl.program_id(0) // TILE_Q
-    s, start, count, first = _find_queries(tile, query_start, num_seqs, TILE_Q, DECODE)
+    s, start, count, first = _find_queries(tile, query_start, num_seqs, least, TILE_Q, DECODE)
     query = first + tl.program_id(0) % TILE_Q
     if query >= count:
         return
@@ -212,54 +211,40 @@ def paged_attention(
     bound. A query over a context of 0 tokens gives zeros, a sequence of no queries writes nothing, and rows that no
     sequence owns stay as they are in `out`. num_splits: chosen from the work unless given.
     """
-    _check(q, cache, scale)
+    check_input(q, cache, scale)
     num_seqs, group_size = len(context_lens), q.shape[1] // cache.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    # Sequences of one query have a launch of their own; where all have equally many, only one kind is there.
-    alike = len(q) == num_seqs * max_query_len
-    for decode in [max_query_len == 1] if alike or max_query_len == 1 else [True, False]:
+    # Sequences of one query have a launch of their own, unless there is nothing else, or (most likely) none of them.
+    alone = max_query_len == 1 or len(q) == num_seqs * max_query_len
+    for decode in [max_query_len == 1] if alone else [True, False]:
         few = max_query_len * group_size <= 64
         tiles = choose_tiles(group_size, q.shape[2], q.element_size(), decode, few)
         num_tiles = num_seqs if decode else len(q) // tiles.queries + num_seqs
-        splits = num_splits or choose_splits(
-            num_tiles * cache.shape[1], max_context_len, multiprocessors(q.device), min_keys=8 * tiles.rows
-        )
-        batch = (query_start, context_lens, block_tables)
-        _launch(out, q, cache, batch, scale * math.log2(math.e), tiles, num_tiles, splits, decode)
+        programs, processors = num_tiles * cache.shape[1], multiprocessors(q.device)
+        splits = num_splits or choose_splits(programs, max_context_len, processors, min_keys=8 * tiles.rows)
+        batch, least = (query_start, context_lens, block_tables), 1 if decode or alone else 2
+        _launch(out, q, cache, batch, scale * math.log2(math.e), tiles, num_tiles, splits, decode, least)
     return out
 
 
 def _launch(
     out: Tensor, q: Tensor, cache: Tensor, batch: tuple[Tensor, Tensor, Tensor], scale_log2: float,
-    tiles: Tiles, num_tiles: int, splits: int, decode: bool,
+    tiles: Tiles, num_tiles: int, splits: int, decode: bool, least: int,
 ) -> None:  # fmt: skip
     (_, heads, head_size), (_, kv_heads, _, block_size, _) = q.shape, cache.shape
-    query_start, context_lens, block_tables = batch
-    num_seqs = len(context_lens)
+    num_seqs = len(batch[1])
     rows = num_tiles * tiles.queries if splits > 1 else 0
     partial_o = torch.empty(rows, heads, splits, head_size, dtype=torch.float32, device=q.device)
     partial_mz = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=q.device)
     shape = dict(D=head_size, D_PAD=power_of_2(max(head_size, 16)), TILE_Q=tiles.queries, DECODE=decode)
     _attention_kernel[num_tiles, kv_heads, splits](
-        out, partial_o, partial_mz, q, cache, query_start, context_lens, block_tables, num_seqs, scale_log2,
-        *out.stride()[:2], *q.stride()[:2], *cache.stride()[:4], block_tables.stride(0),
+        out, partial_o, partial_mz, q, cache, *batch, num_seqs, least, scale_log2,
+        *out.stride()[:2], *q.stride()[:2], *cache.stride()[:4], batch[2].stride(0),
         R=heads // kv_heads, B=block_size, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=splits > 1, **shape,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
-        padded = power_of_2(splits)
         _merge_kernel[rows, heads](
-            out, partial_o, partial_mz, query_start, num_seqs, splits, *out.stride()[:2],
-            SPLITS_PAD=padded, **shape, num_warps=8 if padded > 32 else 4, enable_fp_fusion=True,
+            out, partial_o, partial_mz, batch[0], num_seqs, least, splits, *out.stride()[:2],
+            SPLITS_PAD=power_of_2(splits), **shape, num_warps=8 if splits > 32 else 4, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _check(q: Tensor, cache: Tensor, scale: float) -> None:
-    if q.shape[1] % cache.shape[1] or q.shape[2] != cache.shape[4]:
-        raise ValueError(f"q {list(q.shape)} has no whole number of heads for each of cache {list(cache.shape)}")
-    if q.stride(2) != 1 or cache.stride(4) != 1:
-        raise ValueError("the numbers of a head must lie side by side, in q and in the cache")
-    if scale <= 0:
-        raise ValueError(f"scale={scale}: must be positive")
-    if q.device.type == "cpu" and torch.bfloat16 in (q.dtype, cache.dtype):
-        raise ValueError("Triton's interpreter computes bf16 wrongly: use fp32 or fp16 without a GPU")

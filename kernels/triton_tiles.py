@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 KEY_BYTES = 2**14  # of keys in a decode tile: a few such tiles on their way keep a multiprocessor's memory port busy
 MAX_SPLITS = 128
@@ -91,3 +92,15 @@ def choose_splits(num_programs: int, max_context_len: int, num_multiprocessors: 
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has; Triton's interpreter runs programs one after another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def check_input(q: Tensor, cache: Tensor, scale: float) -> None:
+    """ValueError for a q [T, H, D] or a cache [2, G, N, B, D] that the attention kernel would misread."""
+    if q.shape[1] % cache.shape[1] or q.shape[2] != cache.shape[4]:
+        raise ValueError(f"q {list(q.shape)} has no whole number of heads for each of cache {list(cache.shape)}")
+    if q.stride(2) != 1 or cache.stride(4) != 1:
+        raise ValueError("the numbers of a head must lie side by side, in q and in the cache")
+    if scale <= 0:
+        raise ValueError(f"scale={scale}: must be positive")
+    if q.device.type == "cpu" and torch.bfloat16 in (q.dtype, cache.dtype):
+        raise ValueError("Triton's interpreter computes bf16 wrongly: use fp32 or fp16 without a GPU")

@@ -135,11 +135,17 @@ def test_padding_gives_zeros_and_writes_nothing_else(splits):
     batch = Batch([(9, 4), (0, 0), (0, 1)], (4, 2), 16, 4, torch.float32)
     assert not batch.check(splits, small=True)[4:].any()
 
+    # 7 rows, of which 5 are owned; then 6 of 4, which looks like two sequences of 3 queries.
     batch.q = torch.cat((batch.q, batch.q[:2]))
     out = torch.full_like(batch.q, torch.nan)
     tables = batch.query_start, batch.context_lens, batch.tables
     triton_attention.paged_attention(batch.q, batch.cache, *tables, 0.25, *batch.maxima, splits, out)
     assert out[:5].isfinite().all() and out[5:].isnan().all()
+    batch = Batch([(9, 3), (6, 1)], (4, 2), 16, 4, torch.float32)
+    expected, batch.q = batch.check(), torch.cat((batch.q, batch.q[:2]))
+    tables = batch.query_start, batch.context_lens, batch.tables
+    out = triton_attention.paged_attention(batch.q, batch.cache, *tables, 0.25, *batch.maxima, splits)
+    torch.testing.assert_close(out[:4], expected)
 
 
 def test_maxima_may_be_upper_bounds():
@@ -182,8 +188,9 @@ def test_addresses_have_64_bits():
     batch.check()
 
 
-def test_copies_have_64_bits():
-    cache = huge_cache().permute(2, 0, 1, 3, 4).view(1, 2, 11, 100_000, 16, 64)  # in one piece
+@pytest.mark.parametrize("shape", [(1, 2, 11, 100_000, 16, 64), (1, 1, 1, 100_000, 32, 704)])
+def test_copies_have_64_bits(shape):
+    cache = huge_cache().permute(2, 0, 1, 3, 4).view(shape)  # in one piece
     cache[:, :, :, 99_998], cache[:, :, :, 99_999] = 1, 2
     triton_cache.copy_blocks(cache, torch.tensor([99_999]), torch.tensor([99_998]))
     assert (cache[:, :, :, 99_998:] == 2).all()

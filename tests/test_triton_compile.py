@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-GPUS = {80: "A100", 90: "H100"}
+GPUS = [80, 90]  # compute capability 8.0 (A100) and 9.0 (H100)
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "GPT-2": (12, 12, 64)}  # H, G, D
 LAUNCHES = {"decode": (1, 1), "split decode": (1, 8), "prefill": (500, 1), "short prefill": (5, 4)}  # queries, splits
 CASES = [(model, "bfloat16", launch) for model in MODELS for launch in LAUNCHES]
@@ -28,7 +28,10 @@ PRODUCTS = {80: r"mma\.sync\S*\.{0}\.{0}", 90: r"(mma\.sync|wgmma\.mma_async)\S*
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 
-@pytest.fixture(scope="module", params=GPUS, ids=lambda capability: f"sm_{capability}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(gpu, id=f"sm_{gpu}", marks=pytest.mark.xdist_group(f"sm_{gpu}")) for gpu in GPUS],
+)
 def compiled(request):
     """{case: [kernel]} for one GPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -70,7 +73,7 @@ def test_products_run_on_tensor_cores(compiled, name):
 def test_nothing_spills_and_addresses_have_64_bits(compiled, name):
     """Registers that do not suffice spill to a stack in memory, which is what the kernels wait for anyway."""
     for kernel in compiled[1][name]:
-        assert kernel["stack"] <= 16  # bytes a thread
+        assert kernel["stack"] <= 64  # bytes a thread
         assert re.search(r"(mul\.wide|mad\.wide|mul\.lo|mad\.lo)\.[su]64|shl\.b64", kernel["ptx"])
 
 
@@ -120,8 +123,7 @@ def compile_all(capability):
         launched.clear()
         launch(*args)
         kernels[name] = [
-            dict(name=kernel.name, ptx=kernel.asm["ptx"], stack=stack(kernel.asm["cubin"]))
-            for kernel in launched
+            dict(name=kernel.name, ptx=kernel.asm["ptx"], stack=stack(kernel.asm["cubin"])) for kernel in launched
         ]
 
     kernels = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import kernels
 from minipaged.bench.contenders import BLOCK_SIZE, DEFAULT_PEERS, LABELS, PEERS, Options
 from minipaged.bench.environments import APART, find, how_to_install, peer_python
 from minipaged.bench.loads import NAMES, Load, Run, make_load
@@ -20,8 +21,9 @@ from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
+from minipaged.models.fetch import cache_folder
 from minipaged.models.gguf import GGUFCheckpoint
-from minipaged.runner import DTYPES, kv_bytes_per_token
+from minipaged.runner import DTYPES, kv_bytes_per_token, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +51,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             raise ModelError(
                 f"load {load.name} needs {load.longest} positions, and the model has {config.max_model_len}"
             )
+    device = _device(args)
     pythons, left_out = _peers(args, isinstance(checkpoint, GGUFCheckpoint))
     threads = args.threads or torch.get_num_threads()
     report: dict[str, Any] = {
@@ -71,6 +74,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             longest=max(load.longest for load in loads),
             num_blocks=args.num_blocks,
             kv_cache_memory=args.kv_cache_memory,
+            device=device,
+            kernels=args.kernels,
         )
         with _models(checkpoint, dtype, "vllm" in pythons) as models:
             own = {name: replace(options, model=models.get(name, options.model)) for name in pythons}
@@ -91,6 +96,17 @@ def _peers(args: argparse.Namespace, is_gguf: bool) -> tuple[dict[str, str], dic
     for name, reason in left_out.items():
         _say(f"left out: {LABELS[name]}: {reason}")
     return {"minipaged": sys.executable} | peers, left_out
+
+
+def _device(args: argparse.Namespace) -> str:
+    """The device, and ModelError if it or the kernels can't be had there: better now than in a contender."""
+    try:
+        dtypes = [resolve(dtype, args.device) for dtype in args.dtype]
+        for dtype, device in dtypes:
+            kernels.load(args.kernels, device, dtype, cache_folder(), notice=_say)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    return dtypes[0][1]
 
 
 @contextlib.contextmanager
@@ -189,6 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
         "may be repeated")  # fmt: skip
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU, if there is one")
+    add("--kernels", choices=kernels.BACKENDS, default="auto", help="minipaged's (default: auto)")
     add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
     add("--threads", type=_count, metavar="N", help="for each contender (default: PyTorch's own choice)")
     size = parser.add_mutually_exclusive_group()

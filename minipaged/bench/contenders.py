@@ -20,6 +20,8 @@ class Options:
     most_blocks: of BLOCK_SIZE tokens, that hold the largest load whole: the pool, if nothing else is said.
     kv_bytes_per_token: of one token, in all layers.
     most_requests, longest: of any load: the requests, and the positions that one takes.
+    device: of minipaged and transformers; vLLM and llama.cpp take what their packages are built for.
+    kernels: minipaged's backend, see `kernels.load`.
     """
 
     model: str
@@ -31,6 +33,8 @@ class Options:
     longest: int
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
+    device: str = "cpu"
+    kernels: str = "auto"
 
 
 class Contender(Protocol):

@@ -18,20 +18,20 @@ class Minipaged:
     kv_bytes: the blocks in use at the moment when most were.
     """
 
-    about = None
-
     def __init__(self, options: Options):
         torch.set_num_threads(options.threads)
         blocks, free = options.num_blocks, options.num_blocks is None and options.kv_cache_memory is None
         self.llm = LLM(
             options.model,
             dtype=options.dtype,
-            device="cpu",
+            device=options.device,
+            kernels=options.kernels,
             block_size=BLOCK_SIZE,
             num_blocks=int(1.02 * options.most_blocks) + 2 if free else blocks,  # with room for the watermark
             kv_cache_memory=options.kv_cache_memory,
             num_cpu_blocks=0 if free else None,  # all fits: nothing is swapped
         )
+        self.about = f"kernels {self.llm.runner.backend.name}"
         self.llm.observers.append(self._observe)
         self._most_blocks = 0
 

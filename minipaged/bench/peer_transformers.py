@@ -40,7 +40,7 @@ def load_model(options: Options):
     else:
         model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **settings)
     model.generation_config = greedy()  # the checkpoint's own one may sample, and ends at end-of-text
-    return model.eval()
+    return model.eval().to(options.device)
 
 
 def greedy(**more) -> GenerationConfig:
@@ -70,7 +70,7 @@ class Static:
         for start in range(0, len(load.prompts), load.batch_size):
             prompts = load.prompts[start : start + load.batch_size]
             outputs = load.outputs[start : start + load.batch_size]
-            ids, mask = pad(prompts)
+            ids, mask = (tensor.to(self.model.device) for tensor in pad(prompts))
             clock = FirstToken()
             rows = self.model.generate(
                 input_ids=ids,
