@@ -238,10 +238,22 @@ static inline void transpose(V* v, std::integer_sequence<int, I...> all) {
     if constexpr (half > 1) transpose<half / 2>(v, all);
 }
 
-// Keys [D, CHUNK] from `count` places in the pool, transposed: as a tile wants its weights.
 template <class C>
-static void gather_keys(const Pool<C>& pool, const long* places, long count, long filled, float* keys) {
+static void call_for(const Pool<C>& pool, const long* places, long count) {
+    for (long j = 0; j < count; j++)
+        for (long d = 0; d < pool.D; d += 64 / sizeof(C)) {
+            __builtin_prefetch(pool.keys + places[j] + d);
+            __builtin_prefetch(pool.values + places[j] + d);
+        }
+}
+
+// Keys [D, CHUNK] from `count` places in the pool, transposed: as a tile wants its weights. On the way, what lies at
+// the `more` places of the next chunk is called from memory, a little at a time.
+template <class C>
+static void gather_keys(const Pool<C>& pool, const long* places, long count, long filled, const long* later, long more,
+                        float* keys) {
     for (long j = 0; j < filled; j += W) {
+        call_for(pool, later + j, std::clamp<long>(more - j, 0, W));
         const C* key[W];  // what lies beyond the context is not read: the last position stands in
         for (long i = 0; i < W; i++) key[i] = pool.keys + places[std::min(j + i, count - 1)];
         long d = 0;
@@ -278,15 +290,6 @@ static void sum_values(const Pool<C>& pool, const long* places, long count, Scra
         for (; d < D; d++) to[d] = get(value + d);
     }
     multiply(weights, CHUNK, my.values.data(), depth, my.rows, count, depth, out, depth, true);
-}
-
-template <class C>
-static void call_for(const Pool<C>& pool, const long* places, long count) {
-    for (long j = 0; j < count; j++)
-        for (long d = 0; d < pool.D; d += 64 / sizeof(C)) {
-            __builtin_prefetch(pool.keys + places[j] + d);
-            __builtin_prefetch(pool.values + places[j] + d);
-        }
 }
 
 // Softmax over a row's scores [count], of which only the first `seen` may be: they become weights e^(score - top),
@@ -328,10 +331,9 @@ static void attend(const Pool<C>& pool, const T* q, long q_stride, T* out, long 
     pool.slots(s, g, 0, std::min(CHUNK, end), here);
     for (long chunk = 0; chunk < end; chunk += CHUNK) {
         long count = std::min(CHUNK, end - chunk), filled = (count + P - 1) / P * P;
-        long more = std::clamp(end - chunk - CHUNK, 0L, CHUNK);  // the next chunk comes while this one is computed
+        long more = std::clamp(end - chunk - CHUNK, 0L, CHUNK);
         pool.slots(s, g, chunk + CHUNK, more, later);
-        call_for(pool, later, more);
-        gather_keys(pool, here, count, filled, my.keys.data());
+        gather_keys(pool, here, count, filled, later, more, my.keys.data());
         multiply(my.q.data(), D, my.keys.data(), CHUNK, rows, D, filled, my.scores.data(), CHUNK, false);
         for (long row = 0; row < rows; row++)
             online_softmax(&my.scores[row * CHUNK], position + row / R + 1 - chunk, filled, my.top[row], my.total[row],
@@ -375,7 +377,7 @@ static void attention(const Pool<C>& pool, const T* q, long q_stride, T* out, lo
 // y = x / rms(x) * weight over rows of E; the norm is taken in fp32.
 template <class T>
 static void rms_norm(const T* x, long x_stride, const T* weight, float eps, T* y, long rows, long E, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * E > 1 << 16)
+#pragma omp parallel for num_threads(threads) if (rows * E > 1 << 13)
     for (long r = 0; r < rows; r++) {
         const T* from = x + r * x_stride;
         V squares{};

@@ -9,11 +9,11 @@ import threading
 
 import pytest
 import torch
+from tiny_model import make_folder
 
 import kernels
 from kernels import cpp
 from minipaged import LLM, SamplingParams
-from tiny_model import make_folder
 
 PROMPTS = [[1 + (5 * i + 3 * k) % 90 for k in range(n)] for i, n in enumerate((1, 5, 9, 20))]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -36,7 +36,8 @@ def no_triton(tmp_path_factory):
 def generate(folder, *flags, **environment):
     """The command line with a tiny model, in a process of its own. A variable that is None is unset."""
     variables = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    command = [sys.executable, "-m", "minipaged.generate", "--model", str(folder), "--raw", "hello", "--max-tokens", "4"]
+    model = ["--model", str(folder), "--raw", "hello", "--max-tokens", "4"]
+    command = [sys.executable, "-m", "minipaged.generate", *model]
     return subprocess.run([*command, *flags], env=variables, capture_output=True, text=True)
 
 
