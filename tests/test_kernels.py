@@ -13,6 +13,7 @@ import kernels
 from kernels import cpp, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+pytestmark = pytest.mark.xdist_group("kernels")  # one worker: what takes long is built once
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 FACES = {  # the C++ file as each kind of machine builds it: by the floats in its vectors
     "torch": None,

@@ -87,7 +87,7 @@ def weights(monkeypatch):
     for name in ("llama", "gpt2"):
         model_class = sys.modules["minipaged.models"].ARCHITECTURES[name]
 
-        def catch(self, config, weights):
+        def catch(self, config, weights, backend):
             caught.clear()
             caught.update(weights)
 

@@ -28,10 +28,10 @@ PRODUCTS = {80: r"mma\.sync\S*\.{0}\.{0}", 90: r"(mma\.sync|wgmma\.mma_async)\S*
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(gpu, id=f"sm_{gpu}", marks=pytest.mark.xdist_group(f"sm_{gpu}")) for gpu in GPUS],
-)
+pytestmark = pytest.mark.xdist_group("compile")  # one worker: what takes long is made once
+
+
+@pytest.fixture(scope="module", params=GPUS, ids=lambda gpu: f"sm_{gpu}")
 def compiled(request):
     """{case: [kernel]} for one GPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
