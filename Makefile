@@ -15,7 +15,7 @@ run: $(READY)
 	  "What is the capital of France?" "Write one sentence about the sea." "Why is the sky blue?"
 
 test: $(READY)
-	$(RUN) pytest -n auto --dist loadgroup
+	$(RUN) pytest -n auto --dist loadfile
 
 bench: $(READY)
 	$(RUN) minipaged.bench

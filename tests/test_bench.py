@@ -30,8 +30,6 @@ from minipaged.models import open_checkpoint
 from minipaged.models.config import ModelConfig
 from minipaged.models.llama import Llama
 
-pytestmark = pytest.mark.xdist_group("bench")  # one worker: the whole run is made once
-
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 

@@ -13,7 +13,6 @@ import kernels
 from kernels import cpp, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-pytestmark = pytest.mark.xdist_group("kernels")  # one worker: what takes long is built once
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 FACES = {  # the C++ file as each kind of machine builds it: by the floats in its vectors
     "torch": None,
@@ -255,6 +254,6 @@ def test_the_c_plus_plus_tests_under_sanitizers(request):
     if not os.path.isabs(watcher):
         pytest.skip("no address sanitizer")
     environment = os.environ | {"LD_PRELOAD": watcher, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "--sanitize", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "--sanitize", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -28,7 +28,6 @@ PRODUCTS = {80: r"mma\.sync\S*\.{0}\.{0}", 90: r"(mma\.sync|wgmma\.mma_async)\S*
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 
-pytestmark = pytest.mark.xdist_group("compile")  # one worker: what takes long is made once
 
 
 @pytest.fixture(scope="module", params=GPUS, ids=lambda gpu: f"sm_{gpu}")
