@@ -144,12 +144,12 @@ static void multiply(std::integer_sequence<int, R...>, const float* x, long ldx,
     }
 }
 
-// `ahead`: so many bytes from there on are called from memory meanwhile.
+// `ahead`: so many bytes from there on are called from memory meanwhile. (With none, w serves: it is there already.)
 template <class T>
 static void multiply(const float* x, long ldx, const T* w, long ldw, long rows, long K, long columns, float* y, long ldy,
                      bool add, const void* ahead = nullptr, long bytes = 0) {
-    multiply(std::make_integer_sequence<int, ROWS>{}, x, ldx, w, ldw, rows, K, columns, y, ldy, add, (const char*)ahead,
-             bytes);
+    multiply(std::make_integer_sequence<int, ROWS>{}, x, ldx, w, ldw, rows, K, columns, y, ldy, add,
+             (const char*)(ahead ? ahead : w), bytes);
 }
 
 // --- 3. linear ----------------------------------------------------------------------------------------------
