@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 
 from kernels.batch import Batch, new_cache
-from kernels.linear import Linear, compute_dtype
 from kernels.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "Backend", "Batch", "Linear", "Unavailable", "compute_dtype", "load", "new_cache"]
+__all__ = ["BACKENDS", "Backend", "Batch", "TorchBackend", "Unavailable", "load", "new_cache"]
 
 Backend = TorchBackend  # all others extend it
 BACKENDS = ("auto", "torch", "triton", "cpp")

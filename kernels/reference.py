@@ -1,7 +1,7 @@
 """The reference: each kernel in the plainest PyTorch that is right.
 
 Nothing here is fast, and nothing here is allowed to be clever: every other
-version (``torch_cpu.py``, and the kernels to come) is tested against this file.
+backend, in PyTorch, C++ or Triton, is tested against this file.
 
 Shapes, as in the whole project: T tokens in the batch, S sequences in it,
 N physical blocks, B block size, M blocks in a page table, H query heads,

@@ -28,7 +28,7 @@ from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve
 from minipaged.sampling_params import SamplingParams
 from minipaged.scheduler import RequestRefused, Scheduler
 from minipaged.sequence import Request, Sequence
-from minipaged.stats import EngineStats, Peak, choose_num_blocks
+from minipaged.stats import EngineStats, Peak, choose_num_blocks, choose_num_cpu_blocks
 
 Outputs = Iterator[RequestOutput]
 
@@ -43,7 +43,7 @@ class LLM:
     cuda_graphs: on a GPU with Triton, replay decode steps: see decode_graphs.py.
     block_size: token slots in a block.
     num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes; by default a share of what's free.
-    num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has.
+    num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has, if they fit.
     max_model_len: the longest prompt and output together, if less than the model's own.
     max_num_seqs, max_num_batched_tokens, preemption, watermark: see `Scheduler`.
     seed: for requests that have none of their own; None draws a new one each time.
@@ -85,7 +85,7 @@ class LLM:
         self.block_bytes = block_size * kv_bytes_per_token(self.config, kind)
         longest = -(-self.max_model_len // block_size)
         blocks = choose_num_blocks(num_blocks, kv_cache_memory, self.block_bytes, longest * max_num_seqs, device)
-        cpu_blocks = blocks if num_cpu_blocks is None else min(num_cpu_blocks, blocks)
+        cpu_blocks = choose_num_cpu_blocks(num_cpu_blocks, blocks, self.block_bytes, device)
         self.memory = KVCacheManager(blocks, block_size, cpu_blocks)
         self.scheduler = Scheduler(self.memory, max_num_seqs, max_num_batched_tokens, preemption, watermark)
         replay = (max_num_seqs, longest) if cuda_graphs and device == "cuda" and backend.name == "triton" else None

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams
+from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams, stats
 from minipaged.models import Llama, ModelConfig, open_checkpoint
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "pages and blocks, blocks and pages", "a b c d e f"]
@@ -189,6 +189,14 @@ def test_poison_shows_memory_that_was_not_moved(make, monkeypatch, move):
 @pytest.mark.parametrize("settings", [{"debug": False}, {"max_num_seqs": 1}, {"max_num_batched_tokens": 32}])
 def test_greedy_is_the_same_with_any_setting(make, greedy, settings):
     assert tokens(make(**settings).generate(PROMPTS, GREEDY)) == [[row] for row in greedy]
+
+
+def test_a_gpu_does_not_pin_all_memory_to_swap_to(monkeypatch):
+    monkeypatch.setattr(stats, "free_memory", {"cpu": 400, "cuda": 9000}.__getitem__)
+    assert stats.choose_num_cpu_blocks(None, 70, 10, "cpu") == 70  # taken only as they are used
+    assert stats.choose_num_cpu_blocks(None, 70, 10, "cuda") == 10  # a quarter of 400 bytes
+    assert stats.choose_num_cpu_blocks(None, 7, 10, "cuda") == 7
+    assert [stats.choose_num_cpu_blocks(n, 70, 10, "cuda") for n in (0, 30, 99)] == [0, 30, 70]
 
 
 def test_the_kv_pool_may_be_given_in_bytes(make, greedy):

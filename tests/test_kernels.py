@@ -72,7 +72,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size
 @given(
     lengths=LENGTHS,
     heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (6, 2), (32, 2)]),
-    head_size=st.sampled_from([4, 6, 32, 48, 64, 80]),
+    head_size=st.sampled_from([4, 6, 32, 48, 64, 80, 128, 256]),
     block_size=st.sampled_from([1, 2, 3, 4, 16, 64, 256]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     compute=st.sampled_from([torch.float32, torch.bfloat16]),
