@@ -19,7 +19,7 @@ from itertools import count
 from kernels import load as load_kernels
 from minipaged.beam_search import BeamSearchParams
 from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
-from minipaged.memory import KVCacheManager
+from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.models import load
 from minipaged.models.fetch import cache_folder
 from minipaged.outputs import RequestOutput, SequenceText, beam_outputs, sampled_output
@@ -45,7 +45,8 @@ class LLM:
     num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes; by default a share of what's free.
     num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has, if they fit.
     max_model_len: the longest prompt and output together, if less than the model's own.
-    max_num_seqs, max_num_batched_tokens, preemption, watermark: see `Scheduler`.
+    prefix_cache: "none", "hash" or "radix": how blocks are found again, see memory/prefix_cache.py.
+    max_num_seqs, max_num_batched_tokens, chunked_prefill, schedule, preemption, watermark: see `Scheduler`.
     seed: for requests that have none of their own; None draws a new one each time.
     debug: fill freed blocks with NaN and check every table and count at every step.
     """
@@ -63,8 +64,11 @@ class LLM:
         kv_cache_memory: int | None = None,
         num_cpu_blocks: int | None = None,
         max_model_len: int | None = None,
+        prefix_cache: str = "hash",
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
+        chunked_prefill: bool = True,
+        schedule: str = "fcfs",
         preemption: str = "auto",
         watermark: float = 0.01,
         seed: int | None = None,
@@ -76,6 +80,8 @@ class LLM:
         ):  # fmt: skip
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+        if prefix_cache not in PREFIX_CACHES:
+            raise ValueError(f"prefix_cache={prefix_cache!r}: must be one of {', '.join(PREFIX_CACHES)}")
         kind, device = resolve(dtype, device)
         backend = load_kernels(kernels, device, kind, cache_folder())
         loaded = load(model, kind, device, backend=backend)
@@ -86,8 +92,11 @@ class LLM:
         longest = -(-self.max_model_len // block_size)
         blocks = choose_num_blocks(num_blocks, kv_cache_memory, self.block_bytes, longest * max_num_seqs, device)
         cpu_blocks = choose_num_cpu_blocks(num_cpu_blocks, blocks, self.block_bytes, device)
-        self.memory = KVCacheManager(blocks, block_size, cpu_blocks)
-        self.scheduler = Scheduler(self.memory, max_num_seqs, max_num_batched_tokens, preemption, watermark)
+        self.prefix_cache = prefix_cache
+        new_cache = PREFIX_CACHES[prefix_cache]
+        self.memory = KVCacheManager(blocks, block_size, cpu_blocks, cache=new_cache(block_size) if new_cache else None)
+        limits = (max_num_seqs, max_num_batched_tokens, preemption, watermark, schedule, chunked_prefill)
+        self.scheduler = Scheduler(self.memory, *limits)
         replay = (max_num_seqs, longest) if cuda_graphs and device == "cuda" and backend.name == "triton" else None
         self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug, replay)
         self.debug = debug
@@ -133,9 +142,19 @@ class LLM:
 
     # --- step by step -------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: Prompt, params: Params | None = None, request_id: str | None = None) -> str:
-        """Let a request wait, and return its id. Errors as in generate."""
-        request = self._request(prompt, params or SamplingParams(), request_id)
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: Params | None = None,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
+    ) -> str:
+        """Let a request wait, and return its id. Errors as in generate.
+
+        cache_salt: it finds only what was computed for requests with the same salt, so tenants can't learn by
+        tokens or by timing what another one asked.
+        """
+        request = self._request(prompt, params or SamplingParams(), request_id, cache_salt)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         return request.request_id
@@ -170,6 +189,10 @@ class LLM:
             self.scheduler.abort(request)
             self._forget_texts(request)
 
+    def reset_prefix_cache(self) -> None:
+        """Nothing that was computed until now is found again. Requests under way go on, and publish nothing more."""
+        self.memory.forget_prefixes()
+
     @property
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
@@ -190,6 +213,7 @@ class LLM:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=dict(scheduler.num_preemptions),
+            prefixes=replace(scheduler.prefixes),
             times=replace(self._times),
         )
 
@@ -209,9 +233,13 @@ class LLM:
             raise
         return ids
 
-    def _request(self, prompt: Prompt, params: Params, request_id: str | None) -> Request:
+    def _request(
+        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None
+    ) -> Request:
         if not isinstance(params, (SamplingParams, BeamSearchParams)):
             raise ValueError(f"params must be SamplingParams or BeamSearchParams, not {params!r}")
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise ValueError(f"cache_salt={cache_salt!r}: must be None or a string that is not empty")
         text, token_ids = encode(prompt, self.tokenizer, self.config.vocab_size)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
@@ -233,6 +261,7 @@ class LLM:
             eos_token_ids=frozenset(self.config.eos_token_ids),
             seed=self._random.getrandbits(63) if seed is None else seed,
             prompt=text,
+            cache_salt=cache_salt,
         )
         self._arrivals += 1
         return request

@@ -89,7 +89,8 @@ def _load(args: argparse.Namespace, console: Console) -> "LLM":
         from minipaged.models.fetch import fetch_smollm2
 
     names = ["dtype", "device", "kernels", "block_size", "num_blocks", "kv_cache_memory"]
-    names += ["max_num_seqs", "max_num_batched_tokens", "preemption", "debug"]
+    names += ["prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill"]
+    names += ["preemption", "debug"]
     try:
         if args.model == "smollm2":
             fetch_smollm2()  # by itself, since it draws a progress bar of its own

@@ -40,11 +40,18 @@ def share_rebuilt_prompt(request: Request, memory: KVCacheManager) -> None:
     """After a recomputation: once the first sequence has the prompt again, the others fork it.
 
     So they share it as before, and the request needs no more memory than it may (`Request.most_blocks`). Until
-    then the first sequence computes no more than the prompt: see `Request.target`.
+    then the first sequence computes no more than the prompt: see `Request.target`. What the prefix cache still has
+    of their outputs, each finds again.
     """
     leader, *others = request.live
-    if leader.in_memory and leader.num_computed_tokens == len(request.prompt_token_ids):
-        for seq in others:
-            if not seq.in_memory:
-                memory.fork(leader.seq_id, seq.seq_id)
-                seq.in_memory, seq.num_computed_tokens = True, leader.num_computed_tokens
+    if all(seq.in_memory for seq in others) or leader.num_computed_tokens != len(request.prompt_token_ids):
+        return
+    for seq in others:
+        memory.fork(leader.seq_id, seq.seq_id)
+        seq.in_memory, seq.num_computed_tokens = True, leader.num_computed_tokens
+    for seq in request.live:
+        prefix = memory.find(seq.tokens(0, len(seq) - 1), request.cache_salt)
+        if prefix.num_tokens > seq.num_computed_tokens:
+            memory.free(seq.seq_id)
+            memory.allocate(seq.seq_id, prefix.num_tokens, prefix=prefix)  # takes no block that wasn't there
+            seq.num_computed_tokens = prefix.num_tokens

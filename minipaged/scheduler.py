@@ -4,9 +4,13 @@
     output = runner.execute(plan)      computes
     scheduler.update(plan, output)     appends what was drawn, forks, frees
 
-Continuous batching (Orca): requests join and leave at every step. First come, first served, and the latest
-arrival is preempted first (paper, section 4.5); the sequences of one request go together. So the earliest
-request always moves on, and nothing starves.
+Continuous batching (Orca): requests join and leave at every step. First come, first served (or as admission.py
+has it), and the latest arrival is preempted first (paper, section 4.5); the sequences of one request go together. So
+the earliest request always moves on, and nothing starves.
+
+Chunked prefill (Sarathi-Serve): a step computes at most so many tokens. Every running sequence gets one; what is
+left goes to prompts under way, then to new ones, and a prompt that doesn't fit is cut: the rest follows in the next
+steps. So nobody's next token waits for somebody's long prompt.
 
 A request is in exactly one of three lists, each in the order of arrival:
 
@@ -21,8 +25,9 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from minipaged.admission import SCHEDULES, arrival, in_order, may_overtake, overtake
 from minipaged.growth import LiveSequences
-from minipaged.memory import KVCacheManager, NoSpace
+from minipaged.memory import KVCacheManager, NoSpace, Prefix
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.sequence import Request, Sequence
@@ -30,6 +35,15 @@ from minipaged.sequence import Request, Sequence
 
 class RequestRefused(ValueError):
     """A request that can never be served; the message has the numbers."""
+
+
+@dataclass
+class PrefixCounts:
+    """Tokens that were looked for in the prefix cache since the beginning, and that were there."""
+
+    queried: int = 0  # prompts of new requests
+    found: int = 0
+    recovered: int = 0  # of requests that were preempted: found again, and not computed again
 
 
 @dataclass
@@ -48,8 +62,10 @@ class Scheduler:
     memory: where the tokens live; this is its only user.
     max_num_seqs: the most sequences that run at a time.
     max_num_batched_tokens: the most tokens computed in one step. Every running sequence is sure of one of them;
-        the others go to those that have more to compute. A prompt that does not fit into what is left waits for
-        the next step, and one longer than a whole step's budget is computed over several.
+        the others go to those that have more to compute.
+    chunked_prefill: cut a prompt that does not fit into what is left. Without, it waits for a step that has room
+        for it, and only one longer than a whole step is cut.
+    schedule: "fcfs" or "prefix": see admission.py.
     preemption: "recompute", "swap" or "auto": see preemption.py.
     watermark: the share of blocks that an admission leaves free, so that it does not cause a preemption at once.
     """
@@ -61,7 +77,11 @@ class Scheduler:
         max_num_batched_tokens: int = 2048,
         preemption: str = "auto",
         watermark: float = 0.01,
+        schedule: str = "fcfs",
+        chunked_prefill: bool = True,
     ):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if preemption not in MODES:
             raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(MODES)}")
         if max_num_seqs < 1:
@@ -76,12 +96,15 @@ class Scheduler:
         self.memory = memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.schedule_by = schedule
+        self.chunked_prefill = chunked_prefill
         self.preemption = preemption
         self.watermark_blocks = math.ceil(watermark * memory.num_blocks)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.swapped: list[Request] = []
         self.num_preemptions = {"recompute": 0, "swap": 0}
+        self.prefixes = PrefixCounts()
         self.sequences = LiveSequences(memory)
         self._num_steps = 0
 
@@ -102,7 +125,7 @@ class Scheduler:
                 "lower max_tokens, shorten the prompt, or give the pool more blocks"
             )
         request.sequences = [self.sequences.add(Sequence(request.prompt_token_ids))]
-        insort(self.waiting, request, key=_arrival)
+        insort(self.waiting, request, key=arrival)
 
     def abort(self, request: Request) -> None:
         """End a request at once, wherever it is, and free everything it holds."""
@@ -154,32 +177,36 @@ class Scheduler:
                 index += 1
 
     def _let_in(self, step: _Step) -> None:
-        """Whoever arrived first comes first, be it new, preempted, or swapped out; nobody overtakes.
+        """Let requests in, be they new, preempted, or swapped out, in the order of admission.py, until one can't.
 
-        So every running request arrived before every one that is not running.
+        Nobody overtakes that one. Running requests are kept in the order of arrival, so the earliest is safe.
         """
-        while heads := [queue[0] for queue in (self.waiting, self.swapped) if queue]:
-            request = min(heads, key=_arrival)
+        if len(self.running) >= self.max_num_seqs:
+            return
+        for request in in_order(self.schedule_by, self.waiting, self.swapped, self._num_known):
             if self._num_running_seqs() + request.width > self.max_num_seqs:
+                return
+            if not may_overtake(request, self.waiting, self.swapped):
                 return
             let_in = self._resume if request in self.swapped else self._admit
             if not let_in(request, step):
                 return
+            overtake(request, self.waiting, self.swapped)
 
     def _resume(self, request: Request, step: _Step) -> bool:
         """Swap a request in; False if there is no room."""
         if step.spare < len(request.live):
             return False
-        held = [seq.seq_id for seq in request.live if seq.in_memory]
+        held = {seq.seq_id: seq.tokens(0, seq.num_computed_tokens) for seq in request.live if seq.in_memory}
         blocks_for = self.memory.blocks_for
         rest = sum(max(1, blocks_for(len(seq)) - blocks_for(seq.num_computed_tokens)) for seq in request.live)
-        moved = self.memory.swap_in(held, self._keep_free(rest))
+        moved = self.memory.swap_in(held, self._keep_free(rest), held)
         if isinstance(moved, NoSpace):
             return False
         step.plan.swap_in.extend(moved.moves)
         step.plan.resumed.append(request.request_id)
         self.swapped.remove(request)
-        self.running.append(request)
+        insort(self.running, request, key=arrival)
         step.spare -= len(request.live)
         counts = self._counts(request, step)
         if not isinstance(grown := self.memory.append(counts), NoSpace):
@@ -189,20 +216,40 @@ class Scheduler:
     def _admit(self, request: Request, step: _Step) -> bool:
         """Start a request, or start it again after a recomputation; False if there is no room."""
         leader = request.live[0]
-        wanted = request.target(leader)
-        if step.spare < 1 or (wanted > step.spare and step.filled):
+        prefix = self._find(request)
+        wanted = request.target(leader) - prefix.num_tokens
+        cut = wanted > step.spare
+        if step.spare < 1 or (cut and step.filled and not self.chunked_prefill):
             return False  # in the latter case it gets a step of its own
         count = min(wanted, step.spare)
-        rest = request.num_blocks(self.memory.block_size) - self.memory.blocks_for(count)
-        if isinstance(self.memory.allocate(leader.seq_id, count, self._keep_free(rest)), NoSpace):
+        slots = prefix.num_tokens + count
+        rest = request.num_blocks(self.memory.block_size) - self.memory.blocks_for(slots)
+        if isinstance(self.memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
             return False
-        leader.in_memory = True
+        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
+        self._count_prefix(request, prefix)
         step.plan.admitted.append(request.request_id)
         self.waiting.remove(request)
-        self.running.append(request)
+        insort(self.running, request, key=arrival)
         step.spare -= 1
         self._take(step, request, {leader.seq_id: count}, [])
         return True
+
+    def _find(self, request: Request) -> Prefix:
+        """What the prefix cache has of a request. Its last token is always computed: its logits are wanted."""
+        leader = request.live[0]
+        return self.memory.find(leader.tokens(0, request.target(leader) - 1), request.cache_salt)
+
+    def _num_known(self, request: Request) -> int:
+        return self._find(request).num_tokens
+
+    def _count_prefix(self, request: Request, prefix: Prefix) -> None:
+        if request.metrics.num_preemptions:
+            self.prefixes.recovered += prefix.num_tokens
+        else:
+            request.metrics.num_cached_tokens = prefix.num_tokens
+            self.prefixes.queried += len(request.prompt_token_ids)
+            self.prefixes.found += prefix.num_tokens
 
     def _counts(self, request: Request, step: _Step) -> dict[int, int]:
         """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
@@ -244,13 +291,19 @@ class Scheduler:
         """What must be left when a request joins others: the watermark, and the rest that it will want soon.
 
         The rest is what a long prompt needs in later steps, what is yet to be recomputed, or the next block of
-        each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
+        each sequence. Without it, it would be preempted at once. What those before it still want for their own long
+        prompts is not for it either. Alone, a request may have the whole pool.
         """
-        return self.watermark_blocks + rest if self.running else 0
+        if not self.running:
+            return 0
+        blocks_for, num_slots = self.memory.blocks_for, self.memory.num_tokens
+        seqs = [seq for request in self.running for seq in request.live if seq.in_memory and seq.num_uncomputed > 1]
+        owed = sum(blocks_for(len(seq)) - blocks_for(num_slots(seq.seq_id)) for seq in seqs)
+        return self.watermark_blocks + rest + owed
 
     def _preempt(self, request: Request, step: _Step) -> None:
         done = preempt(request, self.memory, self.preemption)
-        insort(self.swapped if done.mode == "swap" else self.waiting, request, key=_arrival)
+        insort(self.swapped if done.mode == "swap" else self.waiting, request, key=arrival)
         step.spare += len(request.live)
         step.plan.swap_out.extend(done.moves)
         step.plan.preempted.append((request.request_id, done.mode))
@@ -264,7 +317,9 @@ class Scheduler:
         touched = {s.request_id for s in plan.sequences}
         requests = [request for request in self.running if request.request_id in touched]
         for s in plan.sequences:
-            self.sequences[s.seq_id].num_computed_tokens += len(s.token_ids)
+            seq = self.sequences[s.seq_id]
+            seq.num_computed_tokens += len(s.token_ids)
+            self.memory.publish(s.seq_id, seq.num_computed_tokens, seq.tokens)
         changed = []
         for request in requests:
             share_rebuilt_prompt(request, self.memory)
@@ -272,7 +327,3 @@ class Scheduler:
                 changed.append(request)
             self._leave_if_finished(request)
         return changed
-
-
-def _arrival(request: Request) -> int:
-    return request.arrival

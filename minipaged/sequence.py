@@ -53,13 +53,14 @@ class Sequence:
 
 @dataclass
 class RequestMetrics:
-    """When things happened, in seconds of `time.monotonic`, and how often the request was preempted."""
+    """When things happened, in seconds of `time.monotonic`; and what was saved, and done twice."""
 
     arrival_time: float = field(default_factory=time.monotonic)
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # of the prompt: found in the prefix cache, and not computed for this request
 
     @property
     def queue_time(self) -> float | None:
@@ -89,6 +90,8 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     prompt: str | None = None
+    cache_salt: str | None = None  # only requests with the same one share what is cached
+    num_overtaken: int = 0  # how many requests came in before it that arrived later; see admission.py
     sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
     search: BeamSearch | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minipaged.memory import MemoryUsage
+from minipaged.scheduler import PrefixCounts
 
 CPU_SHARE = 0.25  # of the free memory goes to the pool if nothing is said,
 CUDA_SHARE = 0.85  # and most of a GPU's, which nobody else uses
@@ -51,7 +52,13 @@ class EngineStats:
     num_prompt_tokens: int
     num_output_tokens: int
     num_preemptions: dict[str, int] = field(default_factory=dict)
+    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     times: Times = field(default_factory=Times)
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of all prompt tokens that were found in the prefix cache."""
+        return self.prefixes.found / max(1, self.prefixes.queried)
 
 
 def choose_num_blocks(

@@ -124,7 +124,7 @@ def test_swap_in_respects_the_watermark():
     memory.allocate(0, 4)
     memory.swap_out([0])
     refused(memory, lambda: memory.swap_in([0], keep_free=2), NoSpace(needed=4, free=3))
-    assert memory.swap_in([0], keep_free=1) == Swapped([(0, 2), (1, 0)])
+    assert memory.swap_in([0], keep_free=1) == Swapped([(0, 2), (1, 1)])
 
 
 def test_what_takes_no_block_is_never_refused():

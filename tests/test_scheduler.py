@@ -104,8 +104,8 @@ def test_the_budget_is_shared_first_come_first_served():
     engine = Engine(max_num_seqs=4, max_num_batched_tokens=10)
     for name, prompt in (("a", 6), ("b", 3), ("c", 5)):
         engine.add(name, prompt=prompt)
-    assert computed(engine.step()) == {"a": [6], "b": [3]}  # c does not fit into what is left, and waits
-    assert computed(engine.step()) == {"a": [1], "b": [1], "c": [5]}
+    assert computed(engine.step()) == {"a": [6], "b": [3], "c": [1]}
+    assert computed(engine.step()) == {"a": [1], "b": [1], "c": [4]}
 
 
 def test_a_prompt_longer_than_a_step_is_computed_over_several_beside_the_others():

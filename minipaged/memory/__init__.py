@@ -1,14 +1,22 @@
 """Which token lives where. Integers and lists only: no tensor is ever seen here.
 
-Read block_allocator.py, page_table.py, kv_manager.py, and then accounting.py.
+Read block_allocator.py, page_table.py, kv_manager.py, swapping.py, accounting.py; and then, where nothing is thrown
+away before it must be, prefix_cache.py and radix_cache.py.
 """
 
 from minipaged.memory.accounting import MemoryUsage
 from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
-from minipaged.memory.kv_manager import Allocated, Appended, KVCacheManager, Swapped
+from minipaged.memory.kv_manager import Allocated, Appended, KVCacheManager, Prefix
 from minipaged.memory.page_table import PageTable, blocks_for
+from minipaged.memory.prefix_cache import HashCache, PrefixCache
+from minipaged.memory.radix_cache import RadixCache
+from minipaged.memory.swapping import Swapped
+
+PREFIX_CACHES: dict[str, type[HashCache] | type[RadixCache] | None] = {
+    "none": None, "hash": HashCache, "radix": RadixCache,
+}  # fmt: skip
 
 __all__ = [
-    "Allocated", "Appended", "BlockAllocator", "IntegrityError", "KVCacheManager", "MemoryUsage",
-    "MisuseError", "NoSpace", "PageTable", "Swapped", "blocks_for",
-]
+    "PREFIX_CACHES", "Allocated", "Appended", "BlockAllocator", "HashCache", "IntegrityError", "KVCacheManager",
+    "MemoryUsage", "MisuseError", "NoSpace", "PageTable", "Prefix", "PrefixCache", "RadixCache", "Swapped", "blocks_for",
+]  # fmt: skip

@@ -12,7 +12,7 @@ class MemoryUsage:
 
     block_size: int
     num_blocks: int
-    free: int
+    free: int  # idle ones among them: see `cached`
     used: int
     shared: int  # blocks in more than one page table
     tokens_stored: int  # slots in use; a shared block counts once
@@ -26,6 +26,9 @@ class MemoryUsage:
     copies: int  # copied on write
     swapped_out_blocks: int
     swapped_in_blocks: int
+    # Of the prefix cache. (The defaults are for traces that were written before there was one.)
+    cached: int = 0  # free blocks whose contents can still be found
+    evicted: int = 0  # since the beginning: of those, how many were taken for something else
 
 
 @dataclass
@@ -67,6 +70,8 @@ def measure(gpu: Pool, cpu: Pool, block_size: int, counters: Counters) -> Memory
         copies=counters.copies,
         swapped_out_blocks=counters.swapped_out_blocks,
         swapped_in_blocks=counters.swapped_in_blocks,
+        cached=pool.num_idle,
+        evicted=pool.num_evicted,
     )
 
 
@@ -77,6 +82,8 @@ def check_pool(pool: Pool, block_size: int) -> None:
     for seq_id, table in pool.tables.items():
         if len(table.blocks) != blocks_for(table.num_tokens, block_size):
             raise IntegrityError(f"sequence {seq_id} has {table.num_tokens} tokens in blocks {table.blocks}")
+        if table.num_published * block_size > table.num_tokens:
+            raise IntegrityError(f"sequence {seq_id} has {table.num_tokens} tokens, and published beyond them")
         for logical, block in enumerate(table.blocks):
             references[block] = references.get(block, 0) + 1
             tokens = min(block_size, table.num_tokens - logical * block_size)

@@ -2,7 +2,8 @@
 
 Over the allocator (which block is free?) and the page tables (where is my token?) this file adds what
 sequences do: start (`allocate`), grow (`append`), split without copying (`fork`), end (`free`), and make way
-for others (`swap_out`, `swap_in`). Copy-on-write is all in `append`.
+for others (`swap_out`, `swap_in`). Copy-on-write is all in `append`. With a prefix cache, a sequence starts with
+the blocks that `find` finds, and `publish` lets its own be found.
 
 Everything here is numbers. Where contents have to follow, the answer holds pairs (from, to), and the runner
 moves the tensors: in each step swap-outs, then swap-ins, then copies, and then the new tokens are written.
@@ -10,14 +11,25 @@ moves the tensors: in each step swap-outs, then swap-ins, then copies, and then 
 Every operation is all or nothing: after the answer `NoSpace`, and after a MisuseError, nothing has changed.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
 from minipaged.memory.accounting import Counters, MemoryUsage, Pool, check_pool, measure
 from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
 from minipaged.memory.page_table import PageTable, blocks_for
+from minipaged.memory.prefix_cache import PrefixCache, Salt
+from minipaged.memory.swapping import Swapped, move
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a sequence that is in memory already. Valid until the next operation."""
+
+    blocks: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    salt: Salt = None
 
 
 @dataclass(frozen=True)
@@ -34,13 +46,6 @@ class Appended:
     copies: list[tuple[int, int]]  # (source, target), to be carried out before writing; no block is both
 
 
-@dataclass(frozen=True)
-class Swapped:
-    """A group of sequences lives in the other pool now."""
-
-    moves: list[tuple[int, int]]  # (block in the old pool, block in the new pool)
-
-
 class _Growth(NamedTuple):
     """What one sequence needs to grow."""
 
@@ -52,6 +57,8 @@ class _Growth(NamedTuple):
 
 class KVCacheManager:
     """Page tables over a pool of `num_blocks` blocks, and a second pool, in CPU memory, to swap to.
+
+    cache: finds blocks by their tokens, see prefix_cache.py; without one, nothing is found.
 
     The caller names sequences by numbers. Here is Figure 8 of the paper: two samples share a prompt of 7
     tokens, and the first to write gets a copy.
@@ -67,12 +74,18 @@ class KVCacheManager:
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, num_cpu_blocks: int = 0, free_order: list[int] | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_cpu_blocks: int = 0,
+        free_order: list[int] | None = None,
+        cache: PrefixCache | None = None,
     ):
         if block_size < 1:
             raise MisuseError(f"block_size must be at least 1, not {block_size}")
         self.block_size = block_size
-        self._gpu = Pool(BlockAllocator(num_blocks, free_order))
+        self.cache = cache
+        self._gpu = Pool(BlockAllocator(num_blocks, free_order, cache))
         self._cpu = Pool(BlockAllocator(num_cpu_blocks))
         self._counters = Counters()
 
@@ -107,16 +120,58 @@ class KVCacheManager:
         """Where the tokens at positions start .. start + count - 1 go. The sequence must be on the GPU."""
         return self._table(self._gpu, seq_id).slots(start, count)
 
-    def allocate(self, seq_id: int, num_tokens: int, keep_free: int = 0) -> Allocated | NoSpace:
-        """Start a sequence with slots for `num_tokens` tokens, and leave at least `keep_free` blocks free."""
+    def find(self, tokens: Sequence[int], salt: Salt = None) -> Prefix:
+        """The longest beginning of `tokens` whose keys and values are in full blocks here, under the same salt."""
+        blocks = self.cache.find(tokens, salt) if self.cache is not None else []
+        return Prefix(blocks, len(blocks) * self.block_size, salt)
+
+    def allocate(
+        self, seq_id: int, num_tokens: int, keep_free: int = 0, prefix: Prefix | None = None
+    ) -> Allocated | NoSpace:
+        """Start a sequence with slots for `num_tokens` tokens, and leave at least `keep_free` blocks free.
+
+        prefix: what `find` has just found of it: these blocks are shared, and only the others are new.
+        """
         self._must_be_new(seq_id)
-        if num_tokens < 0:
-            raise MisuseError(f"sequence {seq_id} cannot start with {num_tokens} tokens")
-        blocks = self._gpu.allocator.allocate(self.blocks_for(num_tokens), keep_free)
+        prefix = prefix or Prefix()
+        if num_tokens < prefix.num_tokens:
+            raise MisuseError(f"sequence {seq_id} cannot start with {num_tokens} tokens, {prefix.num_tokens} found")
+        new_blocks = self.blocks_for(num_tokens) - len(prefix.blocks)
+        blocks = self._gpu.allocator.allocate(new_blocks, keep_free, prefix.blocks)
         if isinstance(blocks, NoSpace):
             return blocks
-        self._gpu.tables[seq_id] = PageTable(self.block_size, blocks, num_tokens)
+        blocks = prefix.blocks + blocks
+        table = PageTable(self.block_size, blocks, num_tokens, len(prefix.blocks), prefix.salt)
+        self._gpu.tables[seq_id] = table
         return Allocated(blocks.copy())
+
+    def publish(self, seq_id: int, num_computed: int, tokens: Callable[[int, int], Sequence[int]]) -> None:
+        """Let the full blocks of the first `num_computed` tokens be found; their keys and values are written.
+
+        tokens(start, count): the sequence's tokens there. Where the same tokens were computed twice, side by side,
+        the sequence goes on with the block that is found, and its own becomes free.
+        """
+        table = self._table(self._gpu, seq_id)
+        if num_computed > table.num_tokens:
+            raise MisuseError(f"sequence {seq_id} has slots for {table.num_tokens} tokens, not {num_computed}")
+        if self.cache is None or not table.publishes:
+            return
+        size, blocks = self.block_size, table.blocks
+        for logical in range(table.num_published, num_computed // size):
+            own, parent = blocks[logical], blocks[logical - 1] if logical else None
+            known = self.cache.add(own, parent, tokens(logical * size, size), table.salt)
+            if known != own:
+                self._gpu.allocator.share(known)
+                self._gpu.allocator.release(own)
+                blocks[logical] = known
+            table.num_published = logical + 1
+
+    def forget_prefixes(self) -> None:
+        """Nothing that was computed until now is found any more. Sequences keep what they hold."""
+        self._gpu.allocator.forget_all()
+        for pool in (self._gpu, self._cpu):
+            for table in pool.tables.values():
+                table.publishes = False
 
     def append(self, counts: dict[int, int], keep_free: int = 0) -> Appended | NoSpace:
         """Give each sequence slots for `counts[seq_id]` more tokens: to all of them, or to none.
@@ -172,12 +227,16 @@ class KVCacheManager:
         table = home.tables[parent]
         for block in table.blocks:
             home.allocator.share(block)
-        home.tables[child] = PageTable(self.block_size, table.blocks.copy(), table.num_tokens)
+        home.tables[child] = replace(table, blocks=table.blocks.copy())
 
     def free(self, seq_id: int) -> None:
-        """End a sequence, wherever it lives. Blocks that no other sequence holds become free."""
+        """End a sequence, wherever it lives. Blocks that no other sequence holds become free.
+
+        From the last to the first: of what can be found again, the beginning is the last to be evicted, since
+        more sequences can begin with it.
+        """
         home = self._home(seq_id)
-        for block in home.tables.pop(seq_id).blocks:
+        for block in reversed(home.tables.pop(seq_id).blocks):
             home.allocator.release(block)
 
     def take_freed(self) -> list[int]:
@@ -185,41 +244,29 @@ class KVCacheManager:
         return self._gpu.allocator.take_freed()
 
     def swap_out(self, seq_ids: Iterable[int]) -> Swapped | NoSpace:
-        """Move a group of sequences to the CPU pool (paper, section 4.5).
-
-        Blocks shared within the group move once and stay shared. A block that a sequence outside holds too
-        remains there for that one, and the group takes a copy along.
-        """
-        answer = self._move(seq_ids, self._gpu, self._cpu, keep_free=0)
+        """Move a group of sequences to the CPU pool; see swapping.py."""
+        tables = {seq_id: self._table(self._gpu, seq_id) for seq_id in seq_ids}
+        answer = move(tables, self._gpu, self._cpu, 0, {})
         if isinstance(answer, Swapped):
             self._counters.swapped_out_blocks += len(answer.moves)
         return answer
 
-    def swap_in(self, seq_ids: Iterable[int], keep_free: int = 0) -> Swapped | NoSpace:
-        """Move a group of sequences back, and leave at least `keep_free` GPU blocks free."""
-        answer = self._move(seq_ids, self._cpu, self._gpu, keep_free)
+    def swap_in(
+        self, seq_ids: Iterable[int], keep_free: int = 0, tokens: Mapping[int, Sequence[int]] | None = None
+    ) -> Swapped | NoSpace:
+        """Move a group of sequences back, and leave at least `keep_free` GPU blocks free.
+
+        tokens: of each sequence, those that are computed. What is still found of them is shared instead of moved.
+        """
+        tables = {seq_id: self._table(self._cpu, seq_id) for seq_id in seq_ids}
+        found: dict[int, int] = {}
+        for seq_id, table in tables.items():
+            if tokens and table.publishes:
+                found |= zip(table.blocks, self.find(tokens[seq_id], table.salt).blocks, strict=False)
+        answer = move(tables, self._cpu, self._gpu, keep_free, found)
         if isinstance(answer, Swapped):
             self._counters.swapped_in_blocks += len(answer.moves)
         return answer
-
-    def _move(self, seq_ids: Iterable[int], old: Pool, new: Pool, keep_free: int) -> Swapped | NoSpace:
-        tables = {seq_id: self._table(old, seq_id) for seq_id in seq_ids}
-        sources = list(dict.fromkeys(block for table in tables.values() for block in table.blocks))
-        targets = new.allocator.allocate(len(sources), keep_free)
-        if isinstance(targets, NoSpace):
-            return targets
-        moves = dict(zip(sources, targets, strict=True))
-        unheld = set(targets)  # their count of 1 waits for a holder
-        for seq_id, table in tables.items():
-            for logical, source in enumerate(table.blocks):
-                target = table.blocks[logical] = moves[source]
-                old.allocator.release(source)
-                if target in unheld:
-                    unheld.remove(target)
-                else:
-                    new.allocator.share(target)
-            new.tables[seq_id] = old.tables.pop(seq_id)
-        return Swapped(list(moves.items()))
 
     def usage(self) -> MemoryUsage:
         """The account of this moment; cheap."""

@@ -4,6 +4,8 @@ import argparse
 import re
 from typing import NoReturn
 
+from minipaged.admission import SCHEDULES
+from minipaged.memory import PREFIX_CACHES
 from minipaged.preemption import MODES
 
 PROGRAM = "python -m minipaged.generate"
@@ -37,6 +39,13 @@ PROMPTS_FILE_HELP = (
 TEMPERATURE_HELP = (
     "0: always the likeliest token; above: by chance. The default is 0, and "
     f"{TEMPERATURE} if --n or one of the next four is given"
+)
+PREFIX_CACHE_HELP = (
+    "how prompts find what others computed before them: by a table of hashes, a radix tree, or not at all "
+    "(default: hash)"
+)
+SCHEDULE_HELP = (
+    "who comes in first: fcfs, who came first; prefix, who has the longest beginning in memory already (default: fcfs)"
 )
 PREEMPTION_HELP = (
     "how a request makes room when memory runs out: recompute drops it, to be computed again; swap moves it "
@@ -113,6 +122,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     size.add_argument("--kv-cache-memory", type=parse_bytes, metavar="SIZE", help=memory)
     add("--max-num-seqs", 64, "sequences that run at a time")
     add("--max-num-batched-tokens", 2048, "tokens in a step")
+    whole = "compute no prompt in pieces that could be computed in one step"
+    group.add_argument("--no-chunked-prefill", dest="chunked_prefill", action="store_false", help=whole)
+    caches = tuple(PREFIX_CACHES)
+    group.add_argument("--prefix-cache", choices=caches, default="hash", help=PREFIX_CACHE_HELP)
+    group.add_argument("--schedule", choices=SCHEDULES, default="fcfs", help=SCHEDULE_HELP)
     group.add_argument("--preemption", choices=MODES, default="auto", help=PREEMPTION_HELP)
     dtypes = ("auto", "fp32", "bf16", "fp16")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
