@@ -3,6 +3,7 @@
 The model knows no block numbers. It keeps a `Cell` where the manager keeps a block: a Python object, shared
 by standing in several lists, copied by making a new one. After every operation the cells must map one to
 one to the blocks of all page tables, and every sequence must read its own tokens back through its page table.
+What a prefix cache knows is, here, a dictionary from whole prefixes to cells, and a list of idle cells.
 test_memory_machine.py drives it.
 """
 
@@ -10,7 +11,17 @@ from collections import Counter
 
 import pytest
 
-from minipaged.memory import Allocated, Appended, KVCacheManager, MisuseError, NoSpace, PageTable, Swapped
+from minipaged.memory import (
+    PREFIX_CACHES,
+    Allocated,
+    Appended,
+    KVCacheManager,
+    MisuseError,
+    NoSpace,
+    PageTable,
+    Prefix,
+    Swapped,
+)
 
 POISON = "poison"
 UNKNOWN = 10**6  # a sequence that never exists
@@ -21,7 +32,9 @@ def snapshot(thing):
     if isinstance(thing, dict):
         return [(key, snapshot(value)) for key, value in thing.items()]
     if isinstance(thing, PageTable):
-        return (thing.block_size, list(thing.blocks), thing.num_tokens)
+        return snapshot({name: getattr(thing, name) for name in PageTable.__slots__})
+    if type(thing).__name__ == "_Node":  # of the radix tree; its parent would lead round in a circle
+        return (list(thing.tokens), list(thing.blocks), snapshot(thing.children))
     if hasattr(thing, "__dict__"):
         return snapshot(vars(thing))
     return list(thing) if hasattr(thing, "__iter__") else thing
@@ -34,21 +47,27 @@ class Cell:
 class Stream:
     """One sequence of the model."""
 
-    def __init__(self, tokens, cells, swapped=False):
-        self.tokens, self.cells, self.swapped = tokens, cells, swapped
+    def __init__(self, tokens, cells, salt=None, published=0):
+        self.tokens, self.cells, self.salt, self.published = tokens, cells, salt, published
+        self.swapped, self.publishes = False, True
 
 
 class CheckedMemory:
     """A KVCacheManager whose every operation is compared with the model. Operations take plain values."""
 
-    def __init__(self, num_blocks, block_size, num_cpu_blocks, free_order=None):
+    def __init__(self, num_blocks, block_size, num_cpu_blocks, free_order=None, cache="none"):
         self.size, self.num_blocks, self.num_cpu_blocks = block_size, num_blocks, num_cpu_blocks
-        self.memory = KVCacheManager(num_blocks, block_size, num_cpu_blocks, free_order)
-        self.gpu = [POISON] * (num_blocks * block_size)  # what is in each slot
+        self.caches = cache != "none"
+        index = PREFIX_CACHES[cache](block_size) if self.caches else None
+        self.memory = KVCacheManager(num_blocks, block_size, num_cpu_blocks, free_order, index)
+        self.gpu = [POISON] * (num_blocks * block_size)  # of each slot: the salt, and all tokens up to its own
         self.cpu = [POISON] * (num_cpu_blocks * block_size)
         self.streams: dict[int, Stream] = {}
+        self.known: dict[tuple, Cell] = {}  # (salt, tokens from the beginning to the end of the cell)
+        self.idle: list[Cell] = []  # known, and in no stream; in the order in which they fell out of use
         self.next_id = self.next_token = 0
-        self.copies = self.moved_out = self.moved_in = self.peak = 0
+        self.seen: Counter[str] = Counter()
+        self.peak = 0
         self.freed: set[int] = set()
 
     def ids(self, swapped):
@@ -67,13 +86,39 @@ class CheckedMemory:
         self.next_token += count
         return list(range(self.next_token - count, self.next_token))
 
-    def gpu_blocks_in_use(self):
-        memory = self.memory
-        return {b for s in memory.sequences() if not memory.is_swapped(s) for b in memory.block_table(s)}
+    def look_up(self, tokens, salt):
+        """The known cells of the beginning of `tokens`."""
+        cells = []
+        for end in range(self.size, len(tokens) + 1, self.size):
+            cell = self.known.get((salt, tuple(tokens[:end])))
+            if cell is None:
+                break
+            cells.append(cell)
+        return cells
 
-    def ask(self, needed, keep_free, operation, swapped=False):
-        """Carry out `operation`; returns its answer, or None where the model says that there is no space."""
-        before, in_use = snapshot(self.memory), self.gpu_blocks_in_use()
+    def take(self, found, count):
+        """New cells, while the `found` ones come into use. If nothing else is left, idle ones are evicted for them."""
+        unused = self.free_blocks(swapped=False) - len(self.idle)
+        kept = [cell for cell in self.idle if cell not in found]
+        victims, self.idle = kept[: max(0, count - unused)], kept[max(0, count - unused) :]
+        self.known = {key: cell for key, cell in self.known.items() if cell not in victims}
+        self.seen["evicted"] += len(victims)
+        return [Cell() for _ in range(count)]
+
+    def let_go(self, stream, cells=()):
+        """A stream leaves the GPU, or ends: its cells fall out of use from the last to the first."""
+        old, stream.cells = stream.cells, list(cells)
+        for cell in reversed(old):
+            if cell not in self.cells() and cell in self.known.values():
+                self.idle.append(cell)
+
+    def ask(self, needed, keep_free, operation, swapped=False, found=()):
+        """Carry out `operation`; returns its answer, or None where the model says that there is no space.
+
+        needed: new blocks. found: cells to be shared; those of them that are idle count like new ones.
+        """
+        before, used, idle = snapshot(self.memory), *self.blocks_with_contents()
+        needed += sum(cell in self.idle for cell in found)
         free = self.free_blocks(swapped)
         answer = operation()
         if needed and needed + keep_free > free:
@@ -81,10 +126,21 @@ class CheckedMemory:
             assert snapshot(self.memory) == before
             return None
         assert not isinstance(answer, NoSpace)
-        self.freed |= in_use - self.gpu_blocks_in_use()
+        used_now, idle_now = self.blocks_with_contents()
+        unused = free - len(idle)  # were free and are the first to be taken
+        evicted = max(0, needed - sum(cell in self.idle for cell in found) - unused) if not swapped else 0
+        kept = {block for block in idle if block in idle_now or self.memory.cache and block in self.memory.cache}
+        assert len(idle) - len(kept) == evicted
+        self.freed |= (used - used_now - idle_now) | (idle - kept)
         return answer
 
     # --- the runner: contents ---
+
+    def blocks_with_contents(self):
+        """Of the GPU: those in page tables, and the idle ones."""
+        memory = self.memory
+        used = {b for s in memory.sequences() if not memory.is_swapped(s) for b in memory.block_table(s)}
+        return used, set(memory._gpu.allocator.idle())
 
     def poison_freed(self):
         freed = self.memory.take_freed()
@@ -102,21 +158,35 @@ class CheckedMemory:
         for (_, b), content in zip(pairs, contents, strict=True):
             target[b * self.size : (b + 1) * self.size] = content
 
-    def write(self, seq_id, start, tokens):
-        for slot, token in zip(self.memory.slots(seq_id, start, len(tokens)), tokens, strict=True):
-            self.gpu[slot] = token
+    def write(self, seq_id, start):
+        stream = self.streams[seq_id]
+        slots = self.memory.slots(seq_id, start, len(stream.tokens) - start)
+        for end, slot in enumerate(slots, start + 1):
+            self.gpu[slot] = (stream.salt, tuple(stream.tokens[:end]))
 
     # --- operations ---
 
-    def allocate(self, count, keep_free=0):
-        needed = -(-count // self.size)
+    def allocate(self, count, keep_free=0, tokens=(), salt=None):
+        """Start a stream with `tokens`, and `count` new ones after them."""
+        tokens = [*tokens, *self.new_tokens(count)]
+        found = self.look_up(tokens, salt)
+        needed = -(-len(tokens) // self.size) - len(found)
         seq_id, self.next_id = self.next_id, self.next_id + 1
-        answer = self.ask(needed, keep_free, lambda: self.memory.allocate(seq_id, count, keep_free))
+        prefix = self.memory.find(tokens, salt)
+        assert len(prefix.blocks) == len(found) and prefix.num_tokens == len(found) * self.size
+
+        def operation():
+            return self.memory.allocate(seq_id, len(tokens), keep_free, prefix)
+
+        answer = self.ask(needed, keep_free, operation, found=found)
         if answer is not None:
             assert answer == Allocated(self.memory.block_table(seq_id))
-            self.streams[seq_id] = Stream(self.new_tokens(count), [Cell() for _ in range(needed)])
+            assert answer.blocks[: len(found)] == prefix.blocks
+            self.seen["found"] += len(found)
+            new = self.take(found, needed)
+            self.streams[seq_id] = Stream(tokens, found + new, salt, published=len(found))
             self.poison_freed()
-            self.write(seq_id, 0, self.streams[seq_id].tokens)
+            self.write(seq_id, prefix.num_tokens)
 
     def append(self, counts, keep_free=0):
         held, needed, grown, copies = self.cells(), 0, {}, 0
@@ -135,46 +205,88 @@ class CheckedMemory:
         if answer is None:
             return
         assert isinstance(answer, Appended) and len(answer.copies) == copies
-        self.copies += copies
+        self.seen["copies"] += copies
+        self.take((), needed)
         self.poison_freed()
         self.carry_out(answer.copies, self.gpu, self.gpu)
         for seq_id, count in counts.items():
-            stream, new = self.streams[seq_id], self.new_tokens(count)
-            self.write(seq_id, len(stream.tokens), new)
-            stream.tokens, stream.cells = stream.tokens + new, grown[seq_id]
+            stream = self.streams[seq_id]
+            start = len(stream.tokens)
+            stream.tokens, stream.cells = stream.tokens + self.new_tokens(count), grown[seq_id]
+            self.write(seq_id, start)
+
+    def publish(self, seq_id, num_computed):
+        stream = self.streams[seq_id]
+
+        def tokens(start, count):
+            return stream.tokens[start : start + count]
+
+        if self.caches and stream.publishes:
+            for index in range(stream.published, num_computed // self.size):
+                key = (stream.salt, tuple(stream.tokens[: (index + 1) * self.size]))
+                known = self.known.setdefault(key, stream.cells[index])
+                self.seen["computed twice"] += known is not stream.cells[index]
+                self.idle = [cell for cell in self.idle if cell is not known]
+                own, stream.published = stream.cells[index], index + 1
+                for other in self.streams.values():  # also those that share it, by fork
+                    other.cells = [known if cell is own else cell for cell in other.cells]
+        used, _ = self.blocks_with_contents()
+        self.memory.publish(seq_id, num_computed, tokens)
+        self.freed |= used - self.blocks_with_contents()[0]
+
+    def forget_all(self):
+        _, idle = self.blocks_with_contents()
+        self.memory.forget_prefixes()
+        self.freed |= idle
+        self.known, self.idle = {}, []
+        for stream in self.streams.values():
+            stream.publishes = False
 
     def fork(self, parent):
         child, self.next_id = self.next_id, self.next_id + 1
         self.memory.fork(parent, child)
-        stream = self.streams[parent]
-        self.streams[child] = Stream(list(stream.tokens), list(stream.cells), stream.swapped)
+        old = self.streams[parent]
+        new = self.streams[child] = Stream(list(old.tokens), list(old.cells), old.salt, old.published)
+        new.swapped, new.publishes = old.swapped, old.publishes
 
     def free(self, seq_id):
         self.ask(0, 0, lambda: self.memory.free(seq_id))
-        del self.streams[seq_id]
+        self.let_go(self.streams.pop(seq_id))
 
     def swap_out(self, group):
-        answer = self.swap(group, 0, lambda: self.memory.swap_out(group), to_cpu=True)
+        answer = self.swap(group, 0, lambda: self.memory.swap_out(group), True, {})
         if answer is not None:
             self.carry_out(answer.moves, self.gpu, self.cpu)  # before the poison: the blocks are freed by now
-            self.moved_out += len(answer.moves)
+            self.seen["moved out"] += len(answer.moves)
             self.poison_freed()
 
     def swap_in(self, group, keep_free=0):
-        answer = self.swap(group, keep_free, lambda: self.memory.swap_in(group, keep_free), to_cpu=False)
+        found = {}  # cells that are known on the other side, and where
+        for stream in (self.streams[seq_id] for seq_id in group):
+            if stream.publishes:
+                found |= zip(stream.cells, self.look_up(stream.tokens, stream.salt), strict=False)
+        tokens = {seq_id: self.streams[seq_id].tokens for seq_id in group}
+        answer = self.swap(group, keep_free, lambda: self.memory.swap_in(group, keep_free, tokens), False, found)
         if answer is not None:
             self.poison_freed()
             self.carry_out(answer.moves, self.cpu, self.gpu)
-            self.moved_in += len(answer.moves)
+            self.seen.update({"moved in": len(answer.moves), "not moved": len(found)})
 
-    def swap(self, group, keep_free, operation, to_cpu):
+    def swap(self, group, keep_free, operation, to_cpu, found):
         """The model's side of both directions: each cell of the group becomes another one, once."""
-        new = {cell: Cell() for seq_id in group for cell in self.streams[seq_id].cells}
-        answer = self.ask(len(new), keep_free, operation, swapped=to_cpu)
+        old = dict.fromkeys(cell for seq_id in group for cell in self.streams[seq_id].cells)
+        kept, moved = set(found.values()), [cell for cell in old if cell not in found]
+        answer = self.ask(len(moved), keep_free, operation, to_cpu, kept)
         if answer is not None:
-            assert isinstance(answer, Swapped) and len(answer.moves) == len(new)
+            assert isinstance(answer, Swapped) and len(answer.moves) == len(moved)
+            new = [Cell() for _ in moved] if to_cpu else self.take(kept, len(moved))
+            places = found | dict(zip(moved, new, strict=True))
             for stream in (self.streams[seq_id] for seq_id in group):
-                stream.cells, stream.swapped = [new[cell] for cell in stream.cells], to_cpu
+                cells = [places[cell] for cell in stream.cells]
+                stream.published = sum(cell in kept for cell in cells)
+                if to_cpu:
+                    self.let_go(stream)
+                stream.cells, stream.swapped = cells, to_cpu
         return answer
 
     def misuse(self, seq_id, which):
@@ -183,6 +295,7 @@ class CheckedMemory:
         group = [*self.ids(stream.swapped), UNKNOWN]
         misuses = [
             lambda: memory.allocate(seq_id, 1),
+            lambda: memory.allocate(UNKNOWN, 0, prefix=Prefix([0], self.size)),
             lambda: memory.fork(UNKNOWN, UNKNOWN + 1),
             lambda: memory.fork(seq_id, seq_id),
             lambda: memory.free(UNKNOWN),
@@ -191,6 +304,8 @@ class CheckedMemory:
             lambda: (memory.swap_in if stream.swapped else memory.swap_out)(group),
             lambda: (memory.swap_out if stream.swapped else memory.swap_in)([seq_id]),
             lambda: memory.slots(seq_id, len(stream.tokens), 1),
+            lambda: memory.publish(UNKNOWN, 0, lambda start, count: []),
+            lambda: memory.publish(seq_id, len(stream.tokens) + 1, lambda start, count: []),
         ]
         before = snapshot(memory)
         with pytest.raises(MisuseError):
@@ -212,9 +327,21 @@ class CheckedMemory:
             pairs |= set(zip(stream.cells, places, strict=True))
             pool = self.cpu if stream.swapped else self.gpu
             row = [pool[block * self.size + offset] for block in blocks for offset in range(self.size)]
-            assert row[: len(stream.tokens)] == stream.tokens  # it reads back what it wrote
+            ends = range(1, len(stream.tokens) + 1)
+            assert row[: len(stream.tokens)] == [(stream.salt, tuple(stream.tokens[:end])) for end in ends]
+        idle = self.memory._gpu.allocator.idle()
+        pairs |= set(zip(self.idle, [(False, block) for block in idle], strict=True))  # in the same order
+        self.verify_known(pairs)
         assert len(pairs) == len({cell for cell, _ in pairs}) == len({place for _, place in pairs})
         self.verify_usage()
+
+    def verify_known(self, pairs):
+        """The cache finds just what the model knows, and there stands what it should."""
+        for salt, tokens in self.known:
+            blocks = self.memory.find(tokens, salt).blocks
+            assert set(zip(self.look_up(tokens, salt), [(False, b) for b in blocks], strict=True)) <= pairs
+            assert self.gpu[blocks[-1] * self.size + self.size - 1] == (salt, tokens)
+        assert not self.caches or len(self.memory.cache) == len(self.known)
 
     def verify_usage(self):
         usage, cells = self.memory.usage(), self.cells()
@@ -230,13 +357,18 @@ class CheckedMemory:
         assert usage.waste_percent == pytest.approx(100 * (1 - filled))
         assert usage.blocks_saved_by_sharing == sum(cells.values()) - len(cells)
         assert usage.cpu_used == len(self.cells(swapped=True)) and usage.cpu_total == self.num_cpu_blocks
-        assert (usage.copies, usage.peak_used) == (self.copies, self.peak)
-        assert (usage.swapped_out_blocks, usage.swapped_in_blocks) == (self.moved_out, self.moved_in)
+        assert (usage.copies, usage.peak_used) == (self.seen["copies"], self.peak)
+        assert (usage.cached, usage.evicted) == (len(self.idle), self.seen["evicted"])
+        moves = (self.seen["moved out"], self.seen["moved in"])
+        assert (usage.swapped_out_blocks, usage.swapped_in_blocks) == moves
 
     def finish(self):
-        """Everything is free at the end."""
+        """Everything is free at the end, and everything can be taken."""
         for seq_id in list(self.streams):
             self.free(seq_id)
         self.verify()
         usage = self.memory.usage()
         assert usage.free == self.num_blocks and usage.cpu_used == usage.used == usage.shared == 0
+        self.allocate(self.num_blocks * self.size)
+        self.verify()
+        assert not self.known and self.memory.usage().cached == 0

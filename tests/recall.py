@@ -1,7 +1,7 @@
 """The recall model: scheduler and memory put to the test on random schedules, with a model that only remembers.
 
-`run(seed)` makes up a schedule (arrivals, samples, beams, stops, aborts, a pool as small as can be), steps
-through it with the runner of recall_model.py in the place of the real one, checks every plan on its way, and
+`run(seed)` makes up a schedule (arrivals, samples, beams, stops, aborts, prompts that begin like others or go on
+where others ended, tenants, caches, chunks, a pool as small as can be), steps through it with the runner of recall_model.py in the place of the real one, checks every plan on its way, and
 compares every output with what it should be. A seed that fails says how to see it happen:
 
     python -m tests.recall --seed 123 --verbose
@@ -14,8 +14,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from minipaged.admission import SCHEDULES
 from minipaged.beam_search import BeamSearchParams
-from minipaged.memory import KVCacheManager
+from minipaged.memory import PREFIX_CACHES, Allocated, KVCacheManager
 from minipaged.plan import StepPlan
 from minipaged.sampling_params import SamplingParams
 from minipaged.scheduler import RequestRefused, Scheduler
@@ -30,14 +31,33 @@ class Scenario:
     """Everything that a schedule is made of, drawn from one seed."""
 
     memory: dict[str, Any]
+    cache: str
     scheduler: dict[str, Any]
     requests: list[Request]
     arrivals: list[int]  # the step before which each request is added
     aborts: dict[int, list[Request]] = field(default_factory=dict)  # by the step before which it happens
     doomed: list[Request] = field(default_factory=list)  # aborted as soon as they are swapped out
+    resets: list[int] = field(default_factory=list)  # steps before which the prefix cache is reset
 
 
-def random_request(rng: random.Random, index: int, longest: int, widest: int) -> Request:
+def random_prompt(rng: random.Random, length: int, earlier: list[Request]) -> list[int]:
+    """New words; or an earlier prompt, or a part of it, or with its answer as in the next turn of a chat, and words."""
+    words = [rng.randint(WORD, 1_000_000) for _ in range(length)]
+    if not earlier or rng.random() < 0.3:
+        return words
+    like = rng.choice(earlier)
+    begin = like.prompt_token_ids
+    match rng.choice(["same", "same and more", "a part", "next turn"]):
+        case "same":
+            return begin
+        case "a part":
+            begin = begin[: rng.randint(1, len(begin))]
+        case "next turn" if not like.search:
+            begin = begin + expected(like)[0][0]
+    return (begin + words[: rng.randint(1, length)])[: 3 * length + 8]
+
+
+def random_request(rng: random.Random, index: int, longest: int, widest: int, earlier: list[Request]) -> Request:
     length = rng.randint(1, rng.choice([4, longest]))
     limit = rng.choice([rng.randint(1, 4), rng.randint(1, longest), longest])
     stops = rng.choice([None, [STOP], [STOP, 77]])
@@ -49,8 +69,10 @@ def random_request(rng: random.Random, index: int, longest: int, widest: int) ->
     else:
         n = rng.choice([1, rng.randint(1, widest)])
         params = SamplingParams(n=n, **common, min_tokens=rng.choice([0, 0, rng.randint(0, limit)]))
-    prompt = [rng.randint(WORD, 1_000_000) for _ in range(length)]
-    return Request(f"r{index}", index, prompt, params, limit, frozenset({END}), seed=rng.getrandbits(31))
+    prompt = random_prompt(rng, length, earlier)
+    salt = rng.choice([None, None, None, "a", "b"])
+    seed = rng.getrandbits(31)
+    return Request(f"r{index}", index, prompt, params, limit, frozenset({END}), seed, cache_salt=salt)
 
 
 def scenario(seed: int) -> Scenario:
@@ -59,7 +81,9 @@ def scenario(seed: int) -> Scenario:
     harsh = rng.random() < 0.4  # wide requests that all want the smallest pool, and steps that can do little
     longest, widest = (12, rng.randint(2, 4)) if harsh else (rng.choice([6, 12, 24]), rng.choice([1, 2, 4, 6]))
     number = 6 if harsh else rng.choice([1, 4, 8])
-    requests = [random_request(rng, index, longest, widest) for index in range(number)]
+    requests: list[Request] = []
+    for index in range(number):
+        requests.append(random_request(rng, index, longest, widest, requests))
     spread = rng.choice([0, 3, 20])
     arrivals = sorted(rng.randint(0, spread) for _ in requests)
     need = max(r.most_blocks(block_size) for r in requests)
@@ -72,11 +96,14 @@ def scenario(seed: int) -> Scenario:
             "num_cpu_blocks": rng.choice([0, rng.randint(0, num_blocks), num_blocks, 3 * num_blocks]),
             "free_order": rng.sample(range(num_blocks), num_blocks),
         },
+        cache=rng.choice(list(PREFIX_CACHES)),
         scheduler={
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 4] if harsh else [0, 1, 4, 16, 60]),
             "preemption": rng.choice(["auto", "recompute", "swap"]),
             "watermark": 0.0 if harsh else rng.choice([0.0, 0.01, 0.2, 0.7]),
+            "schedule": rng.choice(SCHEDULES),
+            "chunked_prefill": rng.random() < 0.7,
         },
         requests=requests,
         arrivals=arrivals,
@@ -86,6 +113,8 @@ def scenario(seed: int) -> Scenario:
             result.aborts.setdefault(arrival + rng.randint(0, 25), []).append(request)
         elif rng.random() < 0.25:
             result.doomed.append(request)
+    if rng.random() < 0.1:
+        result.resets = [rng.randint(0, 30) for _ in range(2)]
     return result
 
 
@@ -97,12 +126,16 @@ class Run:
 
     def __init__(self, given: Scenario, verbose: bool = False):
         self.given, self.verbose = given, verbose
-        self.memory = KVCacheManager(**given.memory)
+        index = PREFIX_CACHES[given.cache]
+        cache = index(given.memory["block_size"]) if index else None
+        self.memory = KVCacheManager(**given.memory, cache=cache)
         self.scheduler = Scheduler(self.memory, **given.scheduler)
         sizes = (given.memory["num_blocks"], given.memory["block_size"], given.memory["num_cpu_blocks"])
         self.runner = RecallRunner(*sizes)
         self.seen: Counter[str] = Counter()
         self.aborted: set[str] = set()
+        self.tenants: dict[int, str | None] = {}  # whose tokens were written to a block, by salt
+        self.plans: list[StepPlan] = []
 
     def run(self) -> Counter[str]:
         pending = list(zip(self.given.arrivals, self.given.requests, strict=True))
@@ -115,6 +148,9 @@ class Run:
                 self.abort(request)
             for request in [r for r in self.given.doomed if r in self.scheduler.swapped]:
                 self.abort(request)
+            if clock in self.given.resets:
+                self.memory.forget_prefixes()
+                self.seen["resets"] += 1
             if self.scheduler.has_unfinished:
                 self.step()
             clock += 1
@@ -156,12 +192,17 @@ class Run:
 
     def step(self) -> None:
         plan = self.scheduler.schedule()
+        self.plans.append(plan)
         self.say(show(plan))
         check_plan(plan, self)
+        self.check_tenants(plan)
         output = self.runner.execute(plan)
         self.check_free_blocks()
         live = {s.seq_id for r in self.given.requests for s in r.live}
+        tables = {s.seq_id: s.block_table for s in plan.sequences}
         changed = self.scheduler.update(plan, output)
+        for seq_id in tables.keys() & set(self.memory.sequences()):
+            self.seen["computed twice"] += self.memory.block_table(seq_id)[: len(tables[seq_id])] != tables[seq_id]
         self.memory.check()
         self.count(plan, live)
         assert {r.request_id for r in changed} == {
@@ -175,15 +216,34 @@ class Run:
         self.memory.check()
 
     def check_free_blocks(self) -> None:
-        """What was freed was poisoned, so that nobody can read it unnoticed."""
+        """What was freed was poisoned, so that nobody can read it unnoticed; what can be found was not."""
         here = [seq_id for seq_id in self.memory.sequences() if not self.memory.is_swapped(seq_id)]
         held = {block for seq_id in here for block in self.memory.block_table(seq_id)}
+        known = self.memory.cache.parents() if self.memory.cache else {}
         for block, entries in enumerate(self.runner.gpu):
-            assert block in held or not any(isinstance(e, tuple) for e in entries), f"free block {block} is no poison"
+            written = [isinstance(entry, tuple) for entry in entries]
+            assert block in held or block in known or not any(written), f"free block {block} is no poison"
+            assert block not in known or all(written), f"block {block} can be found, and is not written"
+
+    def check_tenants(self, plan: StepPlan) -> None:
+        """Nobody reads a block that was written for another salt."""
+        salts = {r.request_id: r.cache_salt for r in self.given.requests}
+        size = self.memory.block_size
+        for pairs in (plan.swap_in, plan.copies):
+            self.tenants.update({target: salts[s.request_id] for s in plan.sequences for _, target in pairs
+                                 if target in s.block_table})  # fmt: skip
+        self.tenants.update({slot // size: salts[s.request_id] for s in plan.sequences for slot in s.slots})
+        for s in plan.sequences:
+            for block in s.block_table:
+                assert self.tenants.get(block, salts[s.request_id]) == salts[s.request_id], f"{s} reads another's"
 
     def count(self, plan: StepPlan, before: set[int]) -> None:
         seen, by_id = self.seen, {r.request_id: r for r in self.given.requests}
         seen.update(steps=1, tokens=plan.num_tokens, copies=len(plan.copies))
+        prefixes, evicted = self.scheduler.prefixes, self.memory.usage().evicted
+        seen.update(found=prefixes.found - seen["found"], recovered=prefixes.recovered - seen["recovered"])
+        seen.update(evicted=evicted - seen["evicted"])
+        seen["overtaken"] = sum(r.num_overtaken for r in self.given.requests)
         seen.update(swapped_out=len(plan.swap_out), swapped_in=len(plan.swap_in), resumed=len(plan.resumed))
         for request_id, mode in plan.preempted:
             seen[mode] += 1
@@ -199,8 +259,12 @@ class Run:
     def check_end(self) -> None:
         usage = self.memory.usage()
         assert not self.memory.sequences() and usage.free == usage.num_blocks and usage.cpu_used == 0
+        whole = self.memory.allocate(-1, usage.num_blocks * self.memory.block_size)
+        assert isinstance(whole, Allocated) and not self.memory.cache, "what is cached can't be taken"
         assert not len(self.scheduler.sequences), "the scheduler keeps ended sequences"
         self.seen["whole pool used"] += usage.peak_used == usage.num_blocks
+        hits, made_way = self.seen["found"] + self.seen["recovered"], self.seen["swap"] + self.seen["recompute"]
+        self.seen["hits, evictions and preemptions"] += bool(hits and made_way and self.seen["evicted"])
         for request in self.given.requests:
             assert request.finished, f"{request.request_id} did not finish"
             name, wanted = request.request_id, expected(request)
@@ -253,7 +317,8 @@ def check_plan(plan: StepPlan, run: Run) -> None:
         assert arrival[request_id] > max(computing), "preempted, while a later arrival goes on"
     assert not (plan.preempted and (plan.admitted or plan.resumed)), "preempted for a newcomer"
     running, others = scheduler.running, [*scheduler.waiting, *scheduler.swapped]
-    assert not others or running[-1].arrival < min(r.arrival for r in others), "somebody was overtaken"
+    if scheduler.schedule_by == "fcfs":
+        assert not others or running[-1].arrival < min(r.arrival for r in others), "somebody was overtaken"
     for queue in (scheduler.waiting, scheduler.running, scheduler.swapped):
         assert queue == sorted(queue, key=lambda r: r.arrival)
 
@@ -288,7 +353,7 @@ def run(seed: int, verbose: bool = False) -> Counter[str]:
     """Run the schedule of a seed, and count what happened; AssertionError with a way to replay it if it fails."""
     given = scenario(seed)
     if verbose:
-        print(f"memory {given.memory}\nscheduler {given.scheduler}")
+        print(f"memory {given.memory}, cache {given.cache}\nscheduler {given.scheduler}")
     try:
         return Run(given, verbose).run()
     except Exception as error:

@@ -129,7 +129,6 @@ class BlockAllocator:
         self._idle.pop(block, None)
         self._ref_counts[block] += 1
         self.num_shared += self._ref_counts[block] == 2
-        self.peak_used = max(self.peak_used, self.num_used)
 
     def _must_have_contents(self, block: int) -> None:
         if self.ref_count(block) == 0 and block not in self._idle:

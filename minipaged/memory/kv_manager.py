@@ -149,7 +149,7 @@ class KVCacheManager:
         """Let the full blocks of the first `num_computed` tokens be found; their keys and values are written.
 
         tokens(start, count): the sequence's tokens there. Where the same tokens were computed twice, side by side,
-        the sequence goes on with the block that is found, and its own becomes free.
+        it goes on with the block that is found, and its own becomes free.
         """
         table = self._table(self._gpu, seq_id)
         if num_computed > table.num_tokens:
@@ -161,10 +161,16 @@ class KVCacheManager:
             own, parent = blocks[logical], blocks[logical - 1] if logical else None
             known = self.cache.add(own, parent, tokens(logical * size, size), table.salt)
             if known != own:
+                self._replace(logical, own, known)
+            table.num_published = logical + 1
+
+    def _replace(self, logical: int, own: int, known: int) -> None:
+        """All who hold `own` go on with `known`: whoever holds a block must hold what it is known to follow."""
+        for table in self._gpu.tables.values():
+            if table.blocks[logical : logical + 1] == [own]:
                 self._gpu.allocator.share(known)
                 self._gpu.allocator.release(own)
-                blocks[logical] = known
-            table.num_published = logical + 1
+                table.blocks[logical] = known
 
     def forget_prefixes(self) -> None:
         """Nothing that was computed until now is found any more. Sequences keep what they hold."""
