@@ -113,8 +113,8 @@ def scenario(seed: int) -> Scenario:
             result.aborts.setdefault(arrival + rng.randint(0, 25), []).append(request)
         elif rng.random() < 0.25:
             result.doomed.append(request)
-    if rng.random() < 0.1:
-        result.resets = [rng.randint(0, 30) for _ in range(2)]
+    if rng.random() < 0.2:
+        result.resets = [rng.randint(1, 15) for _ in range(2)]
     return result
 
 
@@ -136,6 +136,7 @@ class Run:
         self.aborted: set[str] = set()
         self.tenants: dict[int, str | None] = {}  # whose tokens were written to a block, by salt
         self.plans: list[StepPlan] = []
+        self.outdated: set[int] = set()  # sequences whose tokens were computed before a reset
 
     def run(self) -> Counter[str]:
         pending = list(zip(self.given.arrivals, self.given.requests, strict=True))
@@ -151,6 +152,7 @@ class Run:
             if clock in self.given.resets:
                 self.memory.forget_prefixes()
                 self.seen["resets"] += 1
+                self.outdated |= set(self.memory.sequences())
             if self.scheduler.has_unfinished:
                 self.step()
             clock += 1
@@ -224,6 +226,9 @@ class Run:
             written = [isinstance(entry, tuple) for entry in entries]
             assert block in held or block in known or not any(written), f"free block {block} is no poison"
             assert block not in known or all(written), f"block {block} can be found, and is not written"
+        self.outdated &= set(self.memory.sequences())  # the others ended, or begin anew
+        for seq_id in self.outdated.intersection(here):
+            assert not known.keys() & self.memory.block_table(seq_id), "from before a reset, and can be found"
 
     def check_tenants(self, plan: StepPlan) -> None:
         """Nobody reads a block that was written for another salt."""

@@ -3,16 +3,20 @@
 A seed that fails prints the command that replays it.
 """
 
+import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from minipaged.memory import Appended, KVCacheManager, NoSpace
+from minipaged.memory import Appended, BlockAllocator, KVCacheManager, NoSpace
 from minipaged.plan import StepPlan
+from minipaged.sampling_params import SamplingParams
+from minipaged.scheduler import Scheduler
 from minipaged.sequence import Request
 from tests import recall
-from tests.recall import Run, scenario
-from tests.recall_model import RecallRunner
+from tests.recall import Run, Scenario, scenario
+from tests.recall_model import END, RecallRunner
 
 CHUNK = 250  # schedules in one test
 
@@ -40,6 +44,13 @@ OFTEN = {
     "aborted beams": 1,
     "refused": 1000,
     "whole pool used": 50,
+    "found": 400,  # tokens
+    "recovered": 150,  # tokens, after a preemption
+    "evicted": 1000,
+    "computed twice": 30,
+    "overtaken": 15,
+    "resets": 15,
+    "hits, evictions and preemptions": 20,  # all in one schedule
 }
 
 
@@ -55,6 +66,63 @@ def test_random_schedules(first_seed):
         seen.update(recall.run(seed))
     rare = {name: seen[name] for name, least in OFTEN.items() if seen[name] < least}
     assert not rare, "the schedules do not exercise these"
+
+
+def turmoil(seed):
+    """A pool as small as can be, and twelve requests that want all of it, with nearly the same prompt."""
+    rng = random.Random(seed)
+    size, longest = rng.choice([1, 2]), rng.randint(10, 16)
+    prompt = [rng.randint(3, 10**6) for _ in range(longest)]
+    requests = []
+    for i in range(12):
+        params = SamplingParams(n=rng.choice([1, 1, 2]), max_tokens=12)
+        own = prompt[: rng.randint(longest - 2, longest)]
+        requests.append(Request(f"r{i}", i, own, params, 12, frozenset({END}), i))
+    return Scenario(
+        memory={"num_blocks": max(r.most_blocks(size) for r in requests), "block_size": size, "num_cpu_blocks": 0},
+        cache=rng.choice(["hash", "radix"]),
+        scheduler={"max_num_seqs": 12, "max_num_batched_tokens": 24, "watermark": 0.0},
+        requests=requests,
+        arrivals=list(range(12)),
+    )
+
+
+def test_nearly_every_step_evicts_preempts_or_finds():
+    happened: Counter[int] = Counter()  # how many of the three, in how many steps
+    for seed in range(40):
+        run, before = Run(turmoil(seed)), Counter()
+        for request in run.given.requests:
+            run.add(request)
+        while run.scheduler.has_unfinished:
+            run.step()
+            new = run.seen - before
+            before = run.seen.copy()
+            kinds = (new["evicted"], new["recompute"], new["found"] + new["recovered"])
+            happened[sum(map(bool, kinds))] += 1
+        run.check_end()
+    steps = sum(happened.values())
+    assert happened[0] < 0.15 * steps and happened[2] + happened[3] > 0.35 * steps, happened
+
+
+@pytest.mark.parametrize("first", range(0, 300, 100))
+def test_both_caches_decide_alike(first):
+    """The same history at the same capacity: the same hits, down to the block numbers, and the same evictions.
+
+    That need not be: vLLM gives up block by block what fell out of use first, and SGLang the least recently used
+    leaf, a whole run at a time, by a clock that also ticks when a prefix is looked up. Both are the same rule, since
+    whoever uses a block uses all blocks before it: on every path the order runs from the tail to the head, so what
+    fell out of use first is always the end of a leaf. Here both take one block at a time, by the same clock; in
+    SGLang a leaf goes whole, so it may lose blocks that nobody needed to take.
+    """
+    evicted = 0
+    for seed in range(first, first + 100):
+        plans = []
+        for cache in ("hash", "radix"):
+            run = Run(replace(scenario(seed), cache=cache))
+            evicted += run.run()["evicted"]
+            plans.append([plan.to_json() for plan in run.plans])
+        assert plans[0] == plans[1], f"schedule {seed}"
+    assert evicted > 1000
 
 
 # ---- the recall model notices what is broken --------------------------------------------------------------------
@@ -91,12 +159,58 @@ def never_copy(self, counts, keep_free=0):
     return Appended([])
 
 
+def publish_at_once(self, seq_id, num_tokens, keep_free=0, prefix=None):
+    """Blocks are found before their keys and values exist."""
+    answer = RIGHT_ALLOCATE(self, seq_id, num_tokens, keep_free, prefix)
+    if self.cache is not None and self.promised and not isinstance(answer, NoSpace):
+        self.publish(seq_id, num_tokens, lambda start, count: self.promised[start : start + count])
+    return answer
+
+
+def remember_what_is_looked_up(self, tokens, salt=None):
+    self.promised = [*tokens, 0]
+    return RIGHT_FIND(self, tokens, salt)
+
+
+def find_all(self, request):
+    """A prompt that is found whole computes nothing."""
+    leader = request.live[0]
+    return self.memory.find(leader.tokens(0, request.target(leader)), request.cache_salt)
+
+
+def let_idle_be_found_after_eviction(self):
+    """A block that is taken is not forgotten."""
+    if self._free:
+        return RIGHT_TAKE(self)
+    block, _ = self._idle.popitem(last=False)
+    self._freed[block] = None
+    self._ref_counts[block] = 1
+    return block
+
+
+def evict_what_was_found(self, count, keep_free=0, found=()):
+    """The blocks that were found are shared only after others were taken, if they are still there."""
+    blocks = RIGHT_TAKE_MANY(self, count, keep_free)
+    if not isinstance(blocks, NoSpace):
+        for block in found:
+            self.share(block)
+    return blocks
+
+
+def head_first(self, seq_id):
+    home = self._home(seq_id)
+    for block in home.tables.pop(seq_id).blocks:
+        home.allocator.release(block)
+
+
 def one_slot_further(self, seq_id, start, count):
     table = self._gpu.tables[seq_id]
     return table.slots(start - 1, count) if start else table.slots(start, count)
 
 
 RIGHT_MOVE, RIGHT_APPEND = RecallRunner._move, KVCacheManager.append
+RIGHT_ALLOCATE, RIGHT_FIND = KVCacheManager.allocate, KVCacheManager.find
+RIGHT_TAKE, RIGHT_TAKE_MANY = BlockAllocator._take, BlockAllocator.allocate
 BROKEN = {
     "copies are forgotten": forget("copies"),
     "swapping in is forgotten": forget("swap_in"),
@@ -105,6 +219,13 @@ BROKEN = {
     "writing without a copy": (KVCacheManager, "append", never_copy),
     "writing one slot before": (KVCacheManager, "slots", one_slot_further),
     "ended sequences keep their memory": (KVCacheManager, "free", lambda self, seq_id: None),
+    "what is not yet computed can be found": (KVCacheManager, "allocate", publish_at_once),
+    "a prompt that is found whole computes nothing": (Scheduler, "_find", find_all),
+    "salts are ignored": (KVCacheManager, "find", lambda self, tokens, salt=None: RIGHT_FIND(self, tokens)),
+    "what is evicted can still be found": (BlockAllocator, "_take", let_idle_be_found_after_eviction),
+    "what was found is evicted": (BlockAllocator, "allocate", evict_what_was_found),
+    "heads are evicted before tails": (KVCacheManager, "free", head_first),
+    "what was computed before a reset can be found after it": (KVCacheManager, "forget_prefixes", lambda self: self._gpu.allocator.forget_all()),
     "the first of several rebuilds all": (Request, "target", lambda self, seq: len(seq)),
     "nobody forks a rebuilt prompt": ("minipaged.scheduler.share_rebuilt_prompt", lambda request, memory: None),
     "the worst case is too small": (Request, "most_blocks", lambda self, size: len(self.prompt_token_ids) // size + 1),
@@ -113,6 +234,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_it_notices_what_is_broken(monkeypatch, broken):
+    monkeypatch.setattr(KVCacheManager, "promised", None, raising=False)
+    if publish_at_once in BROKEN[broken]:
+        monkeypatch.setattr(KVCacheManager, "find", remember_what_is_looked_up)
     monkeypatch.setattr(*BROKEN[broken])
     with pytest.raises(Exception) as failure:
         for seed in range(150):
