@@ -112,19 +112,27 @@ class LLM:
     # --- whole jobs ---------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None
+        self,
+        prompts: Prompt | Many[Prompt],
+        params: Params | Many[Params] | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Answer all prompts, in their order. params: one for all, or one for each.
+        """Answer all prompts, in their order. params: one for all, or one for each. cache_salt: see add_request.
 
         ValueError if a prompt or its parameters are bad, or RequestRefused if one can never fit; then none runs.
         """
-        ids = self._add_all(as_list(prompts), params or SamplingParams())
+        ids = self._add_all(as_list(prompts), params or SamplingParams(), cache_salt)
         finished = {output.request_id: output for output in self._run(ids) if output.finished}
         return [finished[request_id] for request_id in ids if request_id in finished]  # not those aborted meanwhile
 
-    def stream(self, prompts: Prompt | Many[Prompt], params: Params | Many[Params] | None = None) -> Outputs:
+    def stream(
+        self,
+        prompts: Prompt | Many[Prompt],
+        params: Params | Many[Params] | None = None,
+        cache_salt: str | None = None,
+    ) -> Outputs:
         """Like generate, but yields the state of a request after each step that gave it new tokens."""
-        yield from self._run(self._add_all(as_list(prompts), params or SamplingParams()))
+        yield from self._run(self._add_all(as_list(prompts), params or SamplingParams(), cache_salt))
 
     def _run(self, request_ids: list[str]) -> Outputs:
         mine = set(request_ids)
@@ -213,18 +221,19 @@ class LLM:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=dict(scheduler.num_preemptions),
+            prefix_cache=self.prefix_cache,
             prefixes=replace(scheduler.prefixes),
             times=replace(self._times),
         )
 
     # --- prompts in ---------------------------------------------------------------------------------------------
 
-    def _add_all(self, prompts: list[Prompt], params: Params | Many[Params]) -> list[str]:
+    def _add_all(self, prompts: list[Prompt], params: Params | Many[Params], cache_salt: str | None) -> list[str]:
         ids: list[str] = []
         each = one_for_each(params, prompts)
         try:
             for prompt, one in zip(prompts, each, strict=True):
-                ids.append(self.add_request(prompt, one))
+                ids.append(self.add_request(prompt, one, cache_salt=cache_salt))
         except Exception as error:
             for request_id in ids:
                 self.abort(request_id)
@@ -285,7 +294,9 @@ class LLM:
             del self._requests[request.request_id]
             self._forget_texts(request)
         name, ids = request.request_id, request.prompt_token_ids
-        return RequestOutput(name, request.prompt, ids, outputs, request.finished, metrics)
+        return RequestOutput(
+            name, request.prompt, ids, outputs, request.finished, metrics, request.prompt_logprobs
+        )
 
     def _read(self, request: Request, seq: Sequence) -> SequenceText:
         """The text of a sequence, up to date with its tokens; may end the sequence at a stop string."""

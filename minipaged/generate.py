@@ -16,7 +16,7 @@ from minipaged.memory import KVCacheManager
 from minipaged.scheduler import Scheduler
 from minipaged.terminal.options import HINTS, BadInput, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
-from minipaged.terminal.report import Results, ignore_closed_pipe, show_account
+from minipaged.terminal.report import Results, ignore_closed_pipe, show_account, show_prefixes
 from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
 from minipaged.trace import TraceError, TraceWriter
 
@@ -117,7 +117,7 @@ def _add_all(llm: "LLM", jobs: list[Job], chat: bool | None) -> None:
         as_message = chat and isinstance(job.prompt, str)
         prompt = [{"role": "user", "content": job.prompt}] if as_message else job.prompt
         try:
-            llm.add_request(prompt, job.params, str(number))
+            llm.add_request(prompt, job.params, str(number), job.cache_salt)
         except ValueError as error:
             raise BadInput(f"{job.where}: {error}") from None
 
@@ -144,6 +144,7 @@ def _run(llm: "LLM", jobs: list[Job], args: argparse.Namespace, console: Console
         print(f"({results.num_cut} of {len(jobs)} prompts: cut at max_tokens)", file=sys.stderr)
     if args.stats:
         show_account(llm.stats(), seconds, console)
+        show_prefixes(llm, console)
     return INTERRUPTED if interrupts else 0
 
 

@@ -39,6 +39,9 @@ class LiveSequences:
         """Append what was drawn for a request. Returns whether there was anything."""
         if request.search:
             return self._grow_beams(request, output)
+        if request.prompt_logprobs is not None:
+            for seq in request.live:
+                request.prompt_logprobs.extend(output.prompt_logprobs.get(seq.seq_id, ()))
         grown = [seq for seq in request.live if seq.seq_id in output.tokens]
         for seq in grown:
             self._append(request, seq, output)

@@ -32,6 +32,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # for each token of the prompt; None for the first
 
     @property
     def time_per_output_token(self) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minipaged.sampling_params import Draw, SampledToken
+from minipaged.sampling_params import Draw, PromptTargets, SampledToken
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ScheduledSequence:
     block_table: list[int]
     draw: Draw | None = None  # what to draw from the logits of the last token
     num_candidates: int = 0  # beam search: how many of the best next tokens to return instead
+    targets: PromptTargets | None = None  # tokens of the prompt whose logprobs are to be returned too
 
     @property
     def context_len(self) -> int:
@@ -51,7 +52,9 @@ class StepPlan:
 
     def to_json(self) -> dict[str, Any]:
         """For a trace. A draw is reduced to a yes: what it draws from is in the request."""
-        sequences = [{**vars(s), "draw": s.draw is not None} for s in self.sequences]
+        sequences = [
+            {**vars(s), "draw": s.draw is not None, "targets": s.targets and asdict(s.targets)} for s in self.sequences
+        ]
         return {**vars(self), "sequences": sequences}
 
 
@@ -61,6 +64,7 @@ class StepOutput:
 
     tokens: dict[int, list[SampledToken]] = field(default_factory=dict)
     candidates: dict[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[dict[int, float]]] = field(default_factory=dict)  # one for each target
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

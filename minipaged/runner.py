@@ -15,7 +15,7 @@ from minipaged.decode_graphs import DecodeGraphs
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.sampling import sample, top_candidates
+from minipaged.sampling import sample, top_candidates, top_logprobs
 from minipaged.stats import Times
 
 DTYPES = {
@@ -23,6 +23,8 @@ DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
 }  # fmt: skip
+
+PIECE = 128  # rows whose logits are held at a time for prompt_logprobs: 25 MB with a vocabulary of 49152
 
 
 def resolve(dtype: str, device: str) -> tuple[torch.dtype, str]:
@@ -92,6 +94,7 @@ class ModelRunner:
         logits, wanted = self._logits(plan.sequences, batch, hidden)
         computed = time.perf_counter()
         output = self._draw(logits, wanted)
+        self._add_prompt_logprobs(plan.sequences, hidden, output)
         self.times.prepare += prepared - began
         self.times.model += computed - prepared
         self.times.sample += time.perf_counter() - computed
@@ -146,6 +149,8 @@ class ModelRunner:
                 raise IndexError(f"sequence {s.seq_id}: table {s.block_table} leaves the pool of {num_blocks} blocks")
             own = [self.block_size * s.block_table[p // self.block_size] + p % self.block_size
                    for p in range(s.start, s.context_len)]  # fmt: skip
+            if s.targets and s.targets.start <= s.start:
+                raise IndexError(f"sequence {s.seq_id}: the logits for position {s.targets.start} are not computed now")
             if s.slots != own:
                 raise IndexError(f"sequence {s.seq_id}: slots {s.slots} are not those of its table, {own}")
 
@@ -170,3 +175,19 @@ class ModelRunner:
             for i, row in zip(beams, best, strict=True):
                 output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
         return output
+
+    def _add_prompt_logprobs(self, sequences: list[ScheduledSequence], hidden: Tensor, output: StepOutput) -> None:
+        """Logprobs of tokens of prompts, from the rows of hidden [T, E] before them, in pieces of bounded size."""
+        wanted: list[tuple[int, int, int, int]] = []  # whose, row, how many best tokens, token
+        begin = 0
+        for s in sequences:
+            if t := s.targets:
+                row = begin + t.start - 1 - s.start
+                wanted += [(s.seq_id, row + i, t.num_best, token) for i, token in enumerate(t.token_ids)]
+            begin += len(s.token_ids)
+        for at in range(0, len(wanted), PIECE):
+            piece = wanted[at : at + PIECE]
+            logits = self.model.logits(hidden[[row for _, row, _, _ in piece]])
+            found = top_logprobs(logits, [(i, k, token) for i, (_, _, k, token) in enumerate(piece)])
+            for (seq_id, *_), logprobs in zip(piece, found, strict=True):
+                output.prompt_logprobs.setdefault(seq_id, []).append(logprobs)

@@ -205,12 +205,21 @@ def _add_logprobs(logits: Tensor, draws: Sequence[Draw], sampled: list[list[Samp
     limits = {r: d.params.logprobs for r, d in enumerate(draws) if d.params.logprobs is not None}
     if not limits:
         return
-    raw = _take(logits, list(limits)).log_softmax(-1)
-    best = _best(raw, max(limits.values()))
     drawn = [(i, limit, token) for i, (r, limit) in enumerate(limits.items()) for token in sampled[r]]
-    values = raw[_columns([(i, token.token_id) for i, _, token in drawn], raw, torch.long)].tolist()
-    for (i, limit, token), value in zip(drawn, values, strict=True):
-        token.logprob, token.top_logprobs = value, {**dict(best[i][:limit]), token.token_id: value}
+    found = top_logprobs(_take(logits, list(limits)), [(i, limit, token.token_id) for i, limit, token in drawn])
+    for (_, _, token), logprobs in zip(drawn, found, strict=True):
+        token.logprob, token.top_logprobs = logprobs[token.token_id], logprobs
+
+
+def top_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int, int]]) -> list[dict[int, float]]:
+    """For each (row, k, token) wanted: {token id: logprob} of the k best tokens of that row of logits [R, V].
+
+    Falling; the token's own is always there, and comes last if it is not among the best.
+    """
+    raw = logits.log_softmax(-1)
+    best = _best(raw, max(k for _, k, _ in wanted))
+    values = raw[_columns([(row, token) for row, _, token in wanted], raw, torch.long)].tolist()
+    return [{**dict(best[row][:k]), token: value} for (row, k, token), value in zip(wanted, values, strict=True)]
 
 
 def top_candidates(logits: Tensor, k: int) -> list[list[tuple[int, float]]]:

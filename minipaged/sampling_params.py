@@ -1,7 +1,8 @@
 """What a request may ask of its tokens: plain data without tensors, so that the scheduler can carry it.
 
 `SamplingParams` is the user's wish, with vLLM's names, defaults and meanings. `Draw` tells the sampler
-(sampling.py) what to draw in one step, and `SampledToken` is the answer.
+(sampling.py) what to draw in one step, and `SampledToken` is the answer; `PromptTargets` names the tokens of a prompt
+whose logprobs are wanted besides.
 """
 
 import math
@@ -36,6 +37,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None  # the output ends after the first of these
     ignore_eos: bool = False
     logprobs: int | None = None  # report so many best tokens with each token drawn, and always its own
+    prompt_logprobs: int | None = None  # the same for each token of the prompt after the first
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
@@ -85,6 +87,7 @@ _ALLOWED: dict[str, tuple[type, float, float, str]] = {  # type, least, most, in
     "min_tokens": (int, 0, math.inf, "an integer >= 0"),
     "ignore_eos": (bool, 0, 1, "True or False"),
     "logprobs": (int, 0, math.inf, "None or an integer >= 0"),
+    "prompt_logprobs": (int, 0, math.inf, "None or an integer >= 0"),
     "include_stop_str_in_output": (bool, 0, 1, "True or False"),
     "skip_special_tokens": (bool, 0, 1, "True or False"),
 }
@@ -116,6 +119,18 @@ class Draw:
     @property
     def forbidden(self) -> frozenset[int]:
         return self.stop_ids if len(self.output_token_ids) < self.params.min_tokens else frozenset()
+
+
+@dataclass(frozen=True)
+class PromptTargets:
+    """Tokens of a prompt whose logprobs are wanted. Their logits are those of the tokens before them.
+
+    So the last target of a chunk of the prompt is the first token of the next chunk.
+    """
+
+    start: int  # the position of the first of them
+    token_ids: list[int]
+    num_best: int  # params.prompt_logprobs
 
 
 @dataclass

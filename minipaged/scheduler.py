@@ -238,7 +238,8 @@ class Scheduler:
     def _find(self, request: Request) -> Prefix:
         """What the prefix cache has of a request. Its last token is always computed: its logits are wanted."""
         leader = request.live[0]
-        return self.memory.find(leader.tokens(0, request.target(leader) - 1), request.cache_salt)
+        tokens = [] if request.needs_prompt_logits else leader.tokens(0, request.target(leader) - 1)
+        return self.memory.find(tokens, request.cache_salt)
 
     def _num_known(self, request: Request) -> int:
         return self._find(request).num_tokens
@@ -246,7 +247,7 @@ class Scheduler:
     def _count_prefix(self, request: Request, prefix: Prefix) -> None:
         if request.metrics.num_preemptions:
             self.prefixes.recovered += prefix.num_tokens
-        else:
+        elif not request.needs_prompt_logits:
             request.metrics.num_cached_tokens = prefix.num_tokens
             self.prefixes.queried += len(request.prompt_token_ids)
             self.prefixes.found += prefix.num_tokens
@@ -282,6 +283,7 @@ class Scheduler:
                 self.memory.block_table(seq_id),
                 draw=request.draw(seq) if last and not request.search else None,
                 num_candidates=request.search.num_candidates if last and request.search else 0,
+                targets=request.targets(start + count),
             )
 
     def _num_running_seqs(self) -> int:
@@ -291,15 +293,9 @@ class Scheduler:
         """What must be left when a request joins others: the watermark, and the rest that it will want soon.
 
         The rest is what a long prompt needs in later steps, what is yet to be recomputed, or the next block of
-        each sequence. Without it, it would be preempted at once. What those before it still want for their own long
-        prompts is not for it either. Alone, a request may have the whole pool.
+        each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
         """
-        if not self.running:
-            return 0
-        blocks_for, num_slots = self.memory.blocks_for, self.memory.num_tokens
-        seqs = [seq for request in self.running for seq in request.live if seq.in_memory and seq.num_uncomputed > 1]
-        owed = sum(blocks_for(len(seq)) - blocks_for(num_slots(seq.seq_id)) for seq in seqs)
-        return self.watermark_blocks + rest + owed
+        return self.watermark_blocks + rest if self.running else 0
 
     def _preempt(self, request: Request, step: _Step) -> None:
         done = preempt(request, self.memory, self.preemption)

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from minipaged.beam_search import BeamSearch, BeamSearchParams
-from minipaged.sampling_params import Draw, SampledToken, SamplingParams
+from minipaged.sampling_params import Draw, PromptTargets, SampledToken, SamplingParams
 
 
 @dataclass(eq=False)
@@ -99,6 +99,8 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.params, BeamSearchParams):
             self.search = BeamSearch(self.params, self.max_tokens, self.eos_token_ids)
+        asked = isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
+        self.prompt_logprobs: list[dict[int, float] | None] | None = [None] if asked else None  # as far as computed
         own = frozenset(self.params.stop_token_ids or ())
         self.stop_ids = own if self.params.ignore_eos else own | self.eos_token_ids
 
@@ -117,6 +119,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return not self.live
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether prompt_logprobs are wanted and not complete. Then the prefix cache is no use: it has no logits."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     def target(self, seq: Sequence) -> int:
         """Up to which position this sequence may be computed now.
@@ -138,6 +145,15 @@ class Request:
         num_draws = 1 if seq.output_token_ids else self.params.n
         prompt, output = seq.prompt_token_ids, seq.output_token_ids
         return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids)
+
+    def targets(self, end: int) -> PromptTargets | None:
+        """Which logprobs of the prompt can be told next, once all tokens before position `end` are computed."""
+        if not self.needs_prompt_logits:
+            return None
+        assert isinstance(self.params, SamplingParams) and self.prompt_logprobs is not None
+        start = len(self.prompt_logprobs)
+        token_ids = self.prompt_token_ids[start : end + 1]
+        return PromptTargets(start, token_ids, self.params.prompt_logprobs or 0) if token_ids else None
 
     def num_blocks(self, block_size: int) -> int:
         """The blocks for all the tokens that it has now, with only the full blocks of the prompt shared."""

@@ -52,6 +52,7 @@ class EngineStats:
     num_prompt_tokens: int
     num_output_tokens: int
     num_preemptions: dict[str, int] = field(default_factory=dict)
+    prefix_cache: str = "none"
     prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     times: Times = field(default_factory=Times)
 

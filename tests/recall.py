@@ -1,8 +1,9 @@
 """The recall model: scheduler and memory put to the test on random schedules, with a model that only remembers.
 
 `run(seed)` makes up a schedule (arrivals, samples, beams, stops, aborts, prompts that begin like others or go on
-where others ended, tenants, caches, chunks, a pool as small as can be), steps through it with the runner of recall_model.py in the place of the real one, checks every plan on its way, and
-compares every output with what it should be. A seed that fails says how to see it happen:
+where others ended, tenants, caches, chunks, a pool as small as can be), steps through it with the runner of
+recall_model.py in the place of the real one, checks every plan on its way, and compares every output with what it
+should be. A seed that fails says how to see it happen:
 
     python -m tests.recall --seed 123 --verbose
     python -m tests.recall --seeds 0 1000000          look for one that fails

@@ -162,7 +162,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def llm(folder):
     """An engine with more to do than fits into its memory: samples, beams, and single sequences."""
-    llm = LLM(folder, num_blocks=24, block_size=4, max_num_seqs=8, preemption="auto")
+    llm = LLM(folder, num_blocks=24, block_size=4, max_num_seqs=8, preemption="auto", prefix_cache="none")
     for number in range(4):
         sampling = SamplingParams(n=3 if number % 2 else 1, max_tokens=18, seed=number, ignore_eos=True)
         llm.add_request(f"prompt {number}", sampling)

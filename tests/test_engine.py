@@ -136,6 +136,7 @@ def test_greedy_is_the_same_with_any_block_size(make, greedy, block_size):
     assert_empty(llm)
 
 
+@pytest.mark.parametrize("cache", ["none", "hash", "radix"])
 @pytest.mark.parametrize(
     "mode, cpu, blocks, budget",
     [
@@ -145,10 +146,10 @@ def test_greedy_is_the_same_with_any_block_size(make, greedy, block_size):
         )
     ],
 )
-def test_greedy_is_the_same_when_memory_runs_out(make, greedy, mode, cpu, blocks, budget):
+def test_greedy_is_the_same_when_memory_runs_out(make, greedy, mode, cpu, blocks, budget, cache):
     llm = make(
         num_blocks=blocks, num_cpu_blocks=cpu, preemption=mode, max_num_seqs=8, max_num_batched_tokens=budget,
-        watermark=0.0,
+        watermark=0.0, prefix_cache=cache,
     )  # fmt: skip
     outputs = llm.generate(PROMPTS, GREEDY)
     assert tokens(outputs) == [[row] for row in greedy]
@@ -156,7 +157,11 @@ def test_greedy_is_the_same_when_memory_runs_out(make, greedy, mode, cpu, blocks
     assert stats.num_preemptions["swap" if mode == "swap" else "recompute"] > 0
     assert stats.memory.peak_used >= blocks - 1
     assert sum(output.metrics.num_preemptions for output in outputs) == sum(stats.num_preemptions.values())
-    assert stats.memory.swapped_in_blocks == stats.memory.swapped_out_blocks >= (mode == "swap")
+    moved = stats.memory.swapped_out_blocks
+    assert moved >= stats.memory.swapped_in_blocks >= (mode == "swap")  # what is still found is not moved back
+    assert cache != "none" or moved == stats.memory.swapped_in_blocks
+    again = moved - stats.memory.swapped_in_blocks + stats.prefixes.recovered
+    assert (again > 0 and stats.memory.evicted > 0) == (cache != "none")
     assert mode != "swap" or cpu is None or stats.num_preemptions["recompute"] > 0  # swap space ran out
     assert_empty(llm)
 
@@ -611,7 +616,8 @@ def test_bad_settings_are_refused_by_name(make, settings, message):
 
 
 def test_stats_agree_with_what_happened(make):
-    llm, seen = make(num_blocks=24, max_num_seqs=8, num_cpu_blocks=40, watermark=0, preemption="swap"), Counter()
+    settings = {"num_blocks": 24, "max_num_seqs": 8, "num_cpu_blocks": 40, "watermark": 0, "preemption": "swap"}
+    llm, seen = make(**settings, prefix_cache="none"), Counter()
 
     def watch(plan, output):
         stats = llm.stats()

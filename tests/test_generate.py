@@ -235,7 +235,7 @@ def test_size_in_bytes(run, llm):
 
 def test_stats_give_the_account(run):
     line = json.dumps({"prompt": "hello", "n": 2, "max_tokens": 9, "ignore_eos": True})
-    status, out, err = run("--prompts-file", "-", "--stats", stdin=line)
+    status, out, err = run("--prompts-file", "-", "--stats", "--prefix-cache", "none", stdin=line)
     rows = dict(line.strip(" -").split("  ", 1) for line in err.splitlines()[1:])
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     # <user>hello: 11 tokens, 8 of them in 2 full blocks that stay shared. The most blocks are first in use
@@ -254,7 +254,7 @@ def test_stats_give_the_account(run):
 
 def test_watch_without_a_terminal_writes_events(run):
     lines = "\n".join(json.dumps({"prompt": text, "n": 2, "ignore_eos": True}) for text in ("one", "two"))
-    argv = ["--prompts-file", "-", "--max-tokens", "16", "--watch"]
+    argv = ["--prompts-file", "-", "--max-tokens", "16", "--watch", "--prefix-cache", "none"]
     status, out, err = run(*argv, stdin=lines, pool=["--num-blocks", "12", "--block-size", "4"])
     assert status == 0 and "\x1b" not in out + err
     assert err.splitlines()[0] == "step 1: A B admitted [6 of 12 blocks in use]"

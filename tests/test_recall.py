@@ -203,6 +203,11 @@ def head_first(self, seq_id):
         home.allocator.release(block)
 
 
+def forget_the_idle(self):
+    """A reset, after which sequences still publish what they computed before it."""
+    self._gpu.allocator.forget_all()
+
+
 def one_slot_further(self, seq_id, start, count):
     table = self._gpu.tables[seq_id]
     return table.slots(start - 1, count) if start else table.slots(start, count)
@@ -225,7 +230,7 @@ BROKEN = {
     "what is evicted can still be found": (BlockAllocator, "_take", let_idle_be_found_after_eviction),
     "what was found is evicted": (BlockAllocator, "allocate", evict_what_was_found),
     "heads are evicted before tails": (KVCacheManager, "free", head_first),
-    "what was computed before a reset can be found after it": (KVCacheManager, "forget_prefixes", lambda self: self._gpu.allocator.forget_all()),
+    "what was computed before a reset can be found after it": (KVCacheManager, "forget_prefixes", forget_the_idle),
     "the first of several rebuilds all": (Request, "target", lambda self, seq: len(seq)),
     "nobody forks a rebuilt prompt": ("minipaged.scheduler.share_rebuilt_prompt", lambda request, memory: None),
     "the worst case is too small": (Request, "most_blocks", lambda self, size: len(self.prompt_token_ids) // size + 1),

@@ -386,7 +386,8 @@ def test_defaults_are_vllms():
     assert {field.name: field.default for field in fields(SamplingParams)} == dict(
         n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
         repetition_penalty=1.0, seed=None, max_tokens=16, min_tokens=0, stop=None, stop_token_ids=None,
-        ignore_eos=False, logprobs=None, include_stop_str_in_output=False, skip_special_tokens=True,
+        ignore_eos=False, logprobs=None, prompt_logprobs=None, include_stop_str_in_output=False,
+        skip_special_tokens=True,
     )  # fmt: skip
 
 

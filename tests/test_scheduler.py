@@ -120,6 +120,37 @@ def test_a_prompt_longer_than_a_step_is_computed_over_several_beside_the_others(
     assert b.sequences[0].output_token_ids == [WORD, WORD]
 
 
+def test_decodes_first_then_the_prompt_under_way_then_new_ones():
+    engine = Engine(max_num_seqs=4, max_num_batched_tokens=10)
+    engine.add("a", prompt=4)
+    engine.step()
+    engine.add("long", prompt=30)
+    assert computed(engine.step()) == {"a": [1], "long": [9]}
+    engine.add("b", prompt=4)
+    engine.add("c", prompt=20)
+    plans = [engine.step() for _ in range(5)]
+    assert [computed(plan) for plan in plans] == [
+        {"a": [1], "long": [9]},
+        {"a": [1], "long": [9]},
+        {"a": [1], "long": [3], "b": [4], "c": [2]},
+        {"a": [1], "long": [1], "b": [1], "c": [7]},
+        {"a": [1], "long": [1], "b": [1], "c": [7]},
+    ]
+
+
+def test_without_chunks_a_prompt_waits_for_a_step_that_has_room_for_it():
+    engine = Engine(max_num_seqs=4, max_num_batched_tokens=10, chunked_prefill=False)
+    for name, prompt in (("a", 6), ("b", 5), ("c", 2), ("longer than a step", 12)):
+        engine.add(name, prompt=prompt)
+    plans = [engine.step() for _ in range(4)]
+    assert [computed(plan) for plan in plans] == [
+        {"a": [6]},
+        {"a": [1], "b": [5], "c": [2]},
+        {"a": [1], "b": [1], "c": [1], "longer than a step": [7]},
+        {"a": [1], "b": [1], "c": [1], "longer than a step": [5]},
+    ]
+
+
 def test_every_running_sequence_is_sure_of_a_token():
     engine = Engine(max_num_seqs=5, max_num_batched_tokens=5)
     engine.add("long", prompt=20)

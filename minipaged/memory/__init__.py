@@ -18,5 +18,6 @@ PREFIX_CACHES: dict[str, type[HashCache] | type[RadixCache] | None] = {
 
 __all__ = [
     "PREFIX_CACHES", "Allocated", "Appended", "BlockAllocator", "HashCache", "IntegrityError", "KVCacheManager",
-    "MemoryUsage", "MisuseError", "NoSpace", "PageTable", "Prefix", "PrefixCache", "RadixCache", "Swapped", "blocks_for",
+    "MemoryUsage", "MisuseError", "NoSpace", "PageTable", "Prefix", "PrefixCache", "RadixCache", "Swapped",
+    "blocks_for",
 ]  # fmt: skip

@@ -172,6 +172,10 @@ class KVCacheManager:
                 self._gpu.allocator.release(own)
                 table.blocks[logical] = known
 
+    def idle_blocks(self) -> list[int]:
+        """The free blocks whose contents can still be found, least recently used first."""
+        return self._gpu.allocator.idle()
+
     def forget_prefixes(self) -> None:
         """Nothing that was computed until now is found any more. Sequences keep what they hold."""
         self._gpu.allocator.forget_all()

@@ -4,7 +4,6 @@ Sequences are moved in groups, and what they share is moved once and stays share
 the group holds too remains where it is for that one, and the group takes a copy along.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minipaged.memory.accounting import Pool
@@ -20,7 +19,7 @@ class Swapped:
 
 
 def move(
-    tables: dict[int, PageTable], old: Pool, new: Pool, keep_free: int, found: Mapping[int, int]
+    tables: dict[int, PageTable], old: Pool, new: Pool, keep_free: int, found: dict[int, int]
 ) -> Swapped | NoSpace:
     """Move a group, given by sequence id, and leave at least `keep_free` blocks of the new pool free.
 

@@ -13,6 +13,7 @@ from minipaged.terminal.snapshot import Snapshot, Table, request_of
 
 COLORS = ("cyan", "green", "yellow", "magenta", "bright_blue", "orange1",
           "bright_cyan", "bright_green", "khaki1", "plum2", "sky_blue1", "light_salmon1")  # fmt: skip
+CACHED = ":"  # a free block that can still be found
 SHARED, FREE, HEADING = "bold reverse", "dim", "bold"
 
 
@@ -60,12 +61,13 @@ def account(snapshot: Snapshot, width: int = 80) -> list[Text]:
     room = max(10, width - len(words) - 1)
     used, shared = (-(-room * count // max(1, usage.num_blocks)) for count in (usage.used, usage.shared))
     bar = Text("[").append("*" * shared, SHARED).append("#" * (used - shared))
-    bar.append("." * (room - used), FREE)
+    cached = min(room - used, -(-room * usage.cached // max(1, usage.num_blocks)))
+    bar.append(CACHED * cached + "." * (room - used - cached), FREE)
     numbers = (
         f"{usage.tokens_stored} tokens, waste {usage.waste_percent:.0f} %, "
         f"sharing saves {usage.blocks_saved_by_sharing} | copied {usage.copies}, "
         f"swapped {usage.swapped_out_blocks} out {usage.swapped_in_blocks} in"
-    )
+    ) + (f", {usage.cached} cached" if usage.cached else "")
     return [bar.append(words), Text(numbers)]
 
 
@@ -83,7 +85,8 @@ def block_map(snapshot: Snapshot, width: int = 80, rows: int | None = None) -> l
     margin = len(str(snapshot.usage.num_blocks)) + 2
     per_row = _tens((width - margin) // cell)
     lines: list[Text] = []
-    for row in _rows(snapshot.usage.num_blocks, per_row, holders):
+    labels |= dict.fromkeys(snapshot.cached, CACHED)
+    for row in _rows(snapshot.usage.num_blocks, per_row, labels):
         line = Text(f"{row.start:>{margin - 1}} ")
         if len(row) > per_row:
             line.append(f"... {len(row)} free blocks, to {row[-1]}", FREE)
@@ -92,7 +95,7 @@ def block_map(snapshot: Snapshot, width: int = 80, rows: int | None = None) -> l
         lines.append(line)
     if rows is not None and len(lines) > rows:
         return _coarse_map(snapshot, width, rows)
-    return [_map_legend(snapshot, list(labels.values())), *lines]
+    return [_map_legend(snapshot, [_label(names) for names in holders.values()]), *lines]
 
 
 def _rows(total: int, per_row: int, used: Iterable[int]) -> Iterator[range]:
@@ -112,8 +115,10 @@ def _map_legend(snapshot: Snapshot, labels: list[str]) -> Text:
     star = min((label for label in labels if "*" in label), default="A*")
     alone = min((label for label in labels if "*" not in label), default="A1")
     sharers = "several" if star == "**" else f"several of {star[:-1]}'s"
-    words = f" of {snapshot.usage.block_size} tokens: {alone} held by sequence {alone}, "
-    return Text().append("BLOCKS", HEADING).append(f"{words}{star} shared by {sharers}, . free")
+    words = f"{alone} held by sequence {alone}, {star} shared by {sharers}, . free"
+    if snapshot.cached:
+        words = f"{alone} of sequence {alone}, {star} of {sharers}, {CACHED} cached, . free"
+    return Text().append("BLOCKS", HEADING).append(f" of {snapshot.usage.block_size} tokens: {words}")
 
 
 def _put_cell(line: Text, label: str, names: list[str], cell: int) -> None:
@@ -124,6 +129,7 @@ def _put_cell(line: Text, label: str, names: list[str], cell: int) -> None:
 def _coarse_map(snapshot: Snapshot, width: int, rows: int) -> list[Text]:
     """One character for `each` blocks in a row: a pool that is too large to be drawn block by block."""
     total, holders = snapshot.usage.num_blocks, snapshot.holders()
+    cached = set(snapshot.cached)
     margin = len(str(total)) + 2
     per_row = _tens(width - margin)
     each = max(1, -(-total // (rows * per_row)))
@@ -131,18 +137,19 @@ def _coarse_map(snapshot: Snapshot, width: int, rows: int) -> list[Text]:
     for start in range(0, total, per_row * each):
         line = Text(f"{start:>{margin - 1}} ")
         for first in range(start, min(start + per_row * each, total), each):
-            held = [holders[block] for block in range(first, min(first + each, total)) if block in holders]
-            line.append(*_coarse_cell(held))
+            blocks = range(first, min(first + each, total))
+            held = [holders[block] for block in blocks if block in holders]
+            line.append(*_coarse_cell(held, not cached.isdisjoint(blocks)))
         lines.append(line)
     last = "# of AA or later" if any(len(request_of(table.name)) > 1 for table in snapshot.tables) else ". free"
     words = f", {each} to a sign: A of request A, a some of them shared, + of several, {last}"
     return [Text().append("BLOCKS", HEADING).append(words), *lines]
 
 
-def _coarse_cell(held: list[list[str]]) -> tuple[str, str]:
+def _coarse_cell(held: list[list[str]], cached: bool) -> tuple[str, str]:
     requests = {request_of(name) for names in held for name in names}
     if len(requests) != 1:
-        return ("+", SHARED) if requests else (".", FREE)
+        return ("+", SHARED) if requests else (CACHED if cached else ".", FREE)
     request = requests.pop()
     letter = request if len(request) == 1 else "#"
     return letter.lower() if any(len(names) > 1 for names in held) else letter, f"black on {color(request)}"

@@ -34,7 +34,7 @@ EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anythin
 PROMPTS_FILE_HELP = (
     "more prompts, one a line (-: standard input). If the first line begins with {, each is JSON: "
     '{"prompt": TEXT}, {"messages": [...]} or {"prompt_token_ids": [...]}, where parameters may stand too '
-    'that override the flags: "max_tokens": 9'
+    'that override the flags: "max_tokens": 9; and "cache_salt": TEXT, to share cached prefixes with the same only'
 )
 TEMPERATURE_HELP = (
     "0: always the likeliest token; above: by chance. The default is 0, and "

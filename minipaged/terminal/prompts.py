@@ -43,6 +43,7 @@ class Job:
     prompt: str | list[int] | list[dict[str, Any]]
     params: SamplingParams | BeamSearchParams
     where: str
+    cache_salt: str | None = None
 
     @property
     def title(self) -> str:
@@ -110,11 +111,12 @@ def _job(asked: dict[str, Any], where: str, flags: dict[str, Any]) -> Job:
     """A job from what a line of JSON may hold: a prompt, and parameters that override the flags."""
     given = {key: asked[key] for key in PROMPT_KINDS if key in asked}
     own = {key: value for key, value in asked.items() if key not in PROMPT_KINDS}
+    salt = own.pop("cache_salt", None)
     try:
         if len(given) != 1:
             raise BadInput(f"must have just one of {', '.join(PROMPT_KINDS)}; has {list(given)}")
         if unknown := ", ".join(sorted(own.keys() - SAMPLING_KEYS - BEAM_KEYS)):
-            known = ", ".join(sorted(SAMPLING_KEYS | BEAM_KEYS))
+            known = ", ".join(sorted(SAMPLING_KEYS | BEAM_KEYS | {"cache_salt"}))
             raise BadInput(f"unknown: {unknown}; it may have {known}")
         [(key, prompt)] = given.items()
         kind, right = PROMPT_KINDS[key]
@@ -123,7 +125,7 @@ def _job(asked: dict[str, Any], where: str, flags: dict[str, Any]) -> Job:
             raise BadInput(f"{key} must be {right}")
         if not _is_unicode(prompt):
             raise BadInput(f"{key} is not valid Unicode (half a surrogate pair, or not UTF-8)")
-        return Job(prompt, make_params({**flags, **own}), where)
+        return Job(prompt, make_params({**flags, **own}), where, salt)
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
 

@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minipaged.memory import RadixCache
 from minipaged.terminal.snapshot import letters
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import
+    from minipaged.engine import LLM
     from minipaged.outputs import CompletionOutput, RequestOutput
     from minipaged.stats import EngineStats
     from minipaged.terminal.prompts import Job
 
+MOST_PREFIXES = 30  # lines of the tree of prefixes
 # What a terminal would obey instead of showing it; a model can write anything.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\ufffd")
 
@@ -93,16 +96,19 @@ def as_json(output: "RequestOutput") -> dict[str, Any]:
     """A finished request as plain data; times in seconds."""
     outputs = [asdict(one) for one in output.outputs]
     metrics = output.metrics
+    asked = output.prompt_logprobs is not None
     return {
         "request_id": output.request_id,
         "prompt": output.prompt,
         "prompt_token_ids": output.prompt_token_ids,
+        **({"prompt_logprobs": output.prompt_logprobs} if asked else {}),
         "outputs": [{k: v for k, v in one.items() if k != "logprobs" or v is not None} for one in outputs],
         "metrics": {
             "queue_time": metrics.queue_time,
             "time_to_first_token": metrics.time_to_first_token,
             "time_per_output_token": output.time_per_output_token,
             "num_preemptions": metrics.num_preemptions,
+            "num_cached_tokens": metrics.num_cached_tokens,
         },
     }
 
@@ -127,6 +133,8 @@ def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
     size = stats.block_bytes
     used, reserved = peak.used * size, stats.peak.contiguous_blocks * size
     ratio = f", {reserved / used:,.1f} times as much" if used else ""
+    computed = stats.num_prompt_tokens - stats.prefixes.found
+    kept = f", {now.cached:,} more can be found again" if now.cached else ""
     preemptions = ", ".join(f"{count} by {how}" for how, count in stats.num_preemptions.items())
     return [
         ("pool", f"{now.num_blocks:,} blocks of {now.block_size} tokens, {_size(now.num_blocks * size)}"),
@@ -138,11 +146,30 @@ def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
         ("copied on write", f"{now.copies:,} blocks"),
         ("swapped", f"{now.swapped_out_blocks:,} blocks out, {now.swapped_in_blocks:,} in"),
         ("preemptions", preemptions),
-        ("in use now", f"{now.used:,} blocks"),
-        ("computed", f"{stats.num_prompt_tokens:,} prompt tokens, {stats.num_output_tokens:,} output tokens"),
+        ("prefix cache", _prefixes(stats)),
+        ("in use now", f"{now.used:,} blocks{kept}"),
+        ("computed", f"{computed:,} prompt tokens, {stats.num_output_tokens:,} output tokens"),
         ("speed", f"{stats.num_output_tokens / max(seconds, 1e-9):,.1f} output tokens/s"),
         ("steps", f"{stats.num_steps:,}"),
     ]
+
+
+def _prefixes(stats: "EngineStats") -> str:
+    if stats.prefix_cache == "none":
+        return "off"
+    counts = stats.prefixes
+    found = f"{counts.found:,} of {counts.queried:,} prompt tokens found, {100 * stats.prefix_hit_rate:.1f} %"
+    again = f"; {counts.recovered:,} more after preemptions" if counts.recovered else ""
+    return f"{found}{again}; {stats.memory.evicted:,} blocks evicted"
+
+
+def show_prefixes(llm: "LLM", console: Console) -> None:
+    """What a radix tree holds: a line for each run of blocks, the first MOST_PREFIXES of them."""
+    if isinstance(tree := llm.memory.cache, RadixCache):
+        lines = tree.draw(llm.tokenizer.decode, console.width).translate(CONTROLS).splitlines()
+        more = [f"and {len(lines) - MOST_PREFIXES} more"] if len(lines) > MOST_PREFIXES else []
+        for line in ["prefixes in memory: " + lines[0], *lines[1:MOST_PREFIXES], *more]:
+            print(line, file=console.file)
 
 
 def _size(count: int) -> str:

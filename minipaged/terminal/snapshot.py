@@ -49,6 +49,7 @@ class Snapshot:
     waiting: list[str] = field(default_factory=list)
     swapped: list[str] = field(default_factory=list)
     num_preemptions: int = 0
+    cached: list[int] = field(default_factory=list)  # free blocks that the prefix cache still finds
 
     @classmethod
     def of(cls, memory: KVCacheManager, names: dict[int, str] | None = None, **queues: Any) -> Snapshot:
@@ -58,7 +59,8 @@ class Snapshot:
             Table(names[i], memory.num_tokens(i), memory.block_table(i), memory.is_swapped(i))
             for i in memory.sequences()
         ]
-        return cls(memory.usage(), sorted(tables, key=lambda table: _order(table.name)), **queues)
+        tables.sort(key=lambda table: _order(table.name))
+        return cls(memory.usage(), tables, **queues, cached=memory.idle_blocks())
 
     def holders(self, swapped: bool = False) -> dict[int, list[str]]:
         """For each block in use, the names of the sequences that hold it: as many as its reference count.
@@ -149,7 +151,8 @@ def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finis
     if plan.resumed:
         yield f"{listed(plan.resumed)} swapped in again: {_moved(plan.swap_in)}"
     if plan.admitted:
-        yield f"{listed(plan.admitted)} admitted"
+        found = {s.request_id: f" ({s.start} tokens found)" for s in plan.sequences if s.start}
+        yield " ".join(requests.get(i, i) + found.get(i, "") for i in plan.admitted) + " admitted"
     if plan.copies:
         writers = {block: names.get(s.seq_id, "?") for s in plan.sequences for block in s.block_table}
         copies = [f"{writers.get(new, '?')} {old}->{new}" for old, new in plan.copies]
@@ -159,7 +162,7 @@ def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finis
 
 
 def _moved(pairs: list[tuple[int, int]]) -> str:
-    return f"{len(pairs)} blocks, " + " ".join(f"{old}->{new}" for old, new in pairs)
+    return f"{len(pairs)} blocks" + "".join(f"{', ' if i == 0 else ' '}{a}->{b}" for i, (a, b) in enumerate(pairs))
 
 
 def letters(number: int) -> str:
