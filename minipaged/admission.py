@@ -1,4 +1,4 @@
-"""Who comes in next, of all that wait or are swapped out.
+"""Who comes in next, of all that wait or are swapped out, and with what.
 
     fcfs     who arrived first
     prefix   who has the longest beginning in memory already; who arrived first among equals
@@ -6,46 +6,167 @@
 Where many requests begin alike, `prefix` lets those that share follow each other while their prefix is still there;
 for a cache as a tree it is the order of a walk in depth (RadixAttention, SGLang). But a request that shares nothing
 would wait for ever if others keep coming. So nobody is overtaken more than PATIENCE times: then all wait for it.
+
+A new request comes in with what the prefix cache has of its prompt; so does one that comes back after a preemption,
+and it finds what it had computed itself, as far as nobody else needed the memory.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
+import math
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from heapq import merge
+from typing import TYPE_CHECKING
+
+from minipaged.memory import NoSpace, Prefix
 from minipaged.sequence import Request
+
+if TYPE_CHECKING:
+    from minipaged.scheduler import Scheduler, Step
 
 SCHEDULES = ("fcfs", "prefix")
 PATIENCE = 16
 WINDOW = 128  # so many of the earliest are looked at: a bound on the work of one step
 
 
-def in_order(
-    schedule: str, waiting: list[Request], swapped: list[Request], num_known: Callable[[Request], int]
-) -> list[Request]:
-    """Who is to come in, in this order, until one can't. waiting and swapped are in order of arrival.
+@dataclass
+class PrefixCounts:
+    """Tokens that were looked for in the prefix cache since the beginning, and that were there."""
 
-    num_known: tokens of a waiting request that are in memory; all those of a swapped one are.
-    """
-    requests = sorted(waiting + swapped, key=arrival)
-    if schedule == "fcfs":
-        return requests
-    away = {id(request) for request in swapped}
-
-    def rank(request: Request) -> tuple[bool, int, int]:
-        known = request.live[0].num_computed_tokens if id(request) in away else num_known(request)
-        return request.num_overtaken < PATIENCE, -known, request.arrival
-
-    return sorted(requests[:WINDOW], key=rank)
+    queried: int = 0  # prompts of new requests
+    found: int = 0
+    recovered: int = 0  # of requests that were preempted: found again, and not computed again
 
 
-def may_overtake(request: Request, waiting: list[Request], swapped: list[Request]) -> bool:
-    """Whether all that arrived earlier have patience left."""
-    return all(other.num_overtaken < PATIENCE for other in waiting + swapped if other.arrival < request.arrival)
+class Admission:
+    """The part of the scheduler that lets requests in. schedule: "fcfs" or "prefix"."""
 
+    def __init__(self, scheduler: Scheduler, schedule: str, watermark: float):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if not 0 <= watermark < 1:
+            raise ValueError(f"watermark={watermark}: must be at least 0 and less than 1")
+        self._scheduler, self._memory = scheduler, scheduler.memory
+        self.schedule = schedule
+        self.watermark_blocks = math.ceil(watermark * scheduler.memory.num_blocks)
+        self.prefixes = PrefixCounts()
 
-def overtake(request: Request, waiting: list[Request], swapped: list[Request]) -> None:
-    """The request came in before all of these that arrived earlier."""
-    for other in waiting + swapped:
-        other.num_overtaken += other.arrival < request.arrival
+    def let_in(self, step: Step) -> None:
+        """Let requests in, be they new, preempted, or swapped out, until one can't: nobody overtakes that one.
+
+        Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
+        """
+        scheduler = self._scheduler
+        if len(scheduler.running) >= scheduler.max_num_seqs:
+            return
+        for request in self._in_order():
+            if sum(other.width for other in scheduler.running) + request.width > scheduler.max_num_seqs:
+                return
+            if self.schedule == "prefix" and not self._may_overtake(request):
+                return
+            come_in = self._resume if request in scheduler.swapped else self._admit
+            if not come_in(request, step):
+                return
+            insort(scheduler.running, request, key=arrival)
+
+    # --- in which order -----------------------------------------------------------------------------------------
+
+    def _in_order(self) -> Iterable[Request]:
+        waiting, swapped = self._scheduler.waiting, self._scheduler.swapped
+        requests = merge(waiting.copy(), swapped.copy(), key=arrival)
+        if self.schedule == "fcfs":
+            return requests
+        away = {id(request) for request in swapped}
+
+        def rank(request: Request) -> tuple[bool, int, int]:
+            known = request.live[0].num_computed_tokens if id(request) in away else self._find(request).num_tokens
+            return request.num_overtaken < PATIENCE, -known, request.arrival
+
+        return sorted([request for request, _ in zip(requests, range(WINDOW), strict=False)], key=rank)
+
+    def _may_overtake(self, request: Request) -> bool:
+        """Whether all that wait and arrived earlier have patience left."""
+        return all(other.num_overtaken < PATIENCE for other in self._earlier(request))
+
+    def _earlier(self, request: Request) -> list[Request]:
+        others = self._scheduler.waiting + self._scheduler.swapped
+        return [other for other in others if other.arrival < request.arrival]
+
+    # --- whether there is room ----------------------------------------------------------------------------------
+
+    def _admit(self, request: Request, step: Step) -> bool:
+        """Start a request, or start it again after a recomputation; False if there is no room."""
+        leader = request.live[0]
+        prefix = self._find(request)
+        wanted = request.target(leader) - prefix.num_tokens
+        cut = wanted > step.spare
+        if step.spare < 1 or (cut and step.filled and not self._scheduler.chunked_prefill):
+            return False  # in the latter case it gets a step of its own
+        count = min(wanted, step.spare)
+        slots = prefix.num_tokens + count
+        rest = request.num_blocks(self._memory.block_size) - self._memory.blocks_for(slots)
+        if isinstance(self._memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
+            return False
+        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
+        self._note(request, prefix)
+        step.plan.admitted.append(request.request_id)
+        self._leave(self._scheduler.waiting, request)
+        step.spare -= 1
+        step.take(request, {leader.seq_id: count}, [])
+        return True
+
+    def _resume(self, request: Request, step: Step) -> bool:
+        """Swap a request in; False if there is no room."""
+        if step.spare < len(request.live):
+            return False
+        held = {seq.seq_id: seq.tokens(0, seq.num_computed_tokens) for seq in request.live if seq.in_memory}
+        blocks_for = self._memory.blocks_for
+        rest = sum(max(1, blocks_for(len(seq)) - blocks_for(seq.num_computed_tokens)) for seq in request.live)
+        moved = self._memory.swap_in(held, self._keep_free(rest), held)
+        if isinstance(moved, NoSpace):
+            return False
+        step.plan.swap_in.extend(moved.moves)
+        step.plan.resumed.append(request.request_id)
+        self._leave(self._scheduler.swapped, request)
+        step.spare -= len(request.live)
+        counts = step.counts_of(request)
+        if not isinstance(grown := self._memory.append(counts), NoSpace):
+            step.take(request, counts, grown.copies)  # otherwise it computes in the next step
+        return True
+
+    def _leave(self, queue: list[Request], request: Request) -> None:
+        queue.remove(request)
+        if self.schedule == "prefix":
+            for other in self._earlier(request):
+                other.num_overtaken += 1
+
+    def _keep_free(self, rest: int) -> int:
+        """What must be left when a request joins others: the watermark, and the rest that it will want soon.
+
+        The rest is what a long prompt needs in later steps, what is yet to be recomputed, or the next block of
+        each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
+        """
+        return self.watermark_blocks + rest if self._scheduler.running else 0
+
+    # --- what is there already ----------------------------------------------------------------------------------
+
+    def _find(self, request: Request) -> Prefix:
+        """What the prefix cache has of a request. Its last token is always computed: its logits are wanted."""
+        leader = request.live[0]
+        tokens = [] if request.needs_prompt_logits else leader.tokens(0, request.target(leader) - 1)
+        return self._memory.find(tokens, request.cache_salt)
+
+    def _note(self, request: Request, prefix: Prefix) -> None:
+        if request.metrics.num_preemptions:
+            self.prefixes.recovered += prefix.num_tokens
+        elif not request.needs_prompt_logits:
+            request.metrics.num_cached_tokens = prefix.num_tokens
+            self.prefixes.queried += len(request.prompt_token_ids)
+            self.prefixes.found += prefix.num_tokens
 
 
 def arrival(request: Request) -> int:
+    """What queues are sorted by."""
     return request.arrival

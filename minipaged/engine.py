@@ -222,7 +222,7 @@ class LLM:
             num_output_tokens=self._num_output_tokens,
             num_preemptions=dict(scheduler.num_preemptions),
             prefix_cache=self.prefix_cache,
-            prefixes=replace(scheduler.prefixes),
+            prefixes=replace(scheduler.admission.prefixes),
             times=replace(self._times),
         )
 

@@ -20,14 +20,13 @@ A request is in exactly one of three lists, each in the order of arrival:
                         +--- swap out --> swapped
 """
 
-import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from minipaged.admission import SCHEDULES, arrival, in_order, may_overtake, overtake
+from minipaged.admission import Admission, arrival
 from minipaged.growth import LiveSequences
-from minipaged.memory import KVCacheManager, NoSpace, Prefix
+from minipaged.memory import KVCacheManager, NoSpace
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.sequence import Request, Sequence
@@ -38,22 +37,31 @@ class RequestRefused(ValueError):
 
 
 @dataclass
-class PrefixCounts:
-    """Tokens that were looked for in the prefix cache since the beginning, and that were there."""
-
-    queried: int = 0  # prompts of new requests
-    found: int = 0
-    recovered: int = 0  # of requests that were preempted: found again, and not computed again
-
-
-@dataclass
-class _Step:
+class Step:
     """The plan of one step while it is being made."""
 
     plan: StepPlan
     spare: int  # tokens of the budget that are nobody's yet
     filled: bool = False  # whether a request got more than one token for each sequence
     counts: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
+
+    def counts_of(self, request: Request) -> dict[int, int]:
+        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
+        counts, spare = {}, self.spare
+        for seq in request.live:
+            todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
+            if todo > 0:
+                counts[seq.seq_id] = 1 + min(todo - 1, spare)
+                spare -= counts[seq.seq_id] - 1
+        return counts
+
+    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
+        """The request computes so many tokens; one for each of its sequences was set aside before."""
+        extra = sum(counts.values()) - len(counts)
+        self.spare -= extra
+        self.filled |= extra > 0
+        self.plan.copies.extend(copies)
+        self.counts.append((request, counts))
 
 
 class Scheduler:
@@ -80,8 +88,6 @@ class Scheduler:
         schedule: str = "fcfs",
         chunked_prefill: bool = True,
     ):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if preemption not in MODES:
             raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(MODES)}")
         if max_num_seqs < 1:
@@ -91,20 +97,16 @@ class Scheduler:
                 f"max_num_batched_tokens={max_num_batched_tokens}: must be at least max_num_seqs={max_num_seqs}, "
                 "so that every running sequence can have a token"
             )
-        if not 0 <= watermark < 1:
-            raise ValueError(f"watermark={watermark}: must be at least 0 and less than 1")
         self.memory = memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.schedule_by = schedule
         self.chunked_prefill = chunked_prefill
         self.preemption = preemption
-        self.watermark_blocks = math.ceil(watermark * memory.num_blocks)
+        self.admission = Admission(self, schedule, watermark)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.swapped: list[Request] = []
         self.num_preemptions = {"recompute": 0, "swap": 0}
-        self.prefixes = PrefixCounts()
         self.sequences = LiveSequences(memory)
         self._num_steps = 0
 
@@ -152,122 +154,29 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide on the next step, and book the slots for it."""
         self._num_steps += 1
-        step = _Step(StepPlan(self._num_steps), self.max_num_batched_tokens)
+        step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens)
         self._continue_running(step)
         if not step.plan.preempted:
-            self._let_in(step)
+            self.admission.let_in(step)
         for request, counts in step.counts:
             step.plan.sequences.extend(self._scheduled(request, counts))
         step.plan.freed.extend(self.memory.take_freed())
         return step.plan
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: Step) -> None:
         step.spare -= sum(len(request.live) for request in self.running)
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            counts = self._counts(request, step)
+            counts = step.counts_of(request)
             while isinstance(grown := self.memory.append(counts), NoSpace):
                 victim = self.running.pop()  # the latest arrival; it has not been scheduled in this step
                 self._preempt(victim, step)
                 if victim is request:
                     break
             else:
-                self._take(step, request, counts, grown.copies)
+                step.take(request, counts, grown.copies)
                 index += 1
-
-    def _let_in(self, step: _Step) -> None:
-        """Let requests in, be they new, preempted, or swapped out, in the order of admission.py, until one can't.
-
-        Nobody overtakes that one. Running requests are kept in the order of arrival, so the earliest is safe.
-        """
-        if len(self.running) >= self.max_num_seqs:
-            return
-        for request in in_order(self.schedule_by, self.waiting, self.swapped, self._num_known):
-            if self._num_running_seqs() + request.width > self.max_num_seqs:
-                return
-            if not may_overtake(request, self.waiting, self.swapped):
-                return
-            let_in = self._resume if request in self.swapped else self._admit
-            if not let_in(request, step):
-                return
-            overtake(request, self.waiting, self.swapped)
-
-    def _resume(self, request: Request, step: _Step) -> bool:
-        """Swap a request in; False if there is no room."""
-        if step.spare < len(request.live):
-            return False
-        held = {seq.seq_id: seq.tokens(0, seq.num_computed_tokens) for seq in request.live if seq.in_memory}
-        blocks_for = self.memory.blocks_for
-        rest = sum(max(1, blocks_for(len(seq)) - blocks_for(seq.num_computed_tokens)) for seq in request.live)
-        moved = self.memory.swap_in(held, self._keep_free(rest), held)
-        if isinstance(moved, NoSpace):
-            return False
-        step.plan.swap_in.extend(moved.moves)
-        step.plan.resumed.append(request.request_id)
-        self.swapped.remove(request)
-        insort(self.running, request, key=arrival)
-        step.spare -= len(request.live)
-        counts = self._counts(request, step)
-        if not isinstance(grown := self.memory.append(counts), NoSpace):
-            self._take(step, request, counts, grown.copies)  # otherwise it computes in the next step
-        return True
-
-    def _admit(self, request: Request, step: _Step) -> bool:
-        """Start a request, or start it again after a recomputation; False if there is no room."""
-        leader = request.live[0]
-        prefix = self._find(request)
-        wanted = request.target(leader) - prefix.num_tokens
-        cut = wanted > step.spare
-        if step.spare < 1 or (cut and step.filled and not self.chunked_prefill):
-            return False  # in the latter case it gets a step of its own
-        count = min(wanted, step.spare)
-        slots = prefix.num_tokens + count
-        rest = request.num_blocks(self.memory.block_size) - self.memory.blocks_for(slots)
-        if isinstance(self.memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
-            return False
-        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
-        self._count_prefix(request, prefix)
-        step.plan.admitted.append(request.request_id)
-        self.waiting.remove(request)
-        insort(self.running, request, key=arrival)
-        step.spare -= 1
-        self._take(step, request, {leader.seq_id: count}, [])
-        return True
-
-    def _find(self, request: Request) -> Prefix:
-        """What the prefix cache has of a request. Its last token is always computed: its logits are wanted."""
-        leader = request.live[0]
-        tokens = [] if request.needs_prompt_logits else leader.tokens(0, request.target(leader) - 1)
-        return self.memory.find(tokens, request.cache_salt)
-
-    def _num_known(self, request: Request) -> int:
-        return self._find(request).num_tokens
-
-    def _count_prefix(self, request: Request, prefix: Prefix) -> None:
-        if request.metrics.num_preemptions:
-            self.prefixes.recovered += prefix.num_tokens
-        elif not request.needs_prompt_logits:
-            request.metrics.num_cached_tokens = prefix.num_tokens
-            self.prefixes.queried += len(request.prompt_token_ids)
-            self.prefixes.found += prefix.num_tokens
-
-    def _counts(self, request: Request, step: _Step) -> dict[int, int]:
-        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
-        counts, spare = {}, step.spare
-        for seq in request.live:
-            todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
-            if todo > 0:
-                counts[seq.seq_id] = 1 + min(todo - 1, spare)
-                spare -= counts[seq.seq_id] - 1
-        return counts
-
-    def _take(self, step: _Step, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
-        extra = sum(counts.values()) - len(counts)
-        step.spare -= extra
-        step.filled |= extra > 0
-        step.plan.copies.extend(copies)
-        step.counts.append((request, counts))
 
     def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():
@@ -286,18 +195,7 @@ class Scheduler:
                 targets=request.targets(start + count),
             )
 
-    def _num_running_seqs(self) -> int:
-        return sum(request.width for request in self.running)
-
-    def _keep_free(self, rest: int) -> int:
-        """What must be left when a request joins others: the watermark, and the rest that it will want soon.
-
-        The rest is what a long prompt needs in later steps, what is yet to be recomputed, or the next block of
-        each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
-        """
-        return self.watermark_blocks + rest if self.running else 0
-
-    def _preempt(self, request: Request, step: _Step) -> None:
+    def _preempt(self, request: Request, step: Step) -> None:
         done = preempt(request, self.memory, self.preemption)
         insort(self.swapped if done.mode == "swap" else self.waiting, request, key=arrival)
         step.spare += len(request.live)

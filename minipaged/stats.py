@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minipaged.admission import PrefixCounts
 from minipaged.memory import MemoryUsage
-from minipaged.scheduler import PrefixCounts
 
 CPU_SHARE = 0.25  # of the free memory goes to the pool if nothing is said,
 CUDA_SHARE = 0.85  # and most of a GPU's, which nobody else uses

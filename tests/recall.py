@@ -246,7 +246,7 @@ class Run:
     def count(self, plan: StepPlan, before: set[int]) -> None:
         seen, by_id = self.seen, {r.request_id: r for r in self.given.requests}
         seen.update(steps=1, tokens=plan.num_tokens, copies=len(plan.copies))
-        prefixes, evicted = self.scheduler.prefixes, self.memory.usage().evicted
+        prefixes, evicted = self.scheduler.admission.prefixes, self.memory.usage().evicted
         seen.update(found=prefixes.found - seen["found"], recovered=prefixes.recovered - seen["recovered"])
         seen.update(evicted=evicted - seen["evicted"])
         seen["overtaken"] = sum(r.num_overtaken for r in self.given.requests)
@@ -323,7 +323,7 @@ def check_plan(plan: StepPlan, run: Run) -> None:
         assert arrival[request_id] > max(computing), "preempted, while a later arrival goes on"
     assert not (plan.preempted and (plan.admitted or plan.resumed)), "preempted for a newcomer"
     running, others = scheduler.running, [*scheduler.waiting, *scheduler.swapped]
-    if scheduler.schedule_by == "fcfs":
+    if scheduler.admission.schedule == "fcfs":
         assert not others or running[-1].arrival < min(r.arrival for r in others), "somebody was overtaken"
     for queue in (scheduler.waiting, scheduler.running, scheduler.swapped):
         assert queue == sorted(queue, key=lambda r: r.arrival)

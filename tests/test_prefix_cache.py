@@ -283,7 +283,7 @@ def test_a_prompt_found_whole_computes_its_last_token(cache):
         assert mine.draw is not None
         assert (mine.start, len(mine.token_ids)) == {"a": (0, 12), "b": (8, 4), "c": (12, 1), "d": (8, 3)}[name]
     assert [r.metrics.num_cached_tokens for r in engine.requests] == [0, 8, 12, 8]
-    assert vars(engine.scheduler.prefixes) == {"queried": 48, "found": 28, "recovered": 0}
+    assert vars(engine.scheduler.admission.prefixes) == {"queried": 48, "found": 28, "recovered": 0}
 
 
 @both
@@ -330,7 +330,7 @@ def test_a_preempted_request_finds_its_own_blocks_again(cache, n):
     engine.prompt("b", WORDS[20:33], max_tokens=9, n=n)
     seen = engine.run()
     preempted = [plan.step for plan in seen if plan.preempted]
-    assert preempted and engine.scheduler.prefixes.recovered > 0
+    assert preempted and engine.scheduler.admission.prefixes.recovered > 0
     first = next(plan for plan in seen if plan.step > preempted[0] and "b" in plan.admitted)
     assert first.sequences[-1].start >= 4 and engine.requests[1].metrics.num_cached_tokens == 0
     if n == 3:  # once the prompt is there again, what each had generated is found, too

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from minipaged.admission import Admission
 from minipaged.memory import Appended, BlockAllocator, KVCacheManager, NoSpace
 from minipaged.plan import StepPlan
 from minipaged.sampling_params import SamplingParams
-from minipaged.scheduler import Scheduler
 from minipaged.sequence import Request
 from tests import recall
 from tests.recall import Run, Scenario, scenario
@@ -175,7 +175,7 @@ def remember_what_is_looked_up(self, tokens, salt=None):
 def find_all(self, request):
     """A prompt that is found whole computes nothing."""
     leader = request.live[0]
-    return self.memory.find(leader.tokens(0, request.target(leader)), request.cache_salt)
+    return self._memory.find(leader.tokens(0, request.target(leader)), request.cache_salt)
 
 
 def let_idle_be_found_after_eviction(self):
@@ -225,7 +225,7 @@ BROKEN = {
     "writing one slot before": (KVCacheManager, "slots", one_slot_further),
     "ended sequences keep their memory": (KVCacheManager, "free", lambda self, seq_id: None),
     "what is not yet computed can be found": (KVCacheManager, "allocate", publish_at_once),
-    "a prompt that is found whole computes nothing": (Scheduler, "_find", find_all),
+    "a prompt that is found whole computes nothing": (Admission, "_find", find_all),
     "salts are ignored": (KVCacheManager, "find", lambda self, tokens, salt=None: RIGHT_FIND(self, tokens)),
     "what is evicted can still be found": (BlockAllocator, "_take", let_idle_be_found_after_eviction),
     "what was found is evicted": (BlockAllocator, "allocate", evict_what_was_found),
