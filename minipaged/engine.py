@@ -22,12 +22,12 @@ from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.models import load
 from minipaged.models.fetch import cache_folder
-from minipaged.outputs import RequestOutput, SequenceText, beam_outputs, sampled_output
+from minipaged.outputs import RequestOutput, Texts, beam_outputs
 from minipaged.plan import StepOutput, StepPlan
 from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve
 from minipaged.sampling_params import SamplingParams
 from minipaged.scheduler import RequestRefused, Scheduler
-from minipaged.sequence import Request, Sequence
+from minipaged.sequence import Request
 from minipaged.stats import EngineStats, Peak, choose_num_blocks, choose_num_cpu_blocks
 
 Outputs = Iterator[RequestOutput]
@@ -103,7 +103,7 @@ class LLM:
         self.observers: list[Callable[[StepPlan, StepOutput], None]] = []  # called after each step: watch, trace
         self._random = random.Random(seed)
         self._requests: dict[str, Request] = {}  # the unfinished ones
-        self._texts: dict[int, SequenceText] = {}  # by sequence
+        self._texts = Texts(self.tokenizer)
         self._arrivals = 0
         self._num_finished = self._num_prompt_tokens = self._num_output_tokens = self._num_steps = 0
         self._peak = Peak()
@@ -195,7 +195,7 @@ class LLM:
         """End a request at once and free all it holds, whatever it is doing. Unknown and ended ones are ignored."""
         if request := self._requests.pop(request_id, None):
             self.scheduler.abort(request)
-            self._forget_texts(request)
+            self._texts.forget(request)
 
     def reset_prefix_cache(self) -> None:
         """Nothing that was computed until now is found again. Requests under way go on, and publish nothing more."""
@@ -287,41 +287,17 @@ class LLM:
             outputs = beam_outputs(request, self.tokenizer)
             self._num_output_tokens += sum(len(o.token_ids) for o in outputs) if request.finished else 0
         else:
-            outputs = [sampled_output(seq, self._read(request, seq)) for seq in request.sequences]
+            self._num_output_tokens += self._texts.read(request, self.scheduler.finish)
+            outputs = self._texts.outputs(request)
         if request.finished:
             metrics.finished_time = now
             self._num_finished += 1
             del self._requests[request.request_id]
-            self._forget_texts(request)
+            self._texts.forget(request)
         name, ids = request.request_id, request.prompt_token_ids
         return RequestOutput(
             name, request.prompt, ids, outputs, request.finished, metrics, request.prompt_logprobs
         )
-
-    def _read(self, request: Request, seq: Sequence) -> SequenceText:
-        """The text of a sequence, up to date with its tokens; may end the sequence at a stop string."""
-        params = request.params
-        assert isinstance(params, SamplingParams)
-        text = self._texts.get(seq.seq_id)
-        if text is None:
-            text = self._texts[seq.seq_id] = SequenceText(self.tokenizer, request.prompt_token_ids, params)
-        if text.num_tokens == len(seq.output_token_ids):
-            return text
-        self._num_output_tokens += 1
-        token = seq.output_token_ids[-1]
-        silent = seq.finish_reason == "stop" and not params.include_stop_str_in_output
-        stop = text.add(token, silent, check_stops=len(seq.output_token_ids) >= params.min_tokens)
-        if stop is not None:
-            if seq.finish_reason is None:
-                self.scheduler.finish(request, seq, "stop", stop)
-            seq.finish_reason, seq.stop_reason = "stop", stop
-        elif seq.finish_reason is not None:
-            text.finish()
-        return text
-
-    def _forget_texts(self, request: Request) -> None:
-        for seq in request.sequences:
-            self._texts.pop(seq.seq_id, None)
 
     def _contiguous_blocks(self) -> int:
         """Blocks that would be taken if each running sequence had reserved memory for the longest it may become."""

@@ -1,5 +1,6 @@
 """What a caller gets back: names as in vLLM's `RequestOutput`; and the text of a sequence while it grows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minipaged.detokenizer import StreamDecoder
@@ -85,14 +86,57 @@ class SequenceText:
         return self._text
 
 
-def sampled_output(seq: Sequence, text: SequenceText | None) -> CompletionOutput:
-    """The output of a sequence of a sampling request. text: None before its first token."""
+class Texts:
+    """The texts of all sequences that are not finished, up to date with their tokens."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._by_id: dict[int, SequenceText] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def read(self, request: Request, finish: Callable[[Request, Sequence, str, str], None]) -> int:
+        """Read the new tokens of a request, and return how many they are.
+
+        finish: called for a sequence that a stop string ends, with "stop" and the string.
+        """
+        return sum(self._read(request, seq, finish) for seq in request.sequences)
+
+    def _read(self, request: Request, seq: Sequence, finish: Callable[[Request, Sequence, str, str], None]) -> bool:
+        params = request.params
+        assert isinstance(params, SamplingParams)
+        text = self._by_id.get(seq.seq_id)
+        if text is None:
+            text = self._by_id[seq.seq_id] = SequenceText(self._tokenizer, request.prompt_token_ids, params)
+        if text.num_tokens == len(seq.output_token_ids):
+            return False
+        silent = seq.finish_reason == "stop" and not params.include_stop_str_in_output
+        stop = text.add(seq.output_token_ids[-1], silent, check_stops=len(seq.output_token_ids) >= params.min_tokens)
+        if stop is not None:
+            if seq.finish_reason is None:
+                finish(request, seq, "stop", stop)
+            seq.finish_reason, seq.stop_reason = "stop", stop
+        elif seq.finish_reason is not None:
+            text.finish()
+        return True
+
+    def outputs(self, request: Request) -> list[CompletionOutput]:
+        """The outputs of a sampling request, as far as they were read."""
+        return [_sampled_output(seq, self._by_id[seq.seq_id]) for seq in request.sequences]
+
+    def forget(self, request: Request) -> None:
+        for seq in request.sequences:
+            self._by_id.pop(seq.seq_id, None)
+
+
+def _sampled_output(seq: Sequence, text: SequenceText) -> CompletionOutput:
     logprobs = [t.top_logprobs for t in seq.sampled if t.top_logprobs is not None]
     own = [t.logprob for t in seq.sampled if t.logprob is not None]
     asked = bool(seq.sampled) and len(own) == len(seq.sampled)
     return CompletionOutput(
         index=seq.index,
-        text=text.shown(seq.finish_reason is not None) if text else "",
+        text=text.shown(seq.finish_reason is not None),
         token_ids=seq.output_token_ids.copy(),
         cumulative_logprob=sum(own) if asked else None,
         logprobs=logprobs if asked else None,

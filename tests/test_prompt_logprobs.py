@@ -8,8 +8,8 @@ import transformers
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams, runner
+from minipaged.admission import Admission
 from minipaged.generate import main
-from minipaged.scheduler import Scheduler
 
 PROMPTS = [[(7 * i + 3 * k * k + k) % 95 for k in range(n)] for i, n in enumerate((1, 2, 17, 40))]
 CHUNKS = [dict(max_num_batched_tokens=1, max_num_seqs=1), *(dict(max_num_batched_tokens=n) for n in (3, 7, 256))]
@@ -171,7 +171,7 @@ def test_its_blocks_are_found_under_its_own_salt_only(make, cache):
 def test_in_debug_mode_logits_that_are_not_computed_are_noticed(make, monkeypatch):
     llm = make()
     llm.generate(PROMPTS[3], wish(None))
-    monkeypatch.setattr(Scheduler, "_find", lambda self, request: self.memory.find(request.prompt_token_ids[:-1]))
+    monkeypatch.setattr(Admission, "_find", lambda self, request: self._memory.find(request.prompt_token_ids[:-1]))
     with pytest.raises(IndexError, match="the logits for position 1 are not computed now"):
         llm.generate(PROMPTS[3], wish(1))
 
