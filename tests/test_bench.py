@@ -23,8 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minipaged.bench import __main__ as bench
 from minipaged.bench import environments, loads, report, worker
-from minipaged.bench.contenders import Options, build
+from minipaged.bench.contenders import VARIANTS, Options, build
+from minipaged.bench.flags import parser
 from minipaged.bench.loads import Load, Run, make_load
+from minipaged.bench.ours import Client
 from minipaged.bench.weights import write_folder
 from minipaged.models import open_checkpoint
 from minipaged.models.config import ModelConfig
@@ -149,6 +151,10 @@ def test_without_transformers(tiny, monkeypatch, capsys):
         (["--peer", "llama"], "invalid choice: 'llama'"),
         (["--peer-python", "static=python"], "'static=python' is not NAME=PATH, with a NAME of vllm, llama.cpp"),
         (["--peer-python", "vllm="], "'vllm=' is not NAME=PATH"),
+        (["--peer", "minipaged"], "invalid choice: 'minipaged'"),
+        (["--peer-python", "radix=python"], "'radix=python' is not NAME=PATH"),
+        (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens: 0 is not a number from 1 on"),
+        (["--max-num-batched-tokens", "63"], "error: --max-num-batched-tokens 63: must be at least 64"),
         (["--repeat", "0"], "--repeat: 0 is not a number from 1 on"),
         (["--num-blocks", "9", "--kv-cache-memory", "9"], "not allowed with argument"),
         (["--model", "/nowhere/at-all"], "/nowhere/at-all does not exist"),
@@ -232,6 +238,25 @@ def test_summary():
     assert theirs["ratio"] == 1.0  # of 3, 1 and 1; the ratio of the medians would be 1.5
     assert theirs["same_tokens"] == 2
     assert ours["ratio"] is ours["same_tokens"] is None
+    nothing = {row[field] for row in (ours, theirs) for field in ("found", "longest_gap", "gap_ratio")}
+    assert nothing == {None} and not {"found", "gap", "gap is"} & set(report.columns([ours, theirs]))
+
+
+def test_summary_of_what_only_some_can_tell():
+    load = Load("stall", [[1], [1], [1]], [2, 2, 2], 3)
+    gaps = {"minipaged": (0.2, 0.1, 0.4), "no-chunks": (0.4, 0.5, 0.4), "static": (None, None, None)}
+    same = [[1, 2], [3, 4], [5, 6]]
+    runs = {name: [made_up(same, 1.0, found=gap, longest_gap=gap) for gap in own] for name, own in gaps.items()}
+    rows = report.summarize(load, "fp32", runs)
+    assert [row["longest_gap"] for row in rows] == [row["found"] for row in rows] == [0.2, 0.4, None]
+    assert [row["gap_ratio"] for row in rows] == [None, 2.0, None]  # of 2, 5 and 1, side by side
+    assert {row["time_to_first_token_p90"] for row in rows} == {9.0}
+    shown = report.columns(rows)
+    cells = [[report.COLUMNS[name](row) for name in ("found", "gap", "gap is")] for row in rows]
+    assert cells == [["20", "200", ""], ["40", "400", "2.00x"], ["", "", ""]]
+    assert {"found", "gap", "gap is"} <= set(shown)
+    none_found = [row | {"found": 0.0, "gap_ratio": None} for row in rows]
+    assert [name for name in shown if name not in report.columns(none_found)] == ["found", "gap is"]
 
 
 @pytest.mark.parametrize("tokens", [[[1, 2], [3]], [[1, 2]], [[1, 2], [3, 4, 5]]])
@@ -241,8 +266,8 @@ def test_a_wrong_number_of_tokens_is_no_result(tokens):
         loads.check(load, made_up(tokens, 1.0))
 
 
-def options(model: Path | str, load: Load) -> Options:
-    return Options(str(model), "fp32", 1, load.blocks(16), 256, len(load.prompts), load.longest)
+def options(model: Path | str, load: Load, **more) -> Options:
+    return Options(str(model), "fp32", 1, load.blocks(16), 256, len(load.ends), load.longest, **more)
 
 
 def test_a_contender_that_dies_is_told_from_one_that_is_slow(tiny):
@@ -259,6 +284,230 @@ def test_peak_memory_is_forgotten():
     high = worker.peak_memory()
     worker.reset_peak_memory()
     assert worker.peak_memory() < high - 20_000_000 or sys.platform != "linux"
+
+
+# --- requests that begin alike, that follow others, and that come late ---------------------------------------
+
+
+def test_few_shot_is_what_it_says():
+    load = make_load("few-shot", 500)
+    assert load.at_once and len(load.prompts) == len(load.ends) == load.batch_size == 64
+    assert len({tuple(prompt[:341]) for prompt in load.prompts}) == 1
+    assert len({prompt[341] for prompt in load.prompts}) > 32  # and there they part
+    own = [len(prompt) - 341 for prompt in load.prompts]
+    assert (min(own), max(own), min(load.outputs), max(load.outputs)) == (8, 40, 8, 24)
+    assert load == make_load("few-shot", 500)
+    assert len(make_load("few-shot", 500, quick=True).prompts[0]) < 50
+
+
+def test_chat_is_what_it_says():
+    load = make_load("chat", 500)
+    assert load == make_load("chat", 500) and not load.at_once
+    assert load.follows == [None] * 8 + list(range(40)) and load.ends == list(range(40, 48))
+    assert len({tuple(prompt[:200]) for prompt in load.prompts[:8]}) == 1
+    messages = [len(prompt) for prompt in load.prompts[8:]] + [len(prompt) - 200 for prompt in load.prompts[:8]]
+    assert 20 <= min(messages) < 24 and 56 < max(messages) <= 60
+    assert 32 <= min(load.outputs) < 36 and 92 < max(load.outputs) <= 96
+    talks = [range(talk, 48, 8) for talk in range(8)]
+    whole = [sum(len(load.prompts[turn]) + load.outputs[turn] for turn in talk) for talk in talks]
+    assert [load.lengths[end] for end in load.ends] == whole
+    assert load.longest == max(whole) and load.blocks(1) == sum(whole)
+
+
+def test_stall_is_what_it_says():
+    load = make_load("stall", 500)
+    assert load == make_load("stall", 500) and not load.at_once
+    assert [len(prompt) for prompt in load.prompts] == [32] * 8 + [2000]
+    assert load.late == [0] * 8 + [16]
+    assert min(load.outputs[:8]) > 16 + 2000 / (64 - 8)  # they go on for as long as it is computed, at the least budget
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", loads.NAMES)
+def test_warming_up_asks_as_many_in_the_same_way(name, quick):
+    load = make_load(name, 500, quick)
+    cut = load.warmup()
+    assert (len(cut.prompts), cut.follows, len(cut.late)) == (len(load.prompts), load.follows, len(load.late))
+    assert all(late <= cut.outputs[0] for late in cut.late)  # or it would never be sent
+    assert cut.longest <= load.longest
+
+
+class Watched:
+    """A contender of ours, and what it is asked: each request's prompt, and how far the others were then."""
+
+    def __init__(self, name: str, model: Path, load: Load, **engine):
+        self.contender: Any = build(name, options(model, load, engine=engine))
+        self.llm = self.contender.llm
+        self.sent: dict[str, tuple[list[int], dict[str, int]]] = {}
+        self.finished: dict[str, Any] = {}
+        self.steps: list[list[int]] = []  # how many tokens each sequence computed
+        self._lengths: dict[str, int] = {}
+        add_request, step = self.llm.add_request, self.llm.step
+
+        def watched_add(prompt, params, request_id):
+            self.sent[request_id] = (prompt, dict(self._lengths))
+            return add_request(prompt, params, request_id)
+
+        def watched_step():
+            outputs = step()
+            for output in outputs:
+                self._lengths[output.request_id] = len(output.outputs[0].token_ids)
+                if output.finished:
+                    self.finished[output.request_id] = output
+            return outputs
+
+        self.llm.add_request, self.llm.step = watched_add, watched_step
+        self.llm.observers.append(lambda plan, output: self.steps.append([len(s.token_ids) for s in plan.sequences]))
+
+    def run(self, load: Load) -> Run:
+        for seen in (self.sent, self.finished, self.steps, self._lengths):
+            seen.clear()
+        run = self.contender.run(load)
+        loads.check(load, run)
+        assert len(run.first_token) == len(load.prompts) and 0 < min(run.first_token) < run.seconds
+        assert sum(self.llm.stats().num_preemptions.values()) == 0  # the pool holds it all
+        return run
+
+
+def test_a_turn_continues_what_was_really_said(tiny):
+    load = make_load("chat", 256, quick=True)
+    watched = Watched("minipaged", tiny, load)
+    run = watched.run(load)
+    assert list(map(int, watched.sent)) != list(range(48))  # conversations don't wait for each other
+    for number, before in enumerate(load.follows):
+        prompt, lengths = watched.sent[str(number)]
+        if before is None:
+            assert (prompt, lengths) == (load.prompts[number], {})
+        else:
+            assert prompt == watched.sent[str(before)][0] + run.tokens[before] + load.prompts[number]
+            assert lengths[str(before)] == load.outputs[before]
+    first = {number: watched.finished[str(number)].metrics.time_to_first_token for number in range(48)}
+    assert run.first_token == list(first.values())
+
+
+def test_a_late_request_comes_when_it_should(tiny):
+    load = make_load("stall", 256, quick=True)
+    watched = Watched("minipaged", tiny, load)
+    watched.run(load)
+    assert [lengths for _, lengths in watched.sent.values()] == [{}] * 8 + [{str(i): 2 for i in range(8)}]
+    assert watched.sent["8"][0] == load.prompts[8]
+
+
+@pytest.mark.parametrize("name", ["few-shot", "chat"])
+def test_nothing_is_found_that_an_earlier_run_computed(tiny, name):
+    load = make_load(name, 256, quick=True)
+    watched = Watched("minipaged", tiny, load)
+    watched.run(load.warmup())
+    runs = [watched.run(load) for _ in range(2)]
+    assert 0 < runs[0].found == runs[1].found < 1
+    computed = sum(map(sum, watched.steps)) - sum(load.outputs) + len(load.prompts)  # of the prompts
+    asked_for = sum(len(prompt) for prompt, _ in watched.sent.values())
+    assert runs[1].found == pytest.approx(1 - computed / asked_for)
+
+
+@pytest.mark.parametrize("name", ["few-shot", "chat", "stall"])
+def test_variants_differ_in_what_they_do_and_not_in_tokens(tiny, name):
+    load = make_load(name, 256, quick=True)
+    runs, watched = {}, {}
+    for variant in VARIANTS:
+        watched[variant] = Watched(variant, tiny, load, max_num_batched_tokens=64)
+        runs[variant] = watched[variant].run(load)
+    assert all(run.tokens == runs["minipaged"].tokens for run in runs.values())
+    caches = {variant: one.llm.prefix_cache for variant, one in watched.items()}
+    assert caches == dict.fromkeys(VARIANTS, "hash") | {"no-cache": "none", "radix": "radix"}
+    largest = {variant: max(map(sum, one.steps)) for variant, one in watched.items()}
+    assert max(largest[variant] for variant in ("minipaged", "no-cache", "radix")) <= 64
+    assert 64 < largest["small-chunks"] <= 256
+    cut = {variant: sum(map(len, one.steps)) - sum(load.outputs) for variant, one in watched.items()}
+    assert cut["no-chunks"] == 0 < cut["no-cache"]  # how often a sequence was computed and got no token
+    assert all(f"at most {one.llm.scheduler.max_num_batched_tokens} tokens a step" in one.contender.about
+               for one in watched.values())  # fmt: skip
+    found = {variant: run.found for variant, run in runs.items()}
+    assert found["no-cache"] == 0 and found["radix"] == found["minipaged"]
+    assert (found["minipaged"] > 0) == (name != "stall")
+    if name != "stall":
+        assert runs["minipaged"].kv_bytes < runs["no-cache"].kv_bytes  # what is shared counts once
+
+
+def test_steps_of_whole_prompts_are_large_enough_by_default(tiny):
+    load = Load("long", [[1] * 400] * 8, [1] * 8, 8)
+    assert build("no-chunks", options(tiny, load)).llm.scheduler.max_num_batched_tokens == 2048
+    long = options(tiny, load)
+    object.__setattr__(long, "longest", 3000)
+    assert build("no-chunks", long).llm.scheduler.max_num_batched_tokens == 3008
+
+
+class Scripted:
+    """Stands for an engine. script: for each step, the requests that get a token; they end with their load's."""
+
+    def __init__(self, script: list[list[int]]):
+        self.script, self.wanted, self.lengths = script, {}, {}
+
+    def add_request(self, prompt, params, request_id):
+        self.wanted[request_id], self.lengths[request_id] = params.max_tokens, 0
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.script)
+
+    def step(self):
+        made, outputs = types.SimpleNamespace, []
+        for name in map(str, self.script.pop(0)):
+            self.lengths[name] += 1
+            finished = self.lengths[name] == self.wanted[name]
+            said = [made(token_ids=[0] * self.lengths[name])]
+            metrics = made(time_to_first_token=1.0)
+            outputs.append(made(request_id=name, outputs=said, finished=finished, metrics=metrics))
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("script", "times", "gap"),
+    [
+        ([[0], [0, 1], [1], [0], [2]], [0, 1, 5, 6, 20], 5.0),  # 0 from 1 to 6; 2 waits for its first
+        ([[0, 1], [1], [0], [0, 2]], [3, 10, 12, 15], 9.0),
+        ([[0], [1], [2]], [0, 5, 9], None),  # nobody waits for a second one
+    ],
+)  # fmt: skip
+def test_the_longest_gap(script, times, gap):
+    wanted = [sum(step.count(number) for step in script) for number in range(3)]
+    client = Client(Scripted(script), Load("", [[1]] * 3, wanted, 3), clock=map(float, times).__next__)
+    client.run()
+    assert client.longest_gap == gap
+    assert list(map(len, client.tokens)) == wanted
+
+
+def test_peers_are_left_out_of_what_they_cannot_be_sent(capsys):
+    few_shot, chat, stall = (make_load(name, 256, quick=True) for name in ("few-shot", "chat", "stall"))
+    args = parser().parse_args(["--peer", "static", "radix", "no-cache"])
+    pythons, left_out = bench._peers(args, [few_shot, chat, stall], False)
+    assert list(pythons) == ["minipaged", "no-cache", "radix", "static"] and set(pythons.values()) == {sys.executable}
+    assert left_out == {"static": "of chat, stall: only minipaged is sent requests while it answers others"}
+    assert f"left out: transformers, padded batches: {left_out['static']}\n" == capsys.readouterr().err
+    pythons, left_out = bench._peers(args, [stall], False)
+    assert list(pythons) == ["minipaged", "no-cache", "radix"] and list(left_out) == ["static"]
+
+
+def test_the_whole_run_with_variants(tiny, capsys):
+    args = ["--model", tiny, "--quick", "--load", "few-shot", "chat", "--peer", "no-cache", "static", "--threads", 1]
+    assert bench.main([*map(str, args), "--repeat", "2", "--max-num-batched-tokens", "128", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = {(row["load"], row["contender"]): row for row in data["results"]}
+    own = ["minipaged", "no-cache"]
+    assert list(rows) == [("few-shot", name) for name in [*own, "static"]] + [("chat", name) for name in own]
+    for (load, name), row in rows.items():
+        assert row["requests"] == {"few-shot": 64, "chat": 48}[load]
+        assert row["same_tokens"] == (None if name == "minipaged" else row["requests"])
+        assert (row["found"] is None) == (row["longest_gap"] is None) == (name == "static")
+        assert (row["gap_ratio"] is not None) == (name == "no-cache")
+        assert row["time_to_first_token"] <= row["time_to_first_token_p90"] < row["seconds"]
+    assert rows["few-shot", "minipaged"]["found"] > rows["few-shot", "no-cache"]["found"] == 0
+    assert data["about"]["no-cache"].endswith("prefix cache none, at most 128 tokens a step")
+    report.print_report(data)
+    lines = capsys.readouterr().out.splitlines()
+    assert {"found", "gap"} <= set(lines[1].split())
+    assert any(line.startswith("a step of minipaged, no prefix cache, chat fp32: model ") for line in lines)
+    assert "gap is: the gap, as a multiple of minipaged's beside it." in lines
 
 
 # --- peers of another environment ---------------------------------------------------------------------------
@@ -291,7 +540,13 @@ class LLM:
             print(subprocess.Popen(["sleep", "1000"]).pid, file=open(asked, "a"))
         assert sys.stdin.read() == ""
 
+    def reset_prefix_cache(self):
+        self.empty = "remembers" not in moods
+        return self.empty
+
     def generate(self, prompts, params, use_tqdm):
+        assert self.empty
+        self.empty = False
         with open(asked, "a") as file:
             file.write(json.dumps([prompts, params]) + "\\n")
         if "dies" in moods:
@@ -354,7 +609,7 @@ def test_vllm_is_asked_for_the_same(tiny_gguf, fake_vllm, capsys):
     assert not Path(made["model"]).exists()  # it was ours, and is gone
     settings = made["settings"]
     assert (settings["dtype"], settings["load_format"]) == ("float32", "safetensors")
-    assert settings["skip_tokenizer_init"] and not settings["enable_prefix_caching"]
+    assert settings["skip_tokenizer_init"] and settings["enable_prefix_caching"]
     assert settings["max_num_seqs"] == 32
     assert settings["max_model_len"] == mixed.longest
     per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, fp32
@@ -374,7 +629,11 @@ def test_vllm_is_asked_for_the_same(tiny_gguf, fake_vllm, capsys):
 
 @pytest.mark.parametrize(
     ("mood", "reason"),
-    [("refuses", "ValueError: no such model"), ("dies", r"its process died \(exit code 3\): see what it said")],
+    [
+        ("refuses", "ValueError: no such model"),
+        ("remembers", "RuntimeError: its prefix cache can't be emptied"),
+        ("dies", r"its process died \(exit code 3\): see what it said"),
+    ],
 )
 def test_a_peer_that_breaks(tiny, fake_vllm, mood, reason):
     (fake_vllm / "moods").write_text(mood)
@@ -489,7 +748,7 @@ class FakeLlama(types.ModuleType):
         return 0
 
 
-@pytest.mark.parametrize("name", ["mixed", "batch8", "batch1"])
+@pytest.mark.parametrize("name", ["mixed", "batch8", "batch1", "few-shot"])
 def test_llama_cpp_is_asked_for_the_same(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "llama_cpp", fake := FakeLlama())
     monkeypatch.delitem(sys.modules, "minipaged.bench.peer_llama_cpp", raising=False)

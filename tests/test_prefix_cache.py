@@ -390,6 +390,16 @@ def test_nobody_is_overtaken_for_ever():
     assert order.index("lonely") == PATIENCE == lonely.num_overtaken
 
 
+def test_nobody_is_overtaken_more_often_in_a_single_step():
+    engine = Cached(schedule="prefix", max_num_seqs=64, max_num_batched_tokens=1000)
+    engine.prompt("first", WORDS[:20], max_tokens=1)
+    engine.step()
+    engine.prompt("lonely", WORDS[50:60], max_tokens=1)
+    for number in range(2 * PATIENCE):
+        engine.prompt(str(number), WORDS[:20], max_tokens=1)
+    assert len(engine.step().admitted) == PATIENCE and engine.step().admitted[0] == "lonely"
+
+
 def test_without_a_cache_the_longest_prefix_is_nobodys():
     engine = Engine(schedule="prefix", max_num_seqs=1)
     for name in "abc":

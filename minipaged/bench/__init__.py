@@ -1,14 +1,16 @@
 """The benchmark: this engine beside others, on the same weights, under the same loads, in one run.
 
-    python -m minipaged.bench                                  all loads, fp32
+    python -m minipaged.bench                                  mixed and even loads, fp32
     python -m minipaged.bench --load mixed --dtype fp32 bf16 --repeat 3
     python -m minipaged.bench --peer vllm --peer-python vllm=X/bin/python
+    python -m minipaged.bench --load few-shot chat --peer no-cache radix
+    python -m minipaged.bench --load stall --peer no-chunks --max-num-batched-tokens 256
 
 Each contender lives in a process of its own, so that its memory can be told from the others'. They take
 turns (minipaged, a peer, the next peer, minipaged, ...) while the others sleep: machines drift, and only what
 ran side by side can be compared.
 
-Reading order: loads.py (what is asked), contenders.py (who is), ours.py (this engine), peer_*.py (the others),
-worker.py (their processes), environments.py and weights.py (what peers of another environment need), report.py
-(machine, table, JSON), __main__.py (the run).
+Reading order: loads.py (what is asked), contenders.py (who is), ours.py (this engine and its variants), peer_*.py
+(the others), worker.py (their processes), environments.py and weights.py (what peers of another environment need),
+report.py (machine, table, JSON), flags.py and __main__.py (the run).
 """

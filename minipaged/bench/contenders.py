@@ -4,9 +4,9 @@ A contender loads the model once, and then runs loads: `run(load) -> Run`. This 
 import nothing but the standard library: they also run in a peer's environment, where our packages may be missing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 from minipaged.bench.loads import Load, Run
 
@@ -19,9 +19,9 @@ class Options:
 
     most_blocks: of BLOCK_SIZE tokens, that hold the largest load whole: the pool, if nothing else is said.
     kv_bytes_per_token: of one token, in all layers.
-    most_requests, longest: of any load: the requests, and the positions that one takes.
+    most_requests, longest: of any load: the requests that run at a time, and the positions that one takes.
     device: of minipaged and transformers; vLLM and llama.cpp take what their packages are built for.
-    kernels: minipaged's backend, see `kernels.load`.
+    kernels: minipaged's backend, see `kernels.load`. engine: settings of minipaged's `LLM` besides, by name.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Options:
     kv_cache_memory: int | None = None
     device: str = "cpu"
     kernels: str = "auto"
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 class Contender(Protocol):
@@ -45,16 +46,28 @@ class Contender(Protocol):
 
 LABELS = {
     "minipaged": "minipaged",
+    "no-cache": "minipaged, no prefix cache",
+    "radix": "minipaged, radix tree",
+    "no-chunks": "minipaged, no chunked prefill",
+    "small-chunks": "minipaged, 256 tokens a step",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp",
 }
+# This engine with a switch in another position, to be seen beside itself. The first is what it is by default.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "minipaged": {},
+    "no-cache": {"prefix_cache": "none"},
+    "radix": {"prefix_cache": "radix"},
+    "no-chunks": {"chunked_prefill": False},
+    "small-chunks": {"max_num_batched_tokens": 256},
+}
 DEFAULT_PEERS = ("static", "continuous")
-PEERS = (*DEFAULT_PEERS, "vllm", "llama.cpp")  # the order of the turns
+PEERS = (*DEFAULT_PEERS, "vllm", "llama.cpp")  # the order of the turns, after the variants
 # Each one's home, loaded only in the process where it lives: a module of this folder, and a class in it.
 HOMES = {
-    "minipaged": ("ours", "Minipaged"),
+    **dict.fromkeys(VARIANTS, ("ours", "Minipaged")),
     "static": ("peer_transformers", "Static"),
     "continuous": ("peer_transformers", "Continuous"),
     "vllm": ("peer_vllm", "VLLM"),
@@ -62,7 +75,13 @@ HOMES = {
 }
 
 
+def can_run(name: str, load: Load) -> bool:
+    """Whether a contender can be asked for a load: peers are handed all requests at once, and give all answers."""
+    return name in VARIANTS or load.at_once
+
+
 def build(name: str, options: Options) -> Contender:
     """Load a contender, in the process that it is to live in."""
     module, contender = HOMES[name]
+    options = replace(options, engine=options.engine | VARIANTS.get(name, {}))
     return getattr(import_module(f"minipaged.bench.{module}"), contender)(options)

@@ -1,34 +1,52 @@
 """What the contenders are asked, and what a run of it gives.
 
 `mixed` is the load that batching by the step was invented for (Orca; paper, section 2): requests of very
-different lengths, where a padded batch waits for its longest. In the others all requests are alike, which is
+different lengths, where a padded batch waits for its longest. In `batchN` all requests are alike, which is
 the best that can happen to a padded batch.
+
+The other three are asked for by name. `few-shot` and `chat` repeat themselves, as what people send does: many short
+questions behind one long prefix, and conversations, where each turn says again all that was said before. `stall`
+has a long prompt arrive while others are being answered.
 """
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 SEED = 0
 MIXED, SHORTEST, LONGEST = 32, 8, 256  # requests; tokens in, and out
 FIXED = {"batch1": 1, "batch8": 8, "batch32": 32, "batch64": 64}  # requests
 FIXED_LENGTH = 64  # tokens in, and out
-NAMES = ("mixed", *FIXED)
+QUESTIONS, PREFIX, QUESTION, ANSWER = 64, 341, (8, 40), (8, 24)  # requests; tokens: shared, each one's own, out
+TALKS, TURNS, SYSTEM, MESSAGE, REPLY = 8, 6, 200, (20, 60), (32, 96)  # conversations, turns; tokens, as above
+STEADY, STEADY_IN, STEADY_OUT = 8, 32, 96  # requests; tokens
+LATE_IN, LATE_OUT, LATE_AFTER = 2000, 16, 16  # tokens of the late one; tokens that the first one has by then
 QUICK = 8  # a quick load's lengths are divided by this
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that all arrive at the same moment, in this order.
+    """Requests, in this order. They all arrive at the same moment, but for what `follows` and `late` say.
 
     prompts: token ids. outputs: how many tokens each request wants; end-of-text does not end it.
     batch_size: how many requests at a time a static batch takes.
+    follows: for each request, the number of the one whose conversation it continues, or None; or empty: none does.
+        It is sent when that one is complete, and its prompt is that one's prompt and output, and then its own.
+    late: for each request, how many output tokens the first one must have before it is sent; or empty: none.
     """
 
     name: str
     prompts: list[list[int]]
     outputs: list[int]
     batch_size: int
+    follows: list[int | None] = field(default_factory=list)
+    late: list[int] = field(default_factory=list)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all arrive at the same moment."""
+        return not self.follows and not self.late
 
     @property
     def num_output_tokens(self) -> int:
@@ -41,17 +59,36 @@ class Load:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each request, prompt and output together."""
-        return [len(p) + n for p, n in zip(self.prompts, self.outputs, strict=True)]
+        """Tokens of each request, prompt and output together, and all that it continues.
+
+        >>> Load("chat", [[1, 2], [3], [4]], [10, 10, 10], 3, follows=[None, None, 0]).lengths
+        [12, 11, 23]
+        """
+        lengths: list[int] = []
+        for prompt, wanted, before in zip(self.prompts, self.outputs, self.sources, strict=True):
+            lengths.append((0 if before is None else lengths[before]) + len(prompt) + wanted)
+        return lengths
+
+    @property
+    def sources(self) -> list[int | None]:
+        """For each request, the one that it continues, or None."""
+        return self.follows or [None] * len(self.prompts)
+
+    @property
+    def ends(self) -> list[int]:
+        """The requests that no other one continues: so many can run at a time."""
+        return sorted(set(range(len(self.prompts))) - set(self.follows))
 
     def blocks(self, block_size: int) -> int:
-        """Blocks for all requests at once, at their full lengths."""
-        return sum(-(-length // block_size) for length in self.lengths)
+        """Blocks for all requests at once, at their full lengths; a conversation's are those of its last turn."""
+        lengths = self.lengths
+        return sum(-(-lengths[number] // block_size) for number in self.ends)
 
     def warmup(self) -> "Load":
         """As many requests, cut short: what is made once (threads, buffers, kernels) is made in this."""
         prompts = [prompt[:16] for prompt in self.prompts]
-        return replace(self, prompts=prompts, outputs=[min(n, 4) for n in self.outputs])
+        outputs, late = [min(n, 4) for n in self.outputs], [min(n, 2) for n in self.late]
+        return replace(self, prompts=prompts, outputs=outputs, late=late)
 
 
 @dataclass
@@ -63,6 +100,8 @@ class Run:
     kv_bytes: memory for keys and values, see the contender.
     peak_bytes: the most that its process held at once during the run: weights, keys and values, code, all.
     times: where the seconds went, if the contender can tell.
+    found: the share of all prompt tokens that a prefix cache had, if the contender can tell.
+    longest_gap: the most seconds between two tokens of one output that followed each other; None if nobody can tell.
     """
 
     tokens: list[list[int]]
@@ -71,11 +110,29 @@ class Run:
     kv_bytes: int
     peak_bytes: int = 0
     times: dict[str, float] | None = None
+    found: float | None = None
+    longest_gap: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Of useful output: what a padded batch computes beyond a request's own length doesn't count."""
         return sum(map(len, self.tokens)) / self.seconds
+
+
+class Dice:
+    """Random tokens and lengths, the same at each call: lengths are divided by `divisor`."""
+
+    def __init__(self, seed: str, vocab_size: int, divisor: int):
+        self._random, self._vocab_size, self.divisor = random.Random(seed), vocab_size, divisor
+
+    def size(self, length: int) -> int:
+        return max(1, length // self.divisor)
+
+    def between(self, span: tuple[int, int]) -> int:
+        return self._random.randint(*map(self.size, span))
+
+    def tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._vocab_size) for _ in range(count)]
 
 
 def make_load(name: str, vocab_size: int, quick: bool = False) -> Load:
@@ -85,15 +142,52 @@ def make_load(name: str, vocab_size: int, quick: bool = False) -> Load:
     >>> len(load.prompts), len(load.prompts[0]), load.outputs[0], load.blocks(16)
     (8, 64, 64, 64)
     """
-    rng = random.Random(f"{name} {SEED}")
-    divisor = QUICK if quick else 1
-    if name == "mixed":
-        span = SHORTEST, max(SHORTEST, LONGEST // divisor)
-        lengths = [(rng.randint(*span), rng.randint(*span)) for _ in range(MIXED)]
-    else:
-        lengths = [(FIXED_LENGTH // divisor, FIXED_LENGTH // divisor)] * FIXED[name]
-    prompts = [[rng.randrange(vocab_size) for _ in range(size)] for size, _ in lengths]
-    return Load(name, prompts, [size for _, size in lengths], batch_size=len(lengths))
+    return MAKERS[name](name, Dice(f"{name} {SEED}", vocab_size, QUICK if quick else 1))
+
+
+def _mixed(name: str, dice: Dice) -> Load:
+    span = SHORTEST * dice.divisor, max(SHORTEST * dice.divisor, LONGEST)  # the shortest are never cut
+    return _plain(name, dice, [(dice.between(span), dice.between(span)) for _ in range(MIXED)])
+
+
+def _batch(name: str, dice: Dice) -> Load:
+    return _plain(name, dice, [(dice.size(FIXED_LENGTH), dice.size(FIXED_LENGTH))] * FIXED[name])
+
+
+def _plain(name: str, dice: Dice, lengths: list[tuple[int, int]]) -> Load:
+    return Load(name, [dice.tokens(size) for size, _ in lengths], [size for _, size in lengths], len(lengths))
+
+
+def _few_shot(name: str, dice: Dice) -> Load:
+    prefix = dice.tokens(dice.size(PREFIX))
+    prompts = [prefix + dice.tokens(dice.between(QUESTION)) for _ in range(QUESTIONS)]
+    return Load(name, prompts, [dice.between(ANSWER) for _ in prompts], QUESTIONS)
+
+
+def _chat(name: str, dice: Dice) -> Load:
+    """First the first turns of all conversations, then the second turns, and so on."""
+    system = dice.tokens(dice.size(SYSTEM))
+    messages = [dice.tokens(dice.between(MESSAGE)) for _ in range(TURNS * TALKS)]
+    prompts = [system + message for message in messages[:TALKS]] + messages[TALKS:]
+    follows = [None] * TALKS + list(range(len(prompts) - TALKS))
+    return Load(name, prompts, [dice.between(REPLY) for _ in prompts], TALKS, follows)
+
+
+def _stall(name: str, dice: Dice) -> Load:
+    prompts = [dice.tokens(dice.size(STEADY_IN)) for _ in range(STEADY)] + [dice.tokens(dice.size(LATE_IN))]
+    outputs = [dice.size(STEADY_OUT)] * STEADY + [dice.size(LATE_OUT)]
+    return Load(name, prompts, outputs, len(prompts), late=[0] * STEADY + [dice.size(LATE_AFTER)])
+
+
+MAKERS: dict[str, Callable[[str, Dice], Load]] = {
+    "mixed": _mixed,
+    **dict.fromkeys(FIXED, _batch),
+    "few-shot": _few_shot,
+    "chat": _chat,
+    "stall": _stall,
+}
+NAMES = tuple(MAKERS)
+DEFAULT_NAMES = ("mixed", *FIXED)
 
 
 def check(load: Load, run: Run) -> None:

@@ -1,21 +1,28 @@
-"""This engine as a contender."""
+"""This engine as a contender, and who sends it a load's requests."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
+from typing import Any
 
 import torch
 
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
 from minipaged.engine import LLM
+from minipaged.outputs import RequestOutput
 from minipaged.plan import StepOutput, StepPlan
 from minipaged.sampling_params import SamplingParams
 
+DEFAULTS = {name: parameter.default for name, parameter in signature(LLM).parameters.items()}
+
 
 class Minipaged:
-    """This engine, with its defaults but for the size of its pool.
+    """This engine, with its defaults but for the size of its pool and `options.engine`.
 
-    kv_bytes: the blocks in use at the moment when most were.
+    Nothing is in its prefix cache when a run begins: what a load finds, it computed itself.
+    kv_bytes: the blocks in use at the moment when most were; a shared one counts once.
     """
 
     def __init__(self, options: Options):
@@ -30,26 +37,97 @@ class Minipaged:
             num_blocks=int(1.02 * options.most_blocks) + 2 if free else blocks,  # with room for the watermark
             kv_cache_memory=options.kv_cache_memory,
             num_cpu_blocks=0 if free else None,  # all fits: nothing is swapped
+            **settings(options),
         )
-        self.about = f"kernels {self.llm.runner.backend.name}"
+        self.about = (
+            f"kernels {self.llm.runner.backend.name}, prefix cache {self.llm.prefix_cache}, at most "
+            f"{self.llm.scheduler.max_num_batched_tokens} tokens a step"
+        )
         self.llm.observers.append(self._observe)
         self._most_blocks = 0
 
     def run(self, load: Load) -> Run:
-        params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in load.outputs]
+        self.llm.reset_prefix_cache()
         self._most_blocks = 0
-        before = asdict(self.llm.stats().times)
+        before = self.llm.stats()
+        client = Client(self.llm, load)
         began = time.perf_counter()
-        outputs = self.llm.generate(load.prompts, params)
+        client.run()
         seconds = time.perf_counter() - began
-        times = {name: spent - before[name] for name, spent in asdict(self.llm.stats().times).items()}
+        after = self.llm.stats()
+        then, now = asdict(before.times), asdict(after.times)
+        queried = after.prefixes.queried - before.prefixes.queried
         return Run(
-            tokens=[output.outputs[0].token_ids for output in outputs],
+            tokens=client.tokens,
             seconds=seconds,
-            first_token=[output.metrics.time_to_first_token or 0.0 for output in outputs],
+            first_token=client.first_token,
             kv_bytes=self._most_blocks * self.llm.block_bytes,
-            times=times,
+            times={name: now[name] - then[name] for name in now},
+            found=(after.prefixes.found - before.prefixes.found) / queried,
+            longest_gap=client.longest_gap,
         )
 
     def _observe(self, plan: StepPlan, output: StepOutput) -> None:
-        self._most_blocks = max(self._most_blocks, sum(len(s.block_table) for s in plan.sequences))
+        tables = [s.block_table for s in plan.sequences]
+        if sum(map(len, tables)) > self._most_blocks:  # perhaps, but for what they share
+            self._most_blocks = max(self._most_blocks, len(set().union(*tables)))
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """`options.engine`; but prompts that are never cut need steps which any of them fits into, beside the others."""
+    told = dict(options.engine)
+    if not told.get("chunked_prefill", True):
+        whole = options.longest + options.most_requests
+        name = "max_num_batched_tokens"
+        told[name] = max(whole, told.get(name, DEFAULTS[name]))
+    return told
+
+
+class Client:
+    """Sends each request of a load when it is due, and notes what comes back, and when.
+
+    After each step that is a few operations for each running request, as `LLM.generate` has them.
+    """
+
+    def __init__(self, llm: LLM, load: Load, clock: Callable[[], float] = time.perf_counter):
+        self.llm, self.load, self._clock = llm, load, clock
+        count = len(load.prompts)
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.first_token = [0.0] * count
+        self.longest_gap: float | None = None
+        self._latest: dict[str, float] = {}  # when a request got its latest token
+        self._followers: list[list[int]] = [[] for _ in range(count)]
+        for number, before in enumerate(load.sources):
+            if before is not None:
+                self._followers[before].append(number)
+        self._late = sorted((after, number) for number, after in enumerate(load.late) if after)
+
+    def run(self) -> None:
+        late = {number for _, number in self._late}
+        for number, before in enumerate(self.load.sources):
+            if before is None and number not in late:
+                self._send(number, self.load.prompts[number])
+        while self.llm.has_unfinished_requests:
+            outputs = self.llm.step()
+            now = self._clock()
+            for output in outputs:
+                self._receive(output, now)
+
+    def _send(self, number: int, prompt: list[int]) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=self.load.outputs[number], ignore_eos=True)
+        self.llm.add_request(prompt, params, request_id=str(number))
+
+    def _receive(self, output: RequestOutput, now: float) -> None:
+        name, tokens = output.request_id, output.outputs[0].token_ids
+        if name in self._latest:
+            self.longest_gap = max(self.longest_gap or 0.0, now - self._latest[name])
+        self._latest[name] = now
+        while self._late and name == "0" and len(tokens) >= self._late[0][0]:
+            number = self._late.pop(0)[1]
+            self._send(number, self.load.prompts[number])
+        if output.finished:
+            number = int(name)
+            self.tokens[number] = tokens
+            self.first_token[number] = output.metrics.time_to_first_token or 0.0
+            for follower in self._followers[number]:
+                self._send(follower, output.prompt_token_ids + tokens + self.load.prompts[follower])

@@ -5,7 +5,8 @@ them (Q4_1, say), whatever dtype the others run in, and keeps keys and values in
 
 Its batch is much like ours: a row of tokens, each with its sequence and position. What a server does with it stands
 here: each step takes one token of every sequence that generates, and fills up with prompts. All requests run at once,
-in a cache that holds them whole.
+in a cache that holds them whole. A beginning that prompts share is computed for each of them: llama.cpp's own server
+finds only what the same slot had before.
 """
 
 import ctypes

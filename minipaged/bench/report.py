@@ -26,6 +26,14 @@ minipaged is: its speed as a multiple of this one's, run beside it. same: reques
 minipaged's (where two tokens are about as likely, rounding may choose, and all that follows differs)."""
 
 
+# Columns that stand there only if a row has something to say: the field of the row, and what the column is.
+SOMETIMES = {
+    "found": ("found", "percent of the prompts' tokens that the prefix cache had, and that were not computed again"),
+    "gap": ("longest_gap", "milliseconds, the longest between two tokens of one output that follow each other"),
+    "gap is": ("gap_ratio", "the gap, as a multiple of minipaged's beside it"),
+}
+
+
 def summarize(load: Load, dtype: str, runs: dict[str, list[Run]]) -> list[Row]:
     """A row for each contender that has runs; medians over the rounds.
 
@@ -37,6 +45,8 @@ def summarize(load: Load, dtype: str, runs: dict[str, list[Run]]) -> list[Row]:
 
 def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) -> Row:
     first = [run.first_token for run in runs if run.first_token]
+    found = [run.found for run in runs if run.found is not None]
+    waits = [run.longest_gap for run in runs if run.longest_gap is not None]
     row: Row = {
         "load": load.name,
         "dtype": dtype,
@@ -47,18 +57,34 @@ def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) 
         "tokens_per_second": median(run.tokens_per_second for run in runs),
         "rounds": [run.tokens_per_second for run in runs],
         "time_to_first_token": median(map(median, first)) if first else None,
+        "time_to_first_token_p90": median(map(p90, first)) if first else None,
+        "found": median(found) if found else None,
+        "longest_gap": median(waits) if waits else None,
         "kv_bytes": max(run.kv_bytes for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
         "ratio": None,
+        "gap_ratio": None,
         "same_tokens": None,
     }
     pairs = list(zip(engine, runs, strict=False))  # a contender that broke has fewer rounds
     if name != "minipaged" and pairs:
         row["ratio"] = median(ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs)
+        gaps = [(ours.longest_gap, theirs.longest_gap) for ours, theirs in pairs]
+        ratios = [theirs / ours for ours, theirs in gaps if ours and theirs]
+        row["gap_ratio"] = median(ratios) if ratios else None
         row["same_tokens"] = agreement(engine[0], runs[0])
     if runs[0].times is not None:
         row["split"] = split(runs)
     return row
+
+
+def p90(numbers: list[float]) -> float:
+    """The smallest of them that 90 percent don't exceed.
+
+    >>> p90([5.0, 1.0, 2.0, 3.0, 4.0]), p90([float(n) for n in range(100)])
+    (5.0, 89.0)
+    """
+    return sorted(numbers)[-(-9 * len(numbers) // 10) - 1]
 
 
 def split(runs: list[Run]) -> dict[str, float]:
@@ -118,6 +144,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "contender": lambda row: LABELS[row["contender"]],
     "tok/s": lambda row: f"{row['tokens_per_second']:.1f}",
     "first": lambda row: "n/a" if row["time_to_first_token"] is None else f"{row['time_to_first_token']:.2f}",
+    "found": lambda row: "" if row["found"] is None else f"{100 * row['found']:.0f}",
+    "gap": lambda row: "" if row["longest_gap"] is None else f"{1000 * row['longest_gap']:.0f}",
+    "gap is": lambda row: "" if row["gap_ratio"] is None else f"{row['gap_ratio']:.2f}x",
     "KV": lambda row: f"{row['kv_bytes'] / MIB:.0f}",
     "peak": lambda row: f"{row['peak_bytes'] / MIB:.0f}",
     "minipaged is": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}x",
@@ -133,21 +162,30 @@ def print_report(report: dict[str, Any]) -> None:
         f"{report['model']} in {info['threads']} of {info['cores']} cores of {info['cpu']}, "
         f"torch {info['torch']}, transformers {info['transformers'] or 'not installed'}"
     )
-    cells = [[show(row) for show in COLUMNS.values()] for row in report["results"]]
+    shown = columns(report["results"])
+    cells = [[COLUMNS[name](row) for name in shown] for row in report["results"]]
     if sys.stdout.isatty():
-        _rich_table(cells)
+        _rich_table(shown, cells)
     else:
-        print("\n".join(plain_table([list(COLUMNS), *cells])))
+        print("\n".join(plain_table([shown, *cells])))
     for row in report["results"]:
         if "split" in row:
             print(_split_line(row))
     print(NOTES)
+    for name in shown:
+        if name in SOMETIMES:
+            print(f"{name}: {SOMETIMES[name][1]}.")
     for name, about in report["about"].items():
         print(f"{LABELS[name]}: {about}")
     for name, reason in report["left_out"].items():
         print(f"left out: {LABELS[name]}: {reason}")
     for name, reason in report["failed"].items():
         print(f"failed: {name}: {reason}")
+
+
+def columns(rows: list[Row]) -> list[str]:
+    """The table's columns: of those that stand there sometimes, the ones where a row has more than nothing."""
+    return [name for name in COLUMNS if name not in SOMETIMES or any(row[SOMETIMES[name][0]] for row in rows)]
 
 
 def plain_table(lines: list[list[str]]) -> list[str]:
@@ -166,12 +204,12 @@ def plain_table(lines: list[list[str]]) -> list[str]:
     ]
 
 
-def _rich_table(cells: list[list[str]]) -> None:
+def _rich_table(names: list[str], cells: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for i, name in enumerate(COLUMNS):
+    for i, name in enumerate(names):
         style = "bold" if name == "tok/s" else None
         table.add_column(name, justify="left" if i < WORDS else "right", style=style)
     for before, line in zip([None, *cells], cells, strict=False):
@@ -184,6 +222,6 @@ def _rich_table(cells: list[list[str]]) -> None:
 def _split_line(row: Row) -> str:
     part = row["split"]
     return (
-        f"a step of minipaged, {row['load']} {row['dtype']}: model {part['model']:.1f} %, sampling "
+        f"a step of {LABELS[row['contender']]}, {row['load']} {row['dtype']}: model {part['model']:.1f} %, sampling "
         f"{part['sample']:.1f} %, scheduler, memory, batch building and text {part['overhead']:.1f} %"
     )
