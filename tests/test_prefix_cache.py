@@ -14,6 +14,8 @@ from tiny_model import make_folder
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.admission import PATIENCE
 from minipaged.memory import PREFIX_CACHES, Allocated, HashCache, IntegrityError, KVCacheManager, NoSpace, RadixCache
+from minipaged.plan import StepPlan
+from minipaged.scheduler import Step
 
 both = pytest.mark.parametrize("cache", ["hash", "radix"])
 
@@ -333,9 +335,28 @@ def test_a_preempted_request_finds_its_own_blocks_again(cache, n):
     assert preempted and engine.scheduler.admission.prefixes.recovered > 0
     first = next(plan for plan in seen if plan.step > preempted[0] and "b" in plan.admitted)
     assert first.sequences[-1].start >= 4 and engine.requests[1].metrics.num_cached_tokens == 0
-    if n == 3:  # once the prompt is there again, what each had generated is found, too
-        after = next(plan for plan in seen if plan.step > first.step and len(computed(plan).get("b", ())) == 3)
-        assert all(s.start >= 12 for s in after.sequences if s.request_id == "b")
+
+
+@both
+@pytest.mark.parametrize("more", [0, 1, 4, 5])
+def test_samples_find_their_outputs_again_but_compute_their_last_token(cache, more):
+    """Once the prompt of 13 tokens is there again. Another request has computed all their tokens, the last too."""
+    engine = Cached(cache, preemption="recompute")
+    engine.prompt("a", [*WORDS[:13], *[WORD] * (3 + more)], max_tokens=30)
+    b = engine.prompt("b", WORDS[:13], max_tokens=20, n=3)
+    for _ in range(3 + more):
+        engine.step()
+    assert [len(seq) for seq in b.sequences] == [16 + more] * 3
+    engine.scheduler._preempt(engine.scheduler.running.pop(), Step(StepPlan(0), 0))
+    rebuilt, after = engine.step(), engine.step()
+    assert computed(rebuilt)["b"] == [1] and rebuilt.sequences[-1].start == 12
+    start = (15 + more) // 4 * 4
+    start = max(start, 13)
+    assert [(s.start, len(s.token_ids)) for s in after.sequences if s.request_id == "b"] == [
+        (start, 16 + more - start)
+    ] * 3
+    engine.run()
+    assert [seq.output_token_ids for seq in b.sequences] == [[WORD] * 20] * 3
 
 
 @both
