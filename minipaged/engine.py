@@ -31,6 +31,8 @@ from minipaged.sequence import Request
 from minipaged.stats import EngineStats, Peak, choose_num_blocks, choose_num_cpu_blocks
 
 Outputs = Iterator[RequestOutput]
+# Tokens in a step: enough to keep the processor busy, few enough that nobody waits long for somebody's prompt.
+BUDGET = {"cpu": 512, "cuda": 2048}
 
 
 class LLM:
@@ -46,7 +48,8 @@ class LLM:
     num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has, if they fit.
     max_model_len: the longest prompt and output together, if less than the model's own.
     prefix_cache: "none", "hash" or "radix": how blocks are found again, see memory/prefix_cache.py.
-    max_num_seqs, max_num_batched_tokens, chunked_prefill, schedule, preemption, watermark: see `Scheduler`.
+    max_num_batched_tokens: see `Scheduler`; by default BUDGET, and a token for each sequence at the least.
+    max_num_seqs, chunked_prefill, schedule, preemption, watermark: see `Scheduler`.
     seed: for requests that have none of their own; None draws a new one each time.
     debug: fill freed blocks with NaN and check every table and count at every step.
     """
@@ -66,7 +69,7 @@ class LLM:
         max_model_len: int | None = None,
         prefix_cache: str = "hash",
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         chunked_prefill: bool = True,
         schedule: str = "fcfs",
         preemption: str = "auto",
@@ -95,7 +98,8 @@ class LLM:
         self.prefix_cache = prefix_cache
         new_cache = PREFIX_CACHES[prefix_cache]
         self.memory = KVCacheManager(blocks, block_size, cpu_blocks, cache=new_cache(block_size) if new_cache else None)
-        limits = (max_num_seqs, max_num_batched_tokens, preemption, watermark, schedule, chunked_prefill)
+        budget = max(BUDGET[device], max_num_seqs) if max_num_batched_tokens is None else max_num_batched_tokens
+        limits = (max_num_seqs, budget, preemption, watermark, schedule, chunked_prefill)
         self.scheduler = Scheduler(self.memory, *limits)
         replay = (max_num_seqs, longest) if cuda_graphs and device == "cuda" and backend.name == "triton" else None
         self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug, replay)

@@ -70,7 +70,8 @@ def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitS
 def _check_limits(args: argparse.Namespace) -> None:
     """Let a scheduler of nothing say now what the real one would say after loading."""
     try:
-        Scheduler(KVCacheManager(1, 1), args.max_num_seqs, args.max_num_batched_tokens, args.preemption)
+        budget = args.max_num_seqs if args.max_num_batched_tokens is None else args.max_num_batched_tokens
+        Scheduler(KVCacheManager(1, 1), args.max_num_seqs, budget, args.preemption)
     except ValueError as error:
         raise BadInput(str(error)) from None
 

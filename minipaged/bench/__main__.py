@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Opti
 from minipaged.bench.environments import find
 from minipaged.bench.flags import parser
 from minipaged.bench.loads import Load, Run, make_load
-from minipaged.bench.ours import DEFAULTS
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
+from minipaged.engine import LLM
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
 from minipaged.models.fetch import cache_folder
 from minipaged.models.gguf import GGUFCheckpoint
@@ -109,7 +110,7 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for minipaged and its variants. ModelError if it would refuse them."""
-    tokens, least = args.max_num_batched_tokens, DEFAULTS["max_num_seqs"]
+    tokens, least = args.max_num_batched_tokens, signature(LLM).parameters["max_num_seqs"].default
     if tokens is None:
         return {}
     if tokens < least:

@@ -6,7 +6,7 @@ import kernels
 from minipaged.bench.contenders import DEFAULT_PEERS, PEERS, VARIANTS
 from minipaged.bench.environments import APART, how_to_install, peer_python
 from minipaged.bench.loads import DEFAULT_NAMES, NAMES
-from minipaged.bench.ours import DEFAULTS
+from minipaged.engine import BUDGET
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU, if there is one")
     add("--kernels", choices=kernels.BACKENDS, default="auto", help="minipaged's (default: auto)")
     add("--max-num-batched-tokens", type=_count, metavar="N",
-        help="the most tokens in a step of minipaged and its variants, but for small-chunks; no-chunks takes as many "
-        f"as the longest prompt needs, if that is more (default: {DEFAULTS['max_num_batched_tokens']})")  # fmt: skip
+        help="the most tokens in a step of minipaged and its variants, but for small-chunks; no-chunks takes at least "
+        f"{BUDGET['cuda']}, and as many as the longest prompt needs (default: {BUDGET['cpu']}, on a GPU "
+        f"{BUDGET['cuda']})")  # fmt: skip
     add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
     add("--threads", type=_count, metavar="N", help="for each contender (default: PyTorch's own choice)")
     size = flags.add_mutually_exclusive_group()

@@ -3,19 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from inspect import signature
 from typing import Any
 
 import torch
 
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
-from minipaged.engine import LLM
+from minipaged.engine import BUDGET, LLM
 from minipaged.outputs import RequestOutput
 from minipaged.plan import StepOutput, StepPlan
 from minipaged.sampling_params import SamplingParams
-
-DEFAULTS = {name: parameter.default for name, parameter in signature(LLM).parameters.items()}
 
 
 class Minipaged:
@@ -79,7 +76,7 @@ def settings(options: Options) -> dict[str, Any]:
     if not told.get("chunked_prefill", True):
         whole = options.longest + options.most_requests
         name = "max_num_batched_tokens"
-        told[name] = max(whole, told.get(name, DEFAULTS[name]))
+        told[name] = max(whole, told.get(name, max(BUDGET.values())))
     return told
 
 

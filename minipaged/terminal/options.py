@@ -121,7 +121,8 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     memory = "the size of the pool instead, such as 512MiB or 2GB"
     size.add_argument("--kv-cache-memory", type=parse_bytes, metavar="SIZE", help=memory)
     add("--max-num-seqs", 64, "sequences that run at a time")
-    add("--max-num-batched-tokens", 2048, "tokens in a step")
+    budget = "tokens in a step: what does not fit is computed in the next ones (default: 512, on a GPU 2048)"
+    group.add_argument("--max-num-batched-tokens", type=_count, metavar="N", help=budget)
     whole = "compute no prompt in pieces that could be computed in one step"
     group.add_argument("--no-chunked-prefill", dest="chunked_prefill", action="store_false", help=whole)
     caches = tuple(PREFIX_CACHES)
