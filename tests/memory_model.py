@@ -200,7 +200,6 @@ class CheckedMemory:
             cells += [Cell() for _ in range(-(-(len(stream.tokens) + count) // self.size) - len(cells))]
             needed += len(set(cells) - set(stream.cells))
             grown[seq_id] = cells
-        assert self.memory.blocks_needed(counts) == needed
         answer = self.ask(needed, keep_free, lambda: self.memory.append(counts, keep_free))
         if answer is None:
             return

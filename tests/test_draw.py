@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.memory import KVCacheManager, NoSpace
+from minipaged.memory import HashCache, KVCacheManager, NoSpace
 from minipaged.terminal.draw import block_map, page_tables, picture
 from minipaged.terminal.snapshot import Observer, Snapshot, letters
 from minipaged.terminal.watch import EventLines, ProgressLine, Watch, can_draw
@@ -48,6 +48,25 @@ def test_a_picture_word_for_word(figure_8):
         "",
         "step 2: copied",
     ]
+
+
+def test_cached_blocks():
+    """Those that nobody holds, and that can be found again: in the map, in the bar, in numbers, within 80 columns."""
+    memory = KVCacheManager(num_blocks=16, block_size=4, cache=HashCache(4))
+    for seq, tokens in enumerate([range(9), range(100, 118)]):
+        memory.allocate(seq, len(tokens))
+        memory.publish(seq, len(tokens), lambda start, count, tokens=tokens: tokens[start : start + count])
+    memory.free(0)
+    memory.fork(1, 2)
+    snapshot = Snapshot.of(memory, {1: "A1", 2: "A2"})
+    assert Snapshot.from_json(snapshot.to_json()) == snapshot and snapshot.cached == [1, 0]
+    lines = picture(snapshot, "Cached").plain.splitlines()
+    assert lines[1].startswith("[************:::::....") and lines[2].endswith(", 2 cached")
+    assert lines[4] == "BLOCKS of 4 tokens: A1 of sequence A1, A* of several of A's, : cached, . free"
+    assert lines[5].split() == ["0", ":", ":", ".", "A*", "A*", "A*", "A*", "A*", ".", ".", ".", ".", ".", ".", ".", "."]
+    assert plain(block_map(snapshot, width=26, rows=1))[1] == "  0 ::.aaaaa........"
+    memory.forget_prefixes()
+    assert "cached" not in picture(Snapshot.of(memory, {1: "A1", 2: "A2"})).plain
 
 
 def test_colours_change_nothing_but_colours(figure_8):

@@ -264,6 +264,46 @@ def test_watch_without_a_terminal_writes_events(run):
     assert all(line.startswith("step ") for line in err.splitlines())
 
 
+ALIKE = [
+    {"prompt": "one and two"},
+    {"prompt": "one and three"},
+    {"prompt": "one and two", "cache_salt": "me"},
+    {"prompt": "one and two", "cache_salt": "me"},
+    {"prompt": "one and two", "prompt_logprobs": 1},
+]
+
+
+@pytest.mark.parametrize("cache", ["none", "hash", "radix"])
+def test_prompts_that_begin_alike_share(run, cache):
+    """<user>one and two: 17 tokens in blocks of 4. One prompt runs after the other."""
+    flags = ["--prefix-cache", cache, "--max-num-seqs", "1", "--prompts-file", "-", "--json", "--stats"]
+    status, out, err = run(*flags, stdin="\n".join(map(json.dumps, ALIKE)))
+    answers = [json.loads(line) for line in out.splitlines()]
+    found = [0, 12, 0, 16, 0] if cache != "none" else [0] * 5
+    assert status == 0 and [answer["metrics"]["num_cached_tokens"] for answer in answers] == found
+    assert len({answers[i]["outputs"][0]["text"] for i in (0, 2, 3, 4)}) == 1
+    assert len(answers[4]["prompt_logprobs"]) == 17 and "prompt_logprobs" not in answers[0]
+    rows = dict(line.strip(" -").split("  ", 1) for line in err.splitlines() if line.startswith("  "))
+    if cache == "none":
+        assert rows["prefix cache"].strip() == "off" and rows["computed"].strip().startswith("87 prompt tokens")
+    else:  # the last prompt did not look
+        assert rows["prefix cache"].strip() == "28 of 70 prompt tokens found, 40.0 %; 0 blocks evicted"
+        assert rows["computed"].strip().startswith("59 prompt tokens")
+        assert re.search(r"0 blocks, \d+ more can be found again", rows["in use now"])
+    tree = [line for line in err.splitlines() if "-- " in line]
+    assert bool(tree) == (cache == "radix")
+    if tree:
+        assert "<user>one" in tree[0] and tree[1].startswith("|   |-- ") and tree[-1].startswith("`-- ")
+        assert all(len(line) <= 80 for line in tree)
+
+
+def test_watch_tells_what_was_found(run):
+    lines = "\n".join(map(json.dumps, ALIKE[:2]))
+    flags = ["--max-num-seqs", "1", "--prompts-file", "-", "--watch"]
+    assert "B (12 tokens found) admitted" in run(*flags, stdin=lines)[2]
+    assert "found" not in run(*flags, "--prefix-cache", "none", stdin=lines)[2]
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -281,6 +321,9 @@ REFUSED = {
     "blocks": (["hi", "--num-blocks", "0"], "--num-blocks: must be an integer of at least 1, not '0'"),
     "bytes": (["hi", "--kv-cache-memory", "5 miles"], "'5 miles' is no size: write 512MiB"),
     "preemption": (["hi", "--preemption", "magic"], "invalid choice: 'magic' (choose from"),
+    "prefix cache": (["hi", "--prefix-cache", "tree"], "invalid choice: 'tree' (choose from"),
+    "schedule": (["hi", "--schedule", "lifo"], "invalid choice: 'lifo' (choose from"),
+    "no budget": (["hi", "--max-num-batched-tokens", "0"], "must be an integer of at least 1, not '0'"),
     "budget": (
         ["hi", "--max-num-batched-tokens", "8"],
         "max_num_batched_tokens=8: must be at least max_num_seqs",
@@ -324,6 +367,8 @@ BAD_LINES = {
     '{"prompt": "a", "max_tokens": "3"}': "line 2: max_tokens='3': must be",
     '{"prompt": "a", "n": 99}': "line 2: the request wants 99 sequences",
     '{"prompt": "a", "max_tokens": 900}': "line 2: the request can need",
+    '{"prompt": "a", "cache_salt": ""}': "line 2: cache_salt must be a text that is not empty",
+    '{"prompt": "a", "cache_salt": 5}': "line 2: cache_salt must be a text that is not empty",
     "[" * 100_000: "line 2: not JSON",
 }
 

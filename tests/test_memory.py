@@ -78,7 +78,6 @@ def test_every_holder_but_the_last_gets_a_copy():
     memory.allocate(0, 6)  # blocks 0, 1
     for child in (1, 2, 3):
         memory.fork(0, child)
-    assert memory.blocks_needed({2: 1, 0: 3, 3: 1}) == 4
     assert memory.append({2: 1, 0: 3, 3: 1}) == Appended(copies=[(1, 2), (1, 3), (1, 5)])
     assert memory.block_table(0) == [0, 3, 4]
     assert memory.block_table(1) == [0, 1]  # did not write: the block is its own now

@@ -206,10 +206,6 @@ class KVCacheManager:
         self._counters.copies += len(copies)
         return Appended(copies)
 
-    def blocks_needed(self, counts: dict[int, int]) -> int:
-        """How many free blocks `append(counts)` would take."""
-        return sum(g.copy + g.new_blocks for g in self._growths(counts))
-
     def _growths(self, counts: dict[int, int]) -> list[_Growth]:
         growths = []
         holders: dict[int, int] = {}  # of last blocks: how many are left once those before got their copies

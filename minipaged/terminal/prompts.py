@@ -125,6 +125,8 @@ def _job(asked: dict[str, Any], where: str, flags: dict[str, Any]) -> Job:
             raise BadInput(f"{key} must be {right}")
         if not _is_unicode(prompt):
             raise BadInput(f"{key} is not valid Unicode (half a surrogate pair, or not UTF-8)")
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise BadInput("cache_salt must be a text that is not empty")
         return Job(prompt, make_params({**flags, **own}), where, salt)
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
