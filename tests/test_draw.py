@@ -170,7 +170,8 @@ def test_the_map_says_who_holds_each_block(seed):
     assert seen.keys() == set(range(snapshot.usage.num_blocks))
     for block, cell in seen.items():
         names = holders.get(block, [])
-        assert cell.endswith("*") == (len(names) > 1) and (cell == ".") == (not names)
+        assert cell.endswith("*") == (len(names) > 1) and (cell in (".", ":")) == (not names)
+        assert (cell == ":") == (block in snapshot.cached)
         assert len(names) != 1 or cell == names[0]
 
 
