@@ -5,7 +5,8 @@
 
 Where many requests begin alike, `prefix` lets those that share follow each other while their prefix is still there;
 for a cache as a tree it is the order of a walk in depth (RadixAttention, SGLang). But a request that shares nothing
-would wait for ever if others keep coming. So nobody is overtaken more than PATIENCE times: then all wait for it.
+would wait for ever if others keep coming. So nobody is overtaken more than PATIENCE times: then it comes first, and
+all others wait for it.
 
 A new request comes in with what the prefix cache has of its prompt; so does one that comes back after a preemption,
 and it finds what it had computed itself, as far as nobody else needed the memory.
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("fcfs", "prefix")
 PATIENCE = 16
-WINDOW = 128  # so many of the earliest are looked at: a bound on the work of one step
+WINDOW = 128  # so many of the earliest are compared, since each is looked up in every step
 
 
 @dataclass
@@ -41,15 +42,18 @@ class PrefixCounts:
 
 
 class Admission:
-    """The part of the scheduler that lets requests in. schedule: "fcfs" or "prefix"."""
+    """The part of the scheduler that lets requests in. schedule: "fcfs" or "prefix".
 
-    def __init__(self, scheduler: Scheduler, schedule: str, watermark: float):
+    patience: how many may come in before a request that arrived earlier.
+    """
+
+    def __init__(self, scheduler: Scheduler, schedule: str, watermark: float, patience: int = PATIENCE):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark={watermark}: must be at least 0 and less than 1")
         self._scheduler, self._memory = scheduler, scheduler.memory
-        self.schedule = schedule
+        self.schedule, self.patience = schedule, patience
         self.watermark_blocks = math.ceil(watermark * scheduler.memory.num_blocks)
         self.prefixes = PrefixCounts()
 
@@ -59,10 +63,10 @@ class Admission:
         Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
         """
         scheduler = self._scheduler
-        if len(scheduler.running) >= scheduler.max_num_seqs:
+        if step.spare < 1 or self._num_running_seqs() >= scheduler.max_num_seqs:
             return
         for request in self._in_order():
-            if sum(other.width for other in scheduler.running) + request.width > scheduler.max_num_seqs:
+            if self._num_running_seqs() + request.width > scheduler.max_num_seqs:
                 return
             if self.schedule == "prefix" and not self._may_overtake(request):
                 return
@@ -70,6 +74,9 @@ class Admission:
             if not come_in(request, step):
                 return
             insort(scheduler.running, request, key=arrival)
+
+    def _num_running_seqs(self) -> int:
+        return sum(request.width for request in self._scheduler.running)
 
     # --- in which order -----------------------------------------------------------------------------------------
 
@@ -81,14 +88,16 @@ class Admission:
         away = {id(request) for request in swapped}
 
         def rank(request: Request) -> tuple[bool, int, int]:
+            if request.num_overtaken >= self.patience:  # among these only the arrival counts, or they would block
+                return False, 0, request.arrival  # each other: see _may_overtake
             known = request.live[0].num_computed_tokens if id(request) in away else self._find(request).num_tokens
-            return request.num_overtaken < PATIENCE, -known, request.arrival
+            return True, -known, request.arrival
 
         return sorted([request for request, _ in zip(requests, range(WINDOW), strict=False)], key=rank)
 
     def _may_overtake(self, request: Request) -> bool:
         """Whether all that wait and arrived earlier have patience left."""
-        return all(other.num_overtaken < PATIENCE for other in self._earlier(request))
+        return all(other.num_overtaken < self.patience for other in self._earlier(request))
 
     def _earlier(self, request: Request) -> list[Request]:
         others = self._scheduler.waiting + self._scheduler.swapped
@@ -103,14 +112,14 @@ class Admission:
         wanted = request.target(leader) - prefix.num_tokens
         cut = wanted > step.spare
         if step.spare < 1 or (cut and step.filled and not self._scheduler.chunked_prefill):
-            return False  # in the latter case it gets a step of its own
+            return False  # in the latter case it waits for a step that has room for it
         count = min(wanted, step.spare)
         slots = prefix.num_tokens + count
         rest = request.num_blocks(self._memory.block_size) - self._memory.blocks_for(slots)
         if isinstance(self._memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
             return False
         leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
-        self._note(request, prefix)
+        self._count_hits(request, prefix)
         step.plan.admitted.append(request.request_id)
         self._leave(self._scheduler.waiting, request)
         step.spare -= 1
@@ -158,7 +167,7 @@ class Admission:
         tokens = [] if request.needs_prompt_logits else leader.tokens(0, request.target(leader) - 1)
         return self._memory.find(tokens, request.cache_salt)
 
-    def _note(self, request: Request, prefix: Prefix) -> None:
+    def _count_hits(self, request: Request, prefix: Prefix) -> None:
         if request.metrics.num_preemptions:
             self.prefixes.recovered += prefix.num_tokens
         elif not request.needs_prompt_logits:

@@ -179,7 +179,13 @@ class LLM:
         for s in plan.sequences:
             metrics = self._requests[s.request_id].metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
-        output = self.runner.execute(plan)
+        if not plan.sequences and self.scheduler.has_unfinished:
+            raise RuntimeError("the scheduler has work and found nothing to do: a mistake in minipaged")
+        try:
+            output = self.runner.execute(plan)
+        except BaseException:  # out of memory, Ctrl-C: whoever steps on finds a scheduler that knows what is true
+            self.scheduler.abandon(plan)
+            raise
         self._peak.record(self.memory.usage(), self._contiguous_blocks())
         t2 = time.perf_counter()
         changed = self.scheduler.update(plan, output)
@@ -203,7 +209,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Nothing that was computed until now is found again. Requests under way go on, and publish nothing more."""
-        self.memory.forget_prefixes()
+        self.memory.reset_prefix_cache()
 
     @property
     def has_unfinished_requests(self) -> bool:

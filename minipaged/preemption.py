@@ -9,7 +9,7 @@ A request is preempted whole, with all its sequences. When the CPU pool is full,
 
 from dataclasses import dataclass, field
 
-from minipaged.memory import KVCacheManager, Swapped
+from minipaged.memory import Allocated, KVCacheManager, Swapped
 from minipaged.sequence import Request
 
 MODES = ("auto", "recompute", "swap")
@@ -40,8 +40,7 @@ def share_rebuilt_prompt(request: Request, memory: KVCacheManager) -> None:
     """After a recomputation: once the first sequence has the prompt again, the others fork it.
 
     So they share it as before, and the request needs no more memory than it may (`Request.most_blocks`). Until
-    then the first sequence computes no more than the prompt: see `Request.target`. What the prefix cache still has
-    of their outputs, each finds again.
+    then the first sequence computes no more than the prompt: see `Request.target`.
     """
     leader, *others = request.live
     if all(seq.in_memory for seq in others) or leader.num_computed_tokens != len(request.prompt_token_ids):
@@ -49,9 +48,19 @@ def share_rebuilt_prompt(request: Request, memory: KVCacheManager) -> None:
     for seq in others:
         memory.fork(leader.seq_id, seq.seq_id)
         seq.in_memory, seq.num_computed_tokens = True, leader.num_computed_tokens
+    _find_outputs_again(request, memory)
+
+
+def _find_outputs_again(request: Request, memory: KVCacheManager) -> None:
+    """What the prefix cache still has of a sequence's output is not computed again.
+
+    Only if it follows the very blocks of the prompt that all share: another copy of these would be one too many.
+    """
+    shared = memory.block_table(request.live[0].seq_id)[: len(request.prompt_token_ids) // memory.block_size]
     for seq in request.live:
         prefix = memory.find(seq.tokens(0, len(seq) - 1), request.cache_salt)
-        if prefix.num_tokens > seq.num_computed_tokens:
+        if prefix.num_tokens > seq.num_computed_tokens and prefix.blocks[: len(shared)] == shared:
             memory.free(seq.seq_id)
-            memory.allocate(seq.seq_id, prefix.num_tokens, prefix=prefix)  # takes no block that wasn't there
+            answer = memory.allocate(seq.seq_id, prefix.num_tokens, prefix=prefix)
+            assert isinstance(answer, Allocated), "it takes only blocks that were found"
             seq.num_computed_tokens = prefix.num_tokens

@@ -72,7 +72,7 @@ class Scheduler:
     max_num_batched_tokens: the most tokens computed in one step. Every running sequence is sure of one of them;
         the others go to those that have more to compute.
     chunked_prefill: cut a prompt that does not fit into what is left. Without, it waits for a step that has room
-        for it, and only one longer than a whole step is cut.
+        for it; one that would not fit even beside a single token for each running sequence is cut all the same.
     schedule: "fcfs" or "prefix": see admission.py.
     preemption: "recompute", "swap" or "auto": see preemption.py.
     watermark: the share of blocks that an admission leaves free, so that it does not cause a preemption at once.
@@ -203,6 +203,15 @@ class Scheduler:
         step.plan.preempted.append((request.request_id, done.mode))
         request.metrics.num_preemptions += 1
         self.num_preemptions[done.mode] += 1
+
+    def abandon(self, plan: StepPlan) -> None:
+        """The plan was not carried out, or nobody knows how far: whoever was part of it is computed again."""
+        lost = {request_id for request_id, _ in plan.preempted}
+        for queue in (self.running, self.swapped):
+            for request in [r for r in queue if queue is self.running or r.request_id in lost]:
+                queue.remove(request)
+                preempt(request, self.memory, "recompute")
+                insort(self.waiting, request, key=arrival)
 
     # --- learning what came of it -------------------------------------------------------------------------------
 

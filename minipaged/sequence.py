@@ -122,7 +122,7 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Whether prompt_logprobs are wanted and not complete. Then the prefix cache is no use: it has no logits."""
+        """Whether prompt_logprobs are wanted and not complete. The prefix cache has keys and values, and no logits."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     def target(self, seq: Sequence) -> int:

@@ -58,7 +58,7 @@ class EngineStats:
 
     @property
     def prefix_hit_rate(self) -> float:
-        """The share of all prompt tokens that were found in the prefix cache."""
+        """The share of the prompt tokens looked for that were found in the prefix cache."""
         return self.prefixes.found / max(1, self.prefixes.queried)
 
 

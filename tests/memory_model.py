@@ -235,7 +235,7 @@ class CheckedMemory:
 
     def forget_all(self):
         _, idle = self.blocks_with_contents()
-        self.memory.forget_prefixes()
+        self.memory.reset_prefix_cache()
         self.freed |= idle
         self.known, self.idle = {}, []
         for stream in self.streams.values():

@@ -39,6 +39,8 @@ class Scenario:
     aborts: dict[int, list[Request]] = field(default_factory=dict)  # by the step before which it happens
     doomed: list[Request] = field(default_factory=list)  # aborted as soon as they are swapped out
     resets: list[int] = field(default_factory=list)  # steps before which the prefix cache is reset
+    failures: list[int] = field(default_factory=list)  # steps in which the runner fails
+    patience: int = 16
 
 
 def random_prompt(rng: random.Random, length: int, earlier: list[Request]) -> list[int]:
@@ -115,7 +117,10 @@ def scenario(seed: int) -> Scenario:
         elif rng.random() < 0.25:
             result.doomed.append(request)
     if rng.random() < 0.2:
-        result.resets = [rng.randint(1, 15) for _ in range(2)]
+        result.resets = [rng.randint(1, 15) for _ in range(rng.choice([2, 10]))]
+    if rng.random() < 0.1:
+        result.failures = [rng.randint(1, 20) for _ in range(3)]
+    result.patience = rng.choice([0, 1, 2, 16])
     return result
 
 
@@ -131,6 +136,7 @@ class Run:
         cache = index(given.memory["block_size"]) if index else None
         self.memory = KVCacheManager(**given.memory, cache=cache)
         self.scheduler = Scheduler(self.memory, **given.scheduler)
+        self.scheduler.admission.patience = given.patience
         sizes = (given.memory["num_blocks"], given.memory["block_size"], given.memory["num_cpu_blocks"])
         self.runner = RecallRunner(*sizes)
         self.seen: Counter[str] = Counter()
@@ -151,11 +157,11 @@ class Run:
             for request in [r for r in self.given.doomed if r in self.scheduler.swapped]:
                 self.abort(request)
             if clock in self.given.resets:
-                self.memory.forget_prefixes()
+                self.memory.reset_prefix_cache()
                 self.seen["resets"] += 1
                 self.outdated |= set(self.memory.sequences())
             if self.scheduler.has_unfinished:
-                self.step()
+                self.step(fails=clock in self.given.failures)
             clock += 1
             assert self.seen["steps"] <= 20 * work + 100, "it goes on and on"
         self.check_end()
@@ -193,12 +199,14 @@ class Run:
         assert not any(request in getattr(self.scheduler, name) for name in queues)
         self.memory.check()
 
-    def step(self) -> None:
+    def step(self, fails: bool = False) -> None:
         plan = self.scheduler.schedule()
         self.plans.append(plan)
         self.say(show(plan))
         check_plan(plan, self)
         self.check_tenants(plan)
+        if fails:
+            return self.fail(plan)
         output = self.runner.execute(plan)
         self.check_free_blocks()
         live = {s.seq_id for r in self.given.requests for s in r.live}
@@ -217,6 +225,15 @@ class Run:
                     self.scheduler.finish(request, seq, "cut")
                     self.seen["cut"] += 1
         self.memory.check()
+
+    def fail(self, plan: StepPlan) -> None:
+        """The runner breaks off, and nobody knows how far it came: what was freed is poison, and no more was done."""
+        self.runner.execute(StepPlan(plan.step, freed=plan.freed))
+        self.scheduler.abandon(plan)
+        self.seen["failed steps"] += 1
+        self.memory.check()
+        assert not self.scheduler.running
+        self.outdated &= set(self.memory.sequences())
 
     def check_free_blocks(self) -> None:
         """What was freed was poisoned, so that nobody can read it unnoticed; what can be found was not."""
@@ -323,6 +340,7 @@ def check_plan(plan: StepPlan, run: Run) -> None:
         assert arrival[request_id] > max(computing), "preempted, while a later arrival goes on"
     assert not (plan.preempted and (plan.admitted or plan.resumed)), "preempted for a newcomer"
     running, others = scheduler.running, [*scheduler.waiting, *scheduler.swapped]
+    assert all(r.num_overtaken <= scheduler.admission.patience for r in run.given.requests), "overtaken too often"
     if scheduler.admission.schedule == "fcfs":
         assert not others or running[-1].arrival < min(r.arrival for r in others), "somebody was overtaken"
     for queue in (scheduler.waiting, scheduler.running, scheduler.swapped):

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.memory import HashCache, KVCacheManager, NoSpace
+from minipaged.memory import HashCache, KVCacheManager, NoSpace, Prefix
 from minipaged.terminal.draw import block_map, page_tables, picture
 from minipaged.terminal.snapshot import Observer, Snapshot, letters
 from minipaged.terminal.watch import EventLines, ProgressLine, Watch, can_draw
@@ -54,18 +54,18 @@ def test_cached_blocks():
     """Those that nobody holds, and that can be found again: in the map, in the bar, in numbers, within 80 columns."""
     memory = KVCacheManager(num_blocks=16, block_size=4, cache=HashCache(4))
     for seq, tokens in enumerate([range(9), range(100, 118)]):
-        memory.allocate(seq, len(tokens))
+        memory.allocate(seq, len(tokens), prefix=memory.find(tokens))
         memory.publish(seq, len(tokens), lambda start, count, tokens=tokens: tokens[start : start + count])
     memory.free(0)
     memory.fork(1, 2)
     snapshot = Snapshot.of(memory, {1: "A1", 2: "A2"})
     assert Snapshot.from_json(snapshot.to_json()) == snapshot and snapshot.cached == [1, 0]
     lines = picture(snapshot, "Cached").plain.splitlines()
-    assert lines[1].startswith("[************:::::....") and lines[2].endswith(", 2 cached")
+    assert re.fullmatch(r"\[\*+:+\.+\] 5 of 16 blocks in use, 5 of them shared, 2 cached", lines[1])
     assert lines[4] == "BLOCKS of 4 tokens: A1 of sequence A1, A* of several of A's, : cached, . free"
     assert "".join(lines[5].split()) == "0::.A*A*A*A*A*........"
     assert plain(block_map(snapshot, width=26, rows=1))[1] == "  0 ::.aaaaa........"
-    memory.forget_prefixes()
+    memory.reset_prefix_cache()
     assert "cached" not in picture(Snapshot.of(memory, {1: "A1", 2: "A2"})).plain
 
 
@@ -128,7 +128,7 @@ def random_snapshot(rng):
         request = letters(rng.choice([seq, seq // 4, seq * 40]))
         if seq and rng.random() < 0.4 and (seqs := memory.sequences()):
             memory.fork(rng.choice(seqs), seq)
-        elif isinstance(memory.allocate(seq, rng.choice([1, 10, 100, 1000])), NoSpace):
+        elif isinstance(memory.allocate(seq, rng.choice([1, 10, 100, 1000]), prefix=Prefix()), NoSpace):
             continue
         elif rng.random() < 0.3:  # one that ended, and can be found again
             memory.publish(seq, memory.num_tokens(seq), lambda start, count, seq=seq: [seq] * count)

@@ -518,6 +518,40 @@ def test_others_go_on_beside_generate(llm, greedy):
     assert finish(llm)["mine"].outputs[0].token_ids[:LENGTH] == greedy[1]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_after_a_step_that_failed_all_goes_on(make, greedy, monkeypatch, late):
+    """It broke before anything was computed, or after all was: what it computed must not be trusted, nor lost."""
+    llm = make(num_blocks=24, max_num_seqs=8, max_num_batched_tokens=16, preemption="swap", watermark=0)
+    execute, failures = llm.runner.execute, [3, 4, 9, 20, 30, 40]
+
+    def fails(plan):
+        broken = plan.step in failures
+        output = execute(plan) if late or not broken else None
+        if broken:
+            raise MemoryError
+        return output
+
+    monkeypatch.setattr(llm.runner, "execute", fails)
+    ids, last = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS], {}
+    errors = 0
+    while llm.has_unfinished_requests:
+        try:
+            last.update({output.request_id: output for output in llm.step()})
+        except MemoryError:
+            errors += 1
+    assert errors == len(failures) and [last[name].outputs[0].token_ids for name in ids] == greedy
+    assert llm.stats().memory.swapped_out_blocks > 0
+    assert_empty(llm)
+
+
+def test_a_scheduler_that_finds_nothing_to_do_is_a_mistake(make, monkeypatch):
+    llm = make()
+    llm.add_request([1], GREEDY)
+    monkeypatch.setattr(llm.scheduler.admission, "let_in", lambda step: None)
+    with pytest.raises(RuntimeError, match="has work and found nothing to do"):
+        llm.step()
+
+
 def test_a_step_without_work_does_nothing(llm):
     assert not llm.has_unfinished_requests and llm.step() == []
 
@@ -697,6 +731,19 @@ def test_the_real_model_equals_transformers(smollm2, real_oracle):
     assert [one.token_ids for one in searched.outputs] == rows
     assert [one.score for one in searched.outputs] == pytest.approx(scores, abs=1e-4, rel=1e-5)
     assert "return" in searched.outputs[0].text
+
+
+def test_the_real_model_goes_on_from_what_it_said(smollm2, real_oracle):
+    """The next turn finds prompt and answer of the one before, and says what transformers says after all of it."""
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    turn = smollm2.tokenizer.encode("Paris is the capital of")
+    for more in ("", " And the largest river there"):
+        turn = turn + smollm2.tokenizer.encode(more)
+        [output] = smollm2.generate([turn], greedy)
+        expected = generate(real_oracle, turn, max_new_tokens=12, eos_token_id=None)[0, len(turn) :].tolist()
+        assert output.outputs[0].token_ids == expected
+        turn = turn + expected
+    assert output.metrics.num_cached_tokens == (5 + 12 - 1) // 4 * 4  # its last token was drawn, and never computed
 
 
 def test_the_real_model_answers(smollm2):

@@ -248,7 +248,7 @@ def test_stats_give_the_account(run):
     assert rows["shared"] == "2 blocks; without sharing 2 more in use"
     assert rows["if contiguous"].endswith("256.0 times as much")  # 2 x 4096 tokens instead of 32
     assert rows["copied on write"] == "1 blocks" and rows["in use now"] == "0 blocks"
-    assert rows["computed"] == "11 prompt tokens, 18 output tokens" and rows["steps"] == "9"
+    assert rows["tokens"] == "11 of prompts, 18 of outputs" and rows["steps"] == "9"
     assert float(rows["speed"].split()[0].replace(",", "")) > 0
 
 
@@ -285,10 +285,9 @@ def test_prompts_that_begin_alike_share(run, cache):
     assert len(answers[4]["prompt_logprobs"]) == 17 and "prompt_logprobs" not in answers[0]
     rows = dict(line.strip(" -").split("  ", 1) for line in err.splitlines() if line.startswith("  "))
     if cache == "none":
-        assert rows["prefix cache"].strip() == "off" and rows["computed"].strip().startswith("87 prompt tokens")
+        assert rows["prefix cache"].strip() == "off" and rows["tokens"].strip().startswith("87 of prompts, ")
     else:  # the last prompt did not look
         assert rows["prefix cache"].strip() == "28 of 70 prompt tokens found, 40.0 %; 0 blocks evicted"
-        assert rows["computed"].strip().startswith("59 prompt tokens")
         assert re.search(r"0 blocks, \d+ more can be found again", rows["in use now"])
     tree = [line for line in err.splitlines() if "-- " in line]
     assert bool(tree) == (cache == "radix")

@@ -123,6 +123,10 @@ def test_a_tree_splits_where_sequences_part_and_is_shed_from_its_leaves():
     assert all(len(line) <= 20 for line in RadixCache.draw(cache, lambda tokens: "long " * 20, 20).splitlines())
     for block in (6, 5, 1, 0):
         cache.remove(block)
+        cache.add(block + 10, None, list("ab"), f"tenant {block}")
+    assert cache.draw(text, most=2).splitlines()[-1] == "..." and len(cache._roots) == 4
+    for block in (10, 11, 15, 16):
+        cache.remove(block)
     assert cache.draw() == str(cache) == "0 blocks" and not cache._roots
 
 
@@ -205,7 +209,7 @@ def test_salts_and_resets(cache):
     memory.swap_out([3])
     memory.free(2)
     memory.take_freed()
-    memory.forget_prefixes()
+    memory.reset_prefix_cache()
     assert memory.find([1, 2, 3, 4], "a").blocks == [] and memory.usage().cached == 0
     assert sorted(memory.take_freed()) == [4, 5]  # what nobody held is poison from now on
     memory.swap_in([3], tokens={3: [1, 2, 3, 4]})
@@ -214,6 +218,15 @@ def test_salts_and_resets(cache):
         memory.publish(seq_id, 6, lambda at, count: [1, 2, 3, 4, 5, 6][at : at + count])
     assert memory.find([1, 2, 3, 4, 5, 6], "a").blocks == []
     assert start(memory, 5, [1, 2, 3, 4], salt="a") == 0 and start(memory, 6, [1, 2, 3, 4], salt="a") == 4
+
+
+@both
+def test_a_sequence_of_nobody_publishes_nothing(cache):
+    """Who did not look does not say for whom it computes, and silence must not mean: for all."""
+    memory = new_memory(cache)
+    memory.allocate(0, 4)
+    memory.publish(0, 4, lambda at, count: [1] * count)
+    assert memory.find([1] * 4).blocks == []
 
 
 @both
@@ -419,6 +432,40 @@ def test_nobody_is_overtaken_more_often_in_a_single_step():
     for number in range(2 * PATIENCE):
         engine.prompt(str(number), WORDS[:20], max_tokens=1)
     assert len(engine.step().admitted) == PATIENCE and engine.step().admitted[0] == "lonely"
+
+
+def test_those_who_were_overtaken_too_often_come_in_by_arrival():
+    """Two of them, and the later one has the longer prefix: neither may wait for the other."""
+    engine = Cached(schedule="prefix", max_num_seqs=1, max_num_batched_tokens=100)
+    engine.prompt("first", WORDS[:20], max_tokens=1)
+    engine.step()
+    engine.prompt("lonely", WORDS[50:60], max_tokens=1)
+    engine.prompt("half", [*WORDS[:8], 1, 2, 3], max_tokens=1)
+    order = []
+    for number in range(PATIENCE + 3):
+        engine.prompt(str(number), WORDS[:20], max_tokens=1)
+        order += engine.step().admitted
+    assert order[PATIENCE : PATIENCE + 2] == ["lonely", "half"]
+
+
+@both
+def test_samples_find_their_outputs_only_behind_the_prompt_that_they_share(cache):
+    """A reset while the prompt of two samples is rebuilt; then another copy of the prompt and one output is cached."""
+    engine = Cached(cache, num_blocks=10, preemption="recompute", max_num_seqs=4, max_num_batched_tokens=8)
+    request = engine.prompt("a", WORDS[:8], max_tokens=17, n=2)
+    assert request.most_blocks(4) == 10
+    for _ in range(6):
+        engine.step()
+    engine.scheduler._preempt(engine.scheduler.running.pop(), Step(StepPlan(0), 0))
+    engine.scheduler.max_num_batched_tokens = 5
+    engine.memory.reset_prefix_cache()
+    engine.step()
+    engine.memory.reset_prefix_cache()
+    start(engine.memory, 999, [*WORDS[:8], *[WORD] * 4])
+    engine.memory.free(999)
+    engine.scheduler.max_num_batched_tokens = 8
+    plans = engine.run()
+    assert not any(plan.preempted for plan in plans)
 
 
 def test_without_a_cache_the_longest_prefix_is_nobodys():

@@ -50,6 +50,7 @@ OFTEN = {
     "computed twice": 30,
     "overtaken": 15,
     "resets": 15,
+    "failed steps": 15,
     "hits, evictions and preemptions": 20,  # all in one schedule
 }
 
@@ -230,7 +231,7 @@ BROKEN = {
     "what is evicted can still be found": (BlockAllocator, "_take", let_idle_be_found_after_eviction),
     "what was found is evicted": (BlockAllocator, "allocate", evict_what_was_found),
     "heads are evicted before tails": (KVCacheManager, "free", head_first),
-    "what was computed before a reset can be found after it": (KVCacheManager, "forget_prefixes", forget_the_idle),
+    "what was computed before a reset can be found after it": (KVCacheManager, "reset_prefix_cache", forget_the_idle),
     "the first of several rebuilds all": (Request, "target", lambda self, seq: len(seq)),
     "nobody forks a rebuilt prompt": ("minipaged.scheduler.share_rebuilt_prompt", lambda request, memory: None),
     "the worst case is too small": (Request, "most_blocks", lambda self, size: len(self.prompt_token_ids) // size + 1),

@@ -130,9 +130,11 @@ class KVCacheManager:
     ) -> Allocated | NoSpace:
         """Start a sequence with slots for `num_tokens` tokens, and leave at least `keep_free` blocks free.
 
-        prefix: what `find` has just found of it: these blocks are shared, and only the others are new.
+        prefix: what `find` has just found of it: these blocks are shared, and only the others are new. Without one,
+        nobody knows for whom the sequence is computed, and it publishes nothing.
         """
         self._must_be_new(seq_id)
+        publishes = prefix is not None
         prefix = prefix or Prefix()
         if num_tokens < prefix.num_tokens:
             raise MisuseError(f"sequence {seq_id} cannot start with {num_tokens} tokens, {prefix.num_tokens} found")
@@ -141,7 +143,7 @@ class KVCacheManager:
         if isinstance(blocks, NoSpace):
             return blocks
         blocks = prefix.blocks + blocks
-        table = PageTable(self.block_size, blocks, num_tokens, len(prefix.blocks), prefix.salt)
+        table = PageTable(self.block_size, blocks, num_tokens, len(prefix.blocks), prefix.salt, publishes)
         self._gpu.tables[seq_id] = table
         return Allocated(blocks.copy())
 
@@ -176,7 +178,7 @@ class KVCacheManager:
         """The free blocks whose contents can still be found, least recently used first."""
         return self._gpu.allocator.idle()
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Nothing that was computed until now is found any more. Sequences keep what they hold."""
         self._gpu.allocator.forget_all()
         for pool in (self._gpu, self._cpu):

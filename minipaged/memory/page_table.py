@@ -37,7 +37,7 @@ class PageTable:
     num_tokens: int = 0  # tokens that have a slot
     num_published: int = 0  # leading blocks that were given to the prefix cache, or found in it
     salt: str | None = None  # and for whom; see prefix_cache.py
-    publishes: bool = True  # whether it still may: not after a reset, since its beginning is forgotten
+    publishes: bool = False  # whether it may: not after a reset, since its beginning is forgotten
 
     @property
     def room(self) -> int:

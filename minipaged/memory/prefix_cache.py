@@ -34,7 +34,7 @@ class PrefixCache(Protocol):
         ...
 
     def remove(self, block: int) -> None:
-        """Forget a block. No block that follows it may be known."""
+        """Forget a known block. The caller sees to it that no known block follows it."""
         ...
 
     def clear(self) -> None:

@@ -21,12 +21,14 @@ from minipaged.memory.prefix_cache import Salt
 
 
 class _Node:
-    """A run of blocks, with the tokens of each. children: by the tokens of their first block."""
+    """A run of blocks, with the tokens of each. children: by the tokens of their first block. salt: of a root."""
 
-    __slots__ = ("parent", "tokens", "blocks", "children")
+    __slots__ = ("parent", "tokens", "blocks", "salt", "children")
 
-    def __init__(self, parent: "_Node | None", tokens: list[tuple[int, ...]], blocks: list[int]):
-        self.parent, self.tokens, self.blocks = parent, tokens, blocks
+    def __init__(
+        self, parent: "_Node | None", tokens: list[tuple[int, ...]], blocks: list[int], salt: Salt = None
+    ):
+        self.parent, self.tokens, self.blocks, self.salt = parent, tokens, blocks, salt
         self.children: dict[tuple[int, ...], _Node] = {}
 
 
@@ -66,7 +68,7 @@ class RadixCache:
     def add(self, block: int, parent: int | None, tokens: Sequence[int], salt: Salt = None) -> int:
         own = tuple(tokens)
         if parent is None:
-            node = self._roots.setdefault(salt, _Node(None, [], []))
+            node = self._roots.setdefault(salt, _Node(None, [], [], salt))
             at = 0
         else:
             node = self._nodes[parent]
@@ -107,7 +109,7 @@ class RadixCache:
         if not node.blocks and node.parent:
             del node.parent.children[first]
             if not node.parent.children and node.parent.parent is None:
-                self._roots = {salt: root for salt, root in self._roots.items() if root.children}
+                del self._roots[node.parent.salt]
 
     def clear(self) -> None:
         self._roots.clear()
@@ -140,13 +142,15 @@ class RadixCache:
             before += "    " if id(node) in last else "|   "
             stack += [(child, before) for child in reversed(children)]
 
-    def draw(self, words: Callable[[list[int]], str] = str, width: int = 100) -> str:
-        """The tree as text, a line for each node. words: what to print for a node's tokens.
+    def draw(self, words: Callable[[list[int]], str] = str, width: int = 100, most: int | None = None) -> str:
+        """The tree as text, a line for each node. words: what to print for a node's tokens. most: lines for nodes.
 
         Trees of different salts stand beside each other, and the salts are not shown.
         """
         lines = [_count(len(self))]
-        for node, before in self._walk():
+        for number, (node, before) in enumerate(self._walk()):
+            if number == most:
+                return "\n".join([*lines, "..."])
             blocks = " ".join(map(str, node.blocks[:3] + [".."] * (len(node.blocks) > 3)))
             text = " ".join(words([token for own in node.tokens for token in own]).split())
             line = f"{before}{_count(len(node.blocks))} {blocks}: {text}"

@@ -58,6 +58,7 @@ def account(snapshot: Snapshot, width: int = 80) -> list[Text]:
     """The pool as a bar, and its numbers: two lines."""
     usage = snapshot.usage
     words = f"] {usage.used} of {usage.num_blocks} blocks in use, {usage.shared} of them shared"
+    words += f", {usage.cached} cached" if usage.cached else ""
     room = max(10, width - len(words) - 1)
     used, shared = (-(-room * count // max(1, usage.num_blocks)) for count in (usage.used, usage.shared))
     bar = Text("[").append("*" * shared, SHARED).append("#" * (used - shared))
@@ -67,7 +68,7 @@ def account(snapshot: Snapshot, width: int = 80) -> list[Text]:
         f"{usage.tokens_stored} tokens, waste {usage.waste_percent:.0f} %, "
         f"sharing saves {usage.blocks_saved_by_sharing} | copied {usage.copies}, "
         f"swapped {usage.swapped_out_blocks} out {usage.swapped_in_blocks} in"
-    ) + (f", {usage.cached} cached" if usage.cached else "")
+    )
     return [bar.append(words), Text(numbers)]
 
 
@@ -142,6 +143,7 @@ def _coarse_map(snapshot: Snapshot, width: int, rows: int) -> list[Text]:
             line.append(*_coarse_cell(held, not cached.isdisjoint(blocks)))
         lines.append(line)
     last = "# of AA or later" if any(len(request_of(table.name)) > 1 for table in snapshot.tables) else ". free"
+    last = f"{CACHED} cached, {last}" if cached else last
     words = f", {each} to a sign: A of request A, a some of them shared, + of several, {last}"
     return [Text().append("BLOCKS", HEADING).append(words), *lines]
 

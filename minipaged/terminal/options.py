@@ -121,9 +121,10 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     memory = "the size of the pool instead, such as 512MiB or 2GB"
     size.add_argument("--kv-cache-memory", type=parse_bytes, metavar="SIZE", help=memory)
     add("--max-num-seqs", 64, "sequences that run at a time")
-    budget = "tokens in a step: what does not fit is computed in the next ones (default: 512, on a GPU 2048)"
+    budget = "tokens in a step: what does not fit is computed in the next ones "
+    budget += "(default: 512, on a GPU 2048, or --max-num-seqs if that is more)"
     group.add_argument("--max-num-batched-tokens", type=_count, metavar="N", help=budget)
-    whole = "compute no prompt in pieces that could be computed in one step"
+    whole = "let a prompt wait for a step that has room for it, instead of computing it in pieces"
     group.add_argument("--no-chunked-prefill", dest="chunked_prefill", action="store_false", help=whole)
     caches = tuple(PREFIX_CACHES)
     group.add_argument("--prefix-cache", choices=caches, default="hash", help=PREFIX_CACHE_HELP)

@@ -133,7 +133,6 @@ def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
     size = stats.block_bytes
     used, reserved = peak.used * size, stats.peak.contiguous_blocks * size
     ratio = f", {reserved / used:,.1f} times as much" if used else ""
-    computed = stats.num_prompt_tokens - stats.prefixes.found
     kept = f", {now.cached:,} more can be found again" if now.cached else ""
     preemptions = ", ".join(f"{count} by {how}" for how, count in stats.num_preemptions.items())
     return [
@@ -148,7 +147,7 @@ def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
         ("preemptions", preemptions),
         ("prefix cache", _prefixes(stats)),
         ("in use now", f"{now.used:,} blocks{kept}"),
-        ("computed", f"{computed:,} prompt tokens, {stats.num_output_tokens:,} output tokens"),
+        ("tokens", f"{stats.num_prompt_tokens:,} of prompts, {stats.num_output_tokens:,} of outputs"),
         ("speed", f"{stats.num_output_tokens / max(seconds, 1e-9):,.1f} output tokens/s"),
         ("steps", f"{stats.num_steps:,}"),
     ]
@@ -166,10 +165,8 @@ def _prefixes(stats: "EngineStats") -> str:
 def show_prefixes(llm: "LLM", console: Console) -> None:
     """What a radix tree holds: a line for each run of blocks, the first MOST_PREFIXES of them."""
     if isinstance(tree := llm.memory.cache, RadixCache):
-        lines = tree.draw(llm.tokenizer.decode, console.width).translate(CONTROLS).splitlines()
-        more = [f"and {len(lines) - MOST_PREFIXES} more"] if len(lines) > MOST_PREFIXES else []
-        for line in ["prefixes in memory: " + lines[0], *lines[1:MOST_PREFIXES], *more]:
-            print(line, file=console.file)
+        text = tree.draw(llm.tokenizer.decode, console.width, MOST_PREFIXES).translate(CONTROLS)
+        print(f"prefixes in memory: {text}", file=console.file)
 
 
 def _size(count: int) -> str:
