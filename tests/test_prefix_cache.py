@@ -457,6 +457,7 @@ def test_samples_find_their_outputs_only_behind_the_prompt_that_they_share(cache
     for _ in range(6):
         engine.step()
     engine.scheduler._preempt(engine.scheduler.running.pop(), Step(StepPlan(0), 0))
+    request.sequences[1].output_token_ids[:] = [WORD + 1] * 6  # not the same as the other's
     engine.scheduler.max_num_batched_tokens = 5
     engine.memory.reset_prefix_cache()
     engine.step()

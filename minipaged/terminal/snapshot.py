@@ -149,7 +149,8 @@ def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finis
     if ids := [i for i, how in plan.preempted if how == "recompute"]:
         yield f"{listed(ids)} dropped to make room, to be computed again later"
     if plan.resumed:
-        yield f"{listed(plan.resumed)} swapped in again: {_moved(plan.swap_in)}"
+        what = _moved(plan.swap_in) if plan.swap_in else "all blocks were still there"
+        yield f"{listed(plan.resumed)} swapped in again: {what}"
     if plan.admitted:
         found = {s.request_id: f" ({s.start} tokens found)" for s in plan.sequences if s.start}
         yield " ".join(requests.get(i, i) + found.get(i, "") for i in plan.admitted) + " admitted"
@@ -162,7 +163,7 @@ def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finis
 
 
 def _moved(pairs: list[tuple[int, int]]) -> str:
-    return f"{len(pairs)} blocks" + "".join(f"{', ' if i == 0 else ' '}{a}->{b}" for i, (a, b) in enumerate(pairs))
+    return f"{len(pairs)} blocks, " + " ".join(f"{old}->{new}" for old, new in pairs)
 
 
 def letters(number: int) -> str:
