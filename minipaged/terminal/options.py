@@ -18,6 +18,8 @@ minipaged answers prompts with a language model whose memory is paged. Try:
   python -m minipaged.generate "A name for a cat?" --beam-width 4
   python -m minipaged.generate "Tell a story." "What is love?" --n 3 \\
       --max-tokens 60 --num-blocks 20 --watch
+  python -m minipaged.generate "Name a colour." "Name a fruit." --stats \\
+      --max-num-seqs 1 --prefix-cache radix
   python -m minipaged.generate --prompts-file prompts.txt --json
   echo "Say hello" | python -m minipaged.generate
 
