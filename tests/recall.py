@@ -252,9 +252,11 @@ class Run:
         """Nobody reads a block that was written for another salt."""
         salts = {r.request_id: r.cache_salt for r in self.given.requests}
         size = self.memory.block_size
-        for pairs in (plan.swap_in, plan.copies):
-            self.tenants.update({target: salts[s.request_id] for s in plan.sequences for _, target in pairs
-                                 if target in s.block_table})  # fmt: skip
+        moved = {target for pairs in (plan.swap_in, plan.copies) for _, target in pairs}
+        for request in self.scheduler.running:
+            for seq in request.live if moved else ():
+                mine = moved.intersection(self.memory.block_table(seq.seq_id) if seq.in_memory else ())
+                self.tenants.update(dict.fromkeys(mine, request.cache_salt))
         self.tenants.update({slot // size: salts[s.request_id] for s in plan.sequences for slot in s.slots})
         for s in plan.sequences:
             for block in s.block_table:

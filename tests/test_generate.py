@@ -422,7 +422,7 @@ def test_what_is_told_to_try_works(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("one\ntwo\n")
     examples = re.findall(r"minipaged\.generate (.+)", HINTS.replace("\\\n", ""))
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         short = [] if "--num-blocks" in example else ["--max-tokens", "9"]
         status, out, err = run(*shlex.split(example), *short, pool=[])
