@@ -36,6 +36,11 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, float] | None] | None = None  # for each token of the prompt; None for the first
 
     @property
+    def num_cached_tokens(self) -> int:
+        """How many tokens of the prompt were found in the prefix cache."""
+        return self.metrics.num_cached_tokens
+
+    @property
     def time_per_output_token(self) -> float | None:
         """Mean seconds between the tokens after the first."""
         return self.metrics.time_per_output_token(max((len(o.token_ids) for o in self.outputs), default=0))

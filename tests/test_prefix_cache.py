@@ -560,7 +560,7 @@ def test_hit_rates(folder, cache):
     llm = LLM(folder, prefix_cache=cache, num_blocks=100, block_size=4)
     first = llm.generate([COMMON], GREEDY)[0]
     second = llm.generate([COMMON + [1, 2, 3]], GREEDY)[0]
-    assert (first.metrics.num_cached_tokens, second.metrics.num_cached_tokens) == (0, 28)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 28)
     stats = llm.stats()
     assert stats.prefix_hit_rate == 28 / (29 + 32) and stats.prefix_cache == cache
     turn = COMMON + first.outputs[0].token_ids
