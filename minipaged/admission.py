@@ -19,6 +19,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import merge
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from minipaged.memory import NoSpace, Prefix
@@ -93,7 +94,7 @@ class Admission:
             known = request.live[0].num_computed_tokens if id(request) in away else self._find(request).num_tokens
             return True, -known, request.arrival
 
-        return sorted([request for request, _ in zip(requests, range(WINDOW), strict=False)], key=rank)
+        return sorted(islice(requests, WINDOW), key=rank)
 
     def _may_overtake(self, request: Request) -> bool:
         """Whether all that wait and arrived earlier have patience left."""

@@ -99,8 +99,7 @@ class LLM:
         new_cache = PREFIX_CACHES[prefix_cache]
         self.memory = KVCacheManager(blocks, block_size, cpu_blocks, cache=new_cache(block_size) if new_cache else None)
         budget = max(BUDGET[device], max_num_seqs) if max_num_batched_tokens is None else max_num_batched_tokens
-        limits = (max_num_seqs, budget, preemption, watermark, schedule, chunked_prefill)
-        self.scheduler = Scheduler(self.memory, *limits)
+        self.scheduler = Scheduler(self.memory, max_num_seqs, budget, preemption, watermark, schedule, chunked_prefill)
         replay = (max_num_seqs, longest) if cuda_graphs and device == "cuda" and backend.name == "triton" else None
         self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug, replay)
         self.debug = debug
