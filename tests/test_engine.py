@@ -20,14 +20,6 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor 
 VOCAB, END, LENGTH = 320, 0, 24
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small Llama of strong opinions, with a byte-level BPE tokenizer of its own. Nearly all it says is ASCII."""

@@ -27,14 +27,6 @@ from minipaged.terminal.report import Results
 POOL = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "16", "--max-tokens", "8"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(make_folder(tmp_path_factory.mktemp("chat")))

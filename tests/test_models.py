@@ -28,15 +28,6 @@ PLANS = (  # how many tokens of each to compute in each step
 BLOCK_SIZE = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """With products this small, threads only get in each other's way (20 times slower on two busy cores)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Paged:
     """Runs a model over paged memory by hand: what the engine does, without an engine.
 

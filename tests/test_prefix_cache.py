@@ -4,7 +4,6 @@ memory_model.py and recall.py put all of it to random tests; here stands, rule b
 """
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_model import snapshot
@@ -271,28 +270,14 @@ def test_damage_is_found(cache, damage, message):
 # ---- the scheduler ---------------------------------------------------------------------------------------------
 
 
-class Cached(Engine):
-    """The engine of test_scheduler.py, with a prefix cache."""
-
-    def __init__(self, cache="hash", num_blocks=100, block_size=4, num_cpu_blocks=0, **settings):
-        super().__init__(num_blocks, block_size, num_cpu_blocks, **settings)
-        self.memory.cache = self.memory._gpu.allocator._cache = PREFIX_CACHES[cache](block_size)
-
-    def prompt(self, name, tokens, max_tokens=8, n=1, salt=None):
-        request = super().add(name, 1, max_tokens, n)
-        request.prompt_token_ids[:] = tokens
-        request.cache_salt = salt
-        return request
-
-
 WORDS = list(range(100, 200))
 
 
 @both
 def test_a_prompt_found_whole_computes_its_last_token(cache):
-    engine = Cached(cache)
+    engine = Engine(cache=cache)
     for name, length in (("a", 12), ("b", 12), ("c", 13), ("d", 11)):
-        engine.prompt(name, WORDS[:length])
+        engine.add(name, WORDS[:length])
         plan = engine.step()
         [mine] = [s for s in plan.sequences if s.request_id == name]
         assert mine.draw is not None
@@ -303,9 +288,9 @@ def test_a_prompt_found_whole_computes_its_last_token(cache):
 
 @both
 def test_identical_prompts_of_one_step_do_not_read_each_other(cache):
-    engine = Cached(cache)
-    engine.prompt("a", WORDS[:9])
-    engine.prompt("b", WORDS[:9])
+    engine = Engine(cache=cache)
+    engine.add("a", WORDS[:9])
+    engine.add("b", WORDS[:9])
     plan = engine.step()
     assert [(s.start, len(s.token_ids)) for s in plan.sequences] == [(0, 9), (0, 9)]
     one, other = (s.block_table for s in plan.sequences)
@@ -317,10 +302,10 @@ def test_identical_prompts_of_one_step_do_not_read_each_other(cache):
 @both
 def test_half_a_prompt_is_found_when_only_half_is_computed(cache):
     """Publish late: of a prompt under way, only the chunks that were computed."""
-    engine = Cached(cache, max_num_seqs=2, max_num_batched_tokens=12)
-    a = engine.prompt("a", WORDS[:20])
+    engine = Engine(cache=cache, max_num_seqs=2, max_num_batched_tokens=12)
+    a = engine.add("a", WORDS[:20])
     engine.step()
-    b = engine.prompt("b", WORDS[:20])
+    b = engine.add("b", WORDS[:20])
     plan = engine.step()
     assert computed(plan) == {"a": [8], "b": [4]} and [s.start for s in plan.sequences] == [12, 12]
     engine.run()
@@ -329,10 +314,10 @@ def test_half_a_prompt_is_found_when_only_half_is_computed(cache):
 
 @both
 def test_generated_tokens_are_found_in_the_next_turn(cache):
-    engine = Cached(cache)
-    engine.prompt("a", WORDS[:6], max_tokens=7)
+    engine = Engine(cache=cache)
+    engine.add("a", WORDS[:6], max_tokens=7)
     engine.run()
-    again = engine.prompt("b", [*WORDS[:6], *[WORD] * 7, 1, 2, 3])
+    again = engine.add("b", [*WORDS[:6], *[WORD] * 7, 1, 2, 3])
     engine.run()
     assert again.metrics.num_cached_tokens == 12  # of 13 tokens, the last was drawn and never computed
 
@@ -340,9 +325,9 @@ def test_generated_tokens_are_found_in_the_next_turn(cache):
 @both
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_preempted_request_finds_its_own_blocks_again(cache, n):
-    engine = Cached(cache, num_blocks=9 if n == 1 else 12, preemption="recompute")
-    engine.prompt("a", WORDS[:12], max_tokens=16)
-    engine.prompt("b", WORDS[20:33], max_tokens=9, n=n)
+    engine = Engine(cache=cache, num_blocks=9 if n == 1 else 12, preemption="recompute")
+    engine.add("a", WORDS[:12], max_tokens=16)
+    engine.add("b", WORDS[20:33], max_tokens=9, n=n)
     seen = engine.run()
     preempted = [plan.step for plan in seen if plan.preempted]
     assert preempted and engine.scheduler.admission.prefixes.recovered > 0
@@ -354,9 +339,9 @@ def test_a_preempted_request_finds_its_own_blocks_again(cache, n):
 @pytest.mark.parametrize("more", [0, 1, 4, 5])
 def test_samples_find_their_outputs_again_but_compute_their_last_token(cache, more):
     """Once the prompt of 13 tokens is there again. Another request has computed all their tokens, the last too."""
-    engine = Cached(cache, preemption="recompute")
-    engine.prompt("a", [*WORDS[:13], *[WORD] * (3 + more)], max_tokens=30)
-    b = engine.prompt("b", WORDS[:13], max_tokens=20, n=3)
+    engine = Engine(cache=cache, preemption="recompute")
+    engine.add("a", [*WORDS[:13], *[WORD] * (3 + more)], max_tokens=30)
+    b = engine.add("b", WORDS[:13], max_tokens=20, n=3)
     for _ in range(3 + more):
         engine.step()
     assert [len(seq) for seq in b.sequences] == [16 + more] * 3
@@ -374,9 +359,9 @@ def test_samples_find_their_outputs_again_but_compute_their_last_token(cache, mo
 
 @both
 def test_tenants_share_nothing(cache):
-    engine = Cached(cache)
+    engine = Engine(cache=cache)
     for number, salt in enumerate(["x", "y", None, "x"]):
-        engine.prompt(str(number), WORDS[:9], salt=salt)
+        engine.add(str(number), WORDS[:9], salt=salt)
     assert len(engine.step().sequences) == 4
     tables = {s.request_id: set(s.block_table) for s in engine.step().sequences}
     assert tables["0"] & tables["3"] and not any(tables[a] & tables[b] for a, b in [("0", "1"), ("0", "2"), ("1", "2")])
@@ -385,12 +370,12 @@ def test_tenants_share_nothing(cache):
 
 @both
 def test_an_abort_leaves_what_was_computed_to_others(cache):
-    engine = Cached(cache, max_num_seqs=2, max_num_batched_tokens=8)
-    a = engine.prompt("a", WORDS[:30])
+    engine = Engine(cache=cache, max_num_seqs=2, max_num_batched_tokens=8)
+    a = engine.add("a", WORDS[:30])
     engine.step()
     engine.step()
     engine.scheduler.abort(a)
-    b = engine.prompt("b", WORDS[:30])
+    b = engine.add("b", WORDS[:30])
     engine.run()
     assert b.metrics.num_cached_tokens == 16
 
@@ -402,48 +387,48 @@ def order_of_admission(engine):
 def test_the_longest_prefix_may_come_first():
     settings = {"max_num_seqs": 1, "max_num_batched_tokens": 100}
     for schedule, order in (("fcfs", "abcdef"), ("prefix", "acfdbe")):
-        engine = Cached("radix", schedule=schedule, **settings)
-        engine.prompt("a", WORDS[:20], max_tokens=1)
+        engine = Engine(cache="radix", schedule=schedule, **settings)
+        engine.add("a", WORDS[:20], max_tokens=1)
         engine.step()
         for name, tokens in (("b", WORDS[50:70]), ("c", WORDS[:20]), ("d", WORDS[:8]), ("e", WORDS[50:70])):
-            engine.prompt(name, tokens, max_tokens=1)
-        engine.prompt("f", WORDS[:18], max_tokens=1)
+            engine.add(name, tokens, max_tokens=1)
+        engine.add("f", WORDS[:18], max_tokens=1)
         assert "a" + "".join(order_of_admission(engine)) == order
 
 
 def test_nobody_is_overtaken_for_ever():
     """New requests keep coming that share a long prefix. One that shares nothing waits, and not for ever."""
-    engine = Cached(schedule="prefix", max_num_seqs=1, max_num_batched_tokens=100)
-    engine.prompt("first", WORDS[:20], max_tokens=1)
+    engine = Engine(cache="hash", schedule="prefix", max_num_seqs=1, max_num_batched_tokens=100)
+    engine.add("first", WORDS[:20], max_tokens=1)
     engine.step()
-    lonely = engine.prompt("lonely", WORDS[50:60], max_tokens=1)
+    lonely = engine.add("lonely", WORDS[50:60], max_tokens=1)
     order = []
     for number in range(2 * PATIENCE):
-        engine.prompt(str(number), WORDS[:20], max_tokens=1)
+        engine.add(str(number), WORDS[:20], max_tokens=1)
         order += engine.step().admitted
     assert order.index("lonely") == PATIENCE == lonely.num_overtaken
 
 
 def test_nobody_is_overtaken_more_often_in_a_single_step():
-    engine = Cached(schedule="prefix", max_num_seqs=64, max_num_batched_tokens=1000)
-    engine.prompt("first", WORDS[:20], max_tokens=1)
+    engine = Engine(cache="hash", schedule="prefix", max_num_seqs=64, max_num_batched_tokens=1000)
+    engine.add("first", WORDS[:20], max_tokens=1)
     engine.step()
-    engine.prompt("lonely", WORDS[50:60], max_tokens=1)
+    engine.add("lonely", WORDS[50:60], max_tokens=1)
     for number in range(2 * PATIENCE):
-        engine.prompt(str(number), WORDS[:20], max_tokens=1)
+        engine.add(str(number), WORDS[:20], max_tokens=1)
     assert len(engine.step().admitted) == PATIENCE and engine.step().admitted[0] == "lonely"
 
 
 def test_those_who_were_overtaken_too_often_come_in_by_arrival():
     """Two of them, and the later one has the longer prefix: neither may wait for the other."""
-    engine = Cached(schedule="prefix", max_num_seqs=1, max_num_batched_tokens=100)
-    engine.prompt("first", WORDS[:20], max_tokens=1)
+    engine = Engine(cache="hash", schedule="prefix", max_num_seqs=1, max_num_batched_tokens=100)
+    engine.add("first", WORDS[:20], max_tokens=1)
     engine.step()
-    engine.prompt("lonely", WORDS[50:60], max_tokens=1)
-    engine.prompt("half", [*WORDS[:8], 1, 2, 3], max_tokens=1)
+    engine.add("lonely", WORDS[50:60], max_tokens=1)
+    engine.add("half", [*WORDS[:8], 1, 2, 3], max_tokens=1)
     order = []
     for number in range(PATIENCE + 3):
-        engine.prompt(str(number), WORDS[:20], max_tokens=1)
+        engine.add(str(number), WORDS[:20], max_tokens=1)
         order += engine.step().admitted
     assert order[PATIENCE : PATIENCE + 2] == ["lonely", "half"]
 
@@ -451,8 +436,8 @@ def test_those_who_were_overtaken_too_often_come_in_by_arrival():
 @both
 def test_samples_find_their_outputs_only_behind_the_prompt_that_they_share(cache):
     """A reset while the prompt of two samples is rebuilt; then another copy of the prompt and one output is cached."""
-    engine = Cached(cache, num_blocks=10, preemption="recompute", max_num_seqs=4, max_num_batched_tokens=8)
-    request = engine.prompt("a", WORDS[:8], max_tokens=17, n=2)
+    engine = Engine(cache=cache, num_blocks=10, preemption="recompute", max_num_seqs=4, max_num_batched_tokens=8)
+    request = engine.add("a", WORDS[:8], max_tokens=17, n=2)
     assert request.most_blocks(4) == 10
     for _ in range(6):
         engine.step()
@@ -481,7 +466,6 @@ def test_without_a_cache_the_longest_prefix_is_nobodys():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.set_num_threads(1)
     return str(make_folder(tmp_path_factory.mktemp("prefix")))
 
 

@@ -15,14 +15,6 @@ PROMPTS = [[(7 * i + 3 * k * k + k) % 95 for k in range(n)] for i, n in enumerat
 CHUNKS = [dict(max_num_batched_tokens=1, max_num_seqs=1), *(dict(max_num_batched_tokens=n) for n in (3, 7, 256))]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("tiny"))

@@ -30,15 +30,6 @@ ALMOST_ONE = 1 - 2.0**-53  # the largest random number there can be
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are too small to share out, and on a busy machine threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draw(params=None, seed=0, index=0, num_draws=1, prompt=(), output=(), stop_ids=(), **kwargs):
     params = params or SamplingParams(**kwargs)
     return Draw(params, seed, index, num_draws, list(prompt), list(output), frozenset(stop_ids))

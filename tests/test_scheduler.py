@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minipaged.beam_search import BeamSearchParams
-from minipaged.memory import KVCacheManager
+from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.plan import StepOutput
 from minipaged.sampling_params import SampledToken, SamplingParams
 from minipaged.scheduler import RequestRefused, Scheduler
@@ -18,16 +18,20 @@ WORD = 7  # what the model says, if nothing else is told
 class Engine:
     """A scheduler, and the few lines of an engine around it."""
 
-    def __init__(self, num_blocks=100, block_size=4, num_cpu_blocks=0, watermark=0.0, **settings):
-        self.memory = KVCacheManager(num_blocks, block_size, num_cpu_blocks)
+    def __init__(self, num_blocks=100, block_size=4, num_cpu_blocks=0, watermark=0.0, cache="none", **settings):
+        index = PREFIX_CACHES[cache]
+        self.memory = KVCacheManager(num_blocks, block_size, num_cpu_blocks, cache=index(block_size) if index else None)
         self.scheduler = Scheduler(self.memory, watermark=watermark, **settings)
         self.requests: list[Request] = []
         self.say: dict[str, int] = {}  # request id -> the token that the model says next
 
-    def add(self, name, prompt=4, max_tokens=8, n=1, beams=None):
+    def add(self, name, prompt=4, max_tokens=8, n=1, beams=None, salt=None):
+        """prompt: tokens, or how many."""
         samples = SamplingParams(n=n, max_tokens=max_tokens)
         params = BeamSearchParams(beams, max_tokens=max_tokens) if beams else samples
-        request = Request(name, len(self.requests), list(range(1, prompt + 1)), params, max_tokens, frozenset({END}))
+        tokens = list(range(1, prompt + 1)) if isinstance(prompt, int) else prompt
+        number = len(self.requests)
+        request = Request(name, number, tokens, params, max_tokens, frozenset({END}), cache_salt=salt)
         self.scheduler.add(request)
         self.requests.append(request)
         return request

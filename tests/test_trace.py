@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
@@ -15,7 +14,6 @@ from minipaged.trace import TraceError, TraceWriter, main, read_trace
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.set_num_threads(1)
     return str(make_folder(tmp_path_factory.mktemp("model")))
 
 
