@@ -1,14 +1,16 @@
-# make run    set up, then let the real model answer a few prompts from paged memory
-# make test   set up, then run all tests
-# make bench  this engine beside others on the same weights (long: half an hour on two cores)
-# make lint   style and types
+# make run       set up, then let the real model answer a few prompts from paged memory
+# make test      set up, then run all tests
+# make lab       set up, then open the chapters in JupyterLab
+# make chapters  run all chapters anew and write their notebooks
+# make bench     this engine beside others on the same weights (long: half an hour on two cores)
+# make lint      style and types
 
 PYTHON ?= python3
 VENV   ?= .venv
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: run test bench lint clean
+.PHONY: run test lab chapters bench lint clean
 
 run: $(READY)
 	$(RUN) minipaged.generate --n 2 --temperature 0.3 --seed 1 --max-tokens 48 --num-blocks 24 --stats \
@@ -16,6 +18,12 @@ run: $(READY)
 
 test: $(READY)
 	$(RUN) pytest -n auto --dist loadfile
+
+lab: $(READY)
+	$(VENV)/bin/jupyter lab --notebook-dir chapters
+
+chapters: $(READY)
+	$(VENV)/bin/python chapters/source/build.py
 
 bench: $(READY)
 	$(RUN) minipaged.bench
@@ -27,6 +35,7 @@ lint: $(READY)
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
 
 clean:

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from minipaged.terminal.snapshot import Snapshot, Table, request_of
 
-COLORS = ("cyan", "green", "yellow", "magenta", "bright_blue", "orange1",
-          "bright_cyan", "bright_green", "khaki1", "plum2", "sky_blue1", "light_salmon1")  # fmt: skip
+COLORS = ("turquoise2", "chartreuse3", "gold1", "orchid", "sky_blue1", "orange1",
+          "cyan1", "light_green", "khaki1", "plum2", "light_sky_blue1", "light_salmon1")  # light: they carry black text
 CACHED = ":"  # a free block that can still be found
 SHARED, FREE, HEADING = "bold reverse", "dim", "bold"
 
@@ -230,7 +230,7 @@ def color(name: str) -> str:
     """The colour of a sequence or a request, always the same for the same name.
 
     >>> color("A1"), color("A2"), color("B1"), color("A")
-    ('cyan', 'green', 'magenta', 'cyan')
+    ('turquoise2', 'chartreuse3', 'orchid', 'turquoise2')
     """
     request = request_of(name)
     place = 0

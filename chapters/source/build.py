@@ -1,0 +1,232 @@
+"""From sources to notebooks: `make chapters`, or python chapters/source/build.py --help.
+
+A chapter is written as a Python file with cells (source/NN_name.py, jupytext's percent format) and committed as a
+notebook with all that its cells show (NN_name.ipynb). A rebuild runs every cell in a fresh kernel. If nothing changed
+it changes nothing: cells have the same ids each time, and what differs by luck alone is kept as it was, namely
+
+- what a cell tagged "measured" shows: times of the machine that made the page, new only with --measure;
+- a picture in which a few pixels differ.
+
+Tags: "measured"; "exercise", a cell for the reader to fill in; "test", the test of the exercise before it.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jupytext
+import nbformat
+import numpy as np
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+SOURCES = Path(__file__).resolve().parent
+CHAPTERS = SOURCES.parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+}
+# What must not be seen in an output: where somebody's machine keeps things, and what needs a running widget.
+FOREIGN = re.compile(r"/(?:home|root|tmp|work|Users|usr|opt)/|site-packages|\\\\Users|object at 0x|widget-view")
+
+
+class ChapterError(Exception):
+    """A chapter is not as it must be; the message says which cell, and why."""
+
+
+@dataclass
+class Chapter:
+    source: Path
+
+    @property
+    def name(self) -> str:
+        return self.source.stem
+
+    @property
+    def notebook(self) -> Path:
+        return CHAPTERS / f"{self.name}.ipynb"
+
+    def read(self) -> NotebookNode:
+        """The cells of the source, not yet run."""
+        notebook = jupytext.read(self.source, fmt="py:percent")
+        notebook.metadata = nbformat.from_dict(METADATA)
+        notebook.nbformat, notebook.nbformat_minor = 4, 5
+        for i, cell in enumerate(notebook.cells):
+            cell.id = f"c{self.name[:2]}-{i + 1:03}"
+            cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
+        return notebook
+
+    def committed(self) -> NotebookNode:
+        """The notebook as it stands; without cells if there is none yet."""
+        if not self.notebook.exists():
+            return nbformat.v4.new_notebook()
+        return nbformat.read(self.notebook, as_version=4)
+
+
+def chapters(prefixes: list[str]) -> list[Chapter]:
+    """Those whose names begin so; all, if none is named."""
+    found = [Chapter(path) for path in sorted(SOURCES.glob("[0-9][0-9]_*.py"))]
+    for prefix in prefixes:
+        if not any(chapter.name.startswith(prefix) for chapter in found):
+            names = ", ".join(chapter.name for chapter in found)
+            raise ChapterError(f"there is no chapter {prefix!r}; there are {names}")
+    return [chapter for chapter in found if not prefixes or chapter.name.startswith(tuple(prefixes))]
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def run(notebook: NotebookNode, tell: Callable[[int], None] = lambda cell: None) -> NotebookNode:
+    """Run all cells in a fresh kernel, in an empty folder. ChapterError at the first that fails or complains."""
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        client = NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources=resources, record_timing=False,
+            coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
+        )  # fmt: skip
+        root = str(CHAPTERS.parent)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        environment.pop("OMP_NUM_THREADS", None)  # a reader's kernel takes all cores
+        with client.setup_kernel(env=environment):
+            for i, cell in enumerate(notebook.cells):
+                tell(i)
+                try:
+                    client.execute_cell(cell, i)
+                except CellExecutionError as error:
+                    raise ChapterError(f"cell {cell.id} fails:\n{cell.source}\n{error}") from None
+                look_over(cell)
+    return notebook
+
+
+def look_over(cell: NotebookNode) -> None:
+    """Nothing on stderr, no path of a machine, nothing that a page without a kernel can't show."""
+    for output in cell.get("outputs", []):
+        if output.get("name") == "stderr":
+            raise ChapterError(f"cell {cell.id} writes to stderr: {output.text}")
+        shown = {kind: data for kind, data in output.get("data", output).items() if kind != "image/png"}
+        if foreign := FOREIGN.search(json.dumps(shown)):
+            raise ChapterError(f"cell {cell.id} shows {foreign[0]!r}, which is of this machine alone:\n{cell.source}")
+
+
+# --- what is new, and what only differs by luck --------------------------------------------------------------
+
+
+def same_outputs(old: list[NotebookNode], new: list[NotebookNode]) -> bool:
+    if len(old) != len(new):
+        return False
+    return all(plain(a) == plain(b) and same_picture(a, b) for a, b in zip(old, new, strict=True))
+
+
+def plain(output: NotebookNode) -> dict:
+    """All that must be equal to the letter; not the number of the cell, and not pictures."""
+    kept = {key: value for key, value in output.items() if key not in ("data", "execution_count")}
+    return kept | {kind: data for kind, data in output.get("data", {}).items() if kind != "image/png"}
+
+
+def same_picture(old: NotebookNode, new: NotebookNode) -> bool:
+    """Other processors round otherwise, and that moves a few pixels."""
+    both = [output.get("data", {}).get("image/png") for output in (old, new)]
+    if both[0] == both[1]:
+        return True
+    if None in both:
+        return False
+    a, b = (np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"), dtype=float) for data in both)
+    return a.shape == b.shape and float((abs(a - b) > 64).mean()) < 0.002
+
+
+def keep_luck(old: NotebookNode, new: NotebookNode, measure: bool = False) -> None:
+    """Put the committed outputs back where only luck differs."""
+    committed = {cell.source: cell for cell in old.cells if cell.cell_type == "code"}
+    for cell in new.cells:
+        before = committed.get(cell.source) if cell.cell_type == "code" else None
+        if before is None or measure and "measured" in tags(cell):
+            continue
+        if "measured" in tags(cell) or same_outputs(before.outputs, cell.outputs):
+            cell.outputs = before.outputs
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = cell.execution_count
+
+
+def differences(old: NotebookNode, new: NotebookNode) -> Iterator[str]:
+    """Where the committed notebook is not what its source gives, in words."""
+    if [cell.source for cell in old.cells] != [cell.source for cell in new.cells]:
+        yield "the cells of the notebook are not those of its source"
+        return
+    for before, now in zip(old.cells, new.cells, strict=True):
+        if before.cell_type == "code" and not same_outputs(before.outputs, now.outputs):
+            yield f"cell {now.id} shows something else now:\n{now.source}\n--> {words(now)}\ncommitted: {words(before)}"
+
+
+def words(cell: NotebookNode) -> str:
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+    return "\n".join(texts)[:2000]
+
+
+def reading_minutes(notebook: NotebookNode) -> int:
+    """180 words of prose a minute, and 12 lines of code: slow enough to understand them. To the nearest 5."""
+    prose = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
+    code = sum(len(cell.source.splitlines()) for cell in notebook.cells if cell.cell_type == "code")
+    return max(5, round((prose / 180 + code / 12) / 5) * 5)
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+
+
+def build(chapter: Chapter, measure: bool, tell: Callable[[int], None]) -> NotebookNode:
+    """The chapter run anew, with what only differs by luck as it was."""
+    notebook = run(chapter.read(), tell)
+    keep_luck(chapter.committed(), notebook, measure)
+    return notebook
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the chapters and write their notebooks.")
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="how their names begin; all, if none is named")
+    parser.add_argument("--measure", action="store_true", help='run "measured" cells for what they show, too')
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a notebook would change")
+    options = parser.parse_args(arguments)
+    console = Console()
+    table = Table("chapter", "cells", "lines of code", "to read, min", "ran, s", box=None)
+    bad = 0
+    try:
+        for chapter in chapters(options.chapters):
+            began = time.perf_counter()
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task(chapter.name, total=len(chapter.read().cells))
+                notebook = build(chapter, options.measure, lambda i: progress.update(task, completed=i))  # noqa: B023
+            code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+            lines = sum(len(cell.source.splitlines()) for cell in code)
+            ran = f"{time.perf_counter() - began:.0f}"
+            table.add_row(chapter.name, str(len(notebook.cells)), str(lines), str(reading_minutes(notebook)), ran)
+            if options.check:
+                for difference in differences(chapter.committed(), notebook):
+                    bad += 1
+                    console.print(f"{chapter.name}: {difference}", markup=False)
+            else:
+                nbformat.write(notebook, chapter.notebook)
+    except ChapterError as error:
+        print(f"build.py: {error}", file=sys.stderr)
+        return 2
+    console.print(table)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""What the chapters need beside the engine: plots in one style, sources, and exercises that say how far one has come.
+
+    plots.py       every plot of the chapters, in one style
+    page.py        what a cell shows: the package's own source, and how an exercise stands
+    loads.py       requests that look like those of the paper
+"""
+
+from minipaged.teaching import plots
+from minipaged.teaching.page import attempt, show_source
+
+__all__ = ["attempt", "plots", "show_source"]
