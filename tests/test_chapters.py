@@ -3,26 +3,19 @@
 Every chapter runs once, in a fresh kernel; then its exercises' tests meet solutions, right and wrong ones.
 """
 
-import importlib.util
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from chapter_builder import ROOT, build
 
 from kernels import load as load_kernels
 from minipaged.models.fetch import cache_folder, fetch_smollm2
 
-ROOT = Path(__file__).parents[1]
 SOLUTIONS = Path(__file__).parent / "solutions"
-
-spec = importlib.util.spec_from_file_location("build", ROOT / "chapters" / "source" / "build.py")
-build = importlib.util.module_from_spec(spec)
-sys.modules["build"] = build
-spec.loader.exec_module(build)
 
 CHAPTERS = build.chapters([])
 HEADINGS = ["The question", "The idea", "Build it", "Check it", "The package's version",
@@ -32,7 +25,7 @@ HEADINGS = ["The question", "The idea", "Build it", "Check it", "The package's v
 GRADE = """
 import json
 mine = dict(globals())
-exec(compile(open({path!r}).read(), "solutions", "exec"), mine)
+exec(compile(open({path!r}).read(), {path!r}, "exec"), mine)
 found = {{}}
 for name in {names!r}:
     found[name] = []

@@ -320,9 +320,9 @@ print(prompt)
 
 # %%
 asked = tokenizer.encode(prompt, add_special_tokens=False)
-replied = greedy(asked, 9)[len(asked):]
+replied = greedy(asked, 8)[len(asked):]
 print(tokenizer.decode(replied, skip_special_tokens=False))
-print("ends with one of", config.eos_token_ids, ":", replied[-1])
+assert replied[-1] in config.eos_token_ids
 
 # %% [markdown]
 # The last token is the mark that ends an answer. A server stops there; our loop would just go on.
@@ -421,8 +421,9 @@ from minipaged.memory import blocks_for
 
 
 def package_logits(model, tokens, block_size=16):
-    c, count, blocks = model.config, len(tokens), blocks_for(len(tokens), block_size)
-    cache = new_cache(c.num_layers, blocks, block_size, c.num_kv_heads, c.head_size, torch.float32)
+    count, blocks = len(tokens), blocks_for(len(tokens), block_size)
+    heads = model.config.num_kv_heads, model.config.head_size
+    cache = new_cache(model.config.num_layers, blocks, block_size, *heads, torch.float32)
     batch = Batch(
         slot_mapping=torch.arange(count), query_start=torch.tensor([0, count]),
         context_lens=torch.tensor([count]), block_tables=torch.arange(blocks)[None],
@@ -440,10 +441,10 @@ assert (keys.abs().sum(-1) > 0).all()  # every layer really stored a key for eve
 print("logits agree, and keys of", list(keys.shape), "= [L, G, T, D] are stored")
 
 # %%
+from minipaged.models import load_model
+
 with tempfile.TemporaryDirectory() as folder:  # the same GPT-2, by way of a real checkpoint
     hf_gpt2.save_pretrained(folder)
-    from minipaged.models import load_model
-
     _, package_gpt2 = load_model(open_checkpoint(folder))
 from_package, _ = package_logits(package_gpt2, gpt2_tokens)
 assert torch.allclose(from_package, expected_gpt2, atol=1e-4)
@@ -543,7 +544,7 @@ assert (wrong - mine).abs().max() > 1
 
 # %% tags=["exercise"]
 def count_weights(config):
-    """config: the ModelConfig of a Llama without biases -> how many numbers its tensors hold."""
+    """config: a Llama's ModelConfig, without biases -> how many numbers its tensors hold."""
     raise NotImplementedError
 
 
@@ -555,8 +556,8 @@ def test_count_weights(count_weights):
     other = replace(
         config, num_layers=7, num_kv_heads=1, vocab_size=999, tie_word_embeddings=False
     )
-    shapes = Llama.tensor_shapes(other).values()
-    assert count_weights(other) == sum(torch.Size(shape).numel() for shape in shapes), "untied, too"
+    shapes = [torch.Size(shape) for shape in Llama.tensor_shapes(other).values()]
+    assert count_weights(other) == sum(shape.numel() for shape in shapes), "untied, too"
 
 
 attempt(test_count_weights, count_weights)
@@ -612,7 +613,7 @@ attempt(test_grouped_attention, grouped_attention)
 
 # %% tags=["exercise"]
 def greedy_until(model, tokens, max_tokens, end):
-    """The new tokens only, at most max_tokens. If a token of `end` comes, it is the last, and is included.
+    """The new tokens only, at most max_tokens. A token of `end` is the last, and is included.
 
     model: a function from a list of T tokens to logits [T, V]; called once for each new token.
     """
@@ -629,7 +630,8 @@ def test_greedy_until(greedy_until):
 
     start = [3, 4, 5]
     assert greedy_until(count_up, start, 4, ()) == [6, 7, 8, 9]
-    assert calls == [3, 4, 5, 6] and start == [3, 4, 5], "one call a token; the prompt stays as it is"
+    assert calls == [3, 4, 5, 6], "one call for each new token"
+    assert start == [3, 4, 5], "the prompt stays as it is"
     assert greedy_until(count_up, start, 50, (8, 7)) == [6, 7]
     assert greedy_until(count_up, start, 0, ()) == []
     assert greedy_until(llama, asked, 20, config.eos_token_ids) == replied
@@ -655,7 +657,7 @@ def test_logit_lens(logit_lens):
     best = [head(norm(state[0, -1])).argmax().item() for state in states[1:-1]]
     seen = logit_lens(tokens)
     assert seen[:-1] == best, "transformers says otherwise"
-    assert len(seen) == L and seen[-1] == answer[len(tokens)], "the last layer gives the answer itself"
+    assert len(seen) == L and seen[-1] == answer[len(tokens)], "the last gives the answer"
 
 
 attempt(test_logit_lens, logit_lens)

@@ -7,28 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
 ROOT = Path(__file__).parents[2]
 
 
-class Page:
-    """Markdown that a notebook renders; as plain text where there is no notebook."""
-
-    def __init__(self, markdown: str):
-        self.markdown = markdown
+class Source(str):
+    """Python code; in colour, on paper of its own, where a notebook shows it."""
 
     def __repr__(self) -> str:
-        return self.markdown
+        return str(self)
 
-    def _repr_markdown_(self) -> str:
-        return self.markdown
+    def _repr_html_(self) -> str:
+        paper = "background: #f7f7f7; color: #222222; padding: 0.5em 1em; overflow-x: auto;"
+        return highlight(self, PythonLexer(), HtmlFormatter(style="default", noclasses=True, cssstyles=paper))
 
 
-def show_source(*things: Any) -> Page:
+def show_source(*things: Any) -> Source:
     """The source of functions, methods or classes of the package, as it is now: a chapter never keeps a copy.
 
     >>> from minipaged.memory import blocks_for
-    >>> print(show_source(blocks_for).markdown.splitlines()[1])
-    # minipaged/memory/page_table.py
+    >>> show_source(blocks_for).splitlines()[0]
+    '# minipaged/memory/page_table.py'
     """
     parts: list[str] = []
     shown = ""
@@ -38,7 +40,7 @@ def show_source(*things: Any) -> Page:
         heading = [] if file == shown else [f"# {file}", ""]
         parts.append("\n".join([*heading, textwrap.dedent(inspect.getsource(thing)).rstrip()]))
         shown = file
-    return Page("```python\n" + "\n\n".join(parts) + "\n```")
+    return Source("\n\n\n".join(parts))
 
 
 def attempt(test: Callable[..., None], *solution: Any) -> None:

@@ -67,7 +67,7 @@ def physical_view(snapshot: Snapshot, words: Mapping[str, Sequence[str]]) -> lis
         line = Text(f"{block:>{margin}} | ")
         style = FREE if block not in rows else ""
         line.append(" ".join(cell.ljust(width) for cell in cells), style).append(" | ")
-        names = holders.get(block, ["free"])
+        names = holders.get(block, ["cached" if block in snapshot.cached else "free"])
         line.append("  ".join(names), SHARED if len(names) > 1 else style)
         lines.append(line.append("  shared" if len(names) > 1 else ""))
     return lines
@@ -76,4 +76,4 @@ def physical_view(snapshot: Snapshot, words: Mapping[str, Sequence[str]]) -> lis
 def _slots(words: Sequence[str], logical: int, size: int) -> list[str]:
     """The words of one logical block; a dot for an empty slot."""
     filled = list(words[logical * size : (logical + 1) * size])
-    return [word.strip().replace("\n", "\\n") or "_" for word in filled] + ["."] * (size - len(filled))
+    return [word.replace("\n", "\\n").strip() or "_" for word in filled] + ["."] * (size - len(filled))
