@@ -20,7 +20,7 @@ test: $(READY)
 	$(RUN) pytest -n auto --dist loadfile
 
 lab: $(READY)
-	$(VENV)/bin/jupyter lab --notebook-dir chapters
+	$(VENV)/bin/jupyter lab chapters
 
 chapters: $(READY)
 	$(VENV)/bin/python chapters/source/build.py

@@ -22,7 +22,9 @@ class Source(str):
 
     def _repr_html_(self) -> str:
         paper = "background: #f7f7f7; color: #222222; padding: 0.5em 1em; overflow-x: auto;"
-        return highlight(self, PythonLexer(), HtmlFormatter(style="default", noclasses=True, cssstyles=paper))
+        letters = "background: none; color: inherit; margin: 0; font-family: Menlo, 'DejaVu Sans Mono', monospace"
+        look = HtmlFormatter(style="default", noclasses=True, cssstyles=paper, prestyles=letters)
+        return highlight(self, PythonLexer(), look)
 
 
 def show_source(*things: Any) -> Source:

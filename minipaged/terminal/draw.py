@@ -11,8 +11,9 @@ from rich.text import Text
 
 from minipaged.terminal.snapshot import Snapshot, Table, request_of
 
-COLORS = ("turquoise2", "chartreuse3", "gold1", "orchid", "sky_blue1", "orange1",
-          "cyan1", "light_green", "khaki1", "plum2", "light_sky_blue1", "light_salmon1")  # light: they carry black text
+# Light, since they carry black text. Requests take every third, their sequences the ones behind it.
+COLORS = ("turquoise2", "chartreuse3", "khaki1", "orchid", "light_sky_blue1", "light_salmon1",
+          "gold1", "plum2", "light_green", "cornflower_blue", "orange1", "cyan1")  # fmt: skip
 CACHED = ":"  # a free block that can still be found
 SHARED, FREE, HEADING = "bold reverse", "dim", "bold"
 

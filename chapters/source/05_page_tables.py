@@ -1,0 +1,1085 @@
+# %% [markdown]
+# # 5. Page tables
+#
+# Blocks may lie anywhere in memory, and yet a sequence can go on as if its tokens stood in a row. What makes that
+# possible is a list of integers for each sequence, its page table. This chapter builds it, lets it grow one block at
+# a time, shares it between two answers to one prompt, and measures how little memory is wasted.
+#
+# **You need**: the pool of equal blocks from [chapter 4](04_blocks.ipynb). **You get**: the paper's three examples of
+# its memory, to the block number; a memory of your own that agrees with the package's; and a number for the waste.
+
+# %% [markdown]
+# ## The question
+#
+# Chapter 3 gave each request a row of memory as long as it might ever need, and most of it stayed empty. Chapter 4
+# cut memory into equal blocks that anyone can take from anywhere. That leaves questions:
+#
+# - A sequence thinks in **positions**: token 0, 1, 2, and so on. Where does position 1000 live?
+# - A sequence grows by one token a step. At which step does it need a block, and when does it not?
+# - Two answers begin with the same prompt. Can both read the same blocks, and what if one of them writes?
+# - The last block is rarely full. How much is wasted now?
+
+# %% [markdown]
+# ## The idea
+#
+# Operating systems solved this in the 1960s, and the words are taken from there:
+#
+# | | a computer's memory | the memory of a server |
+# |---|---|---|
+# | who uses it | a process | a sequence |
+# | what is stored | a byte | a token's keys and values |
+# | what it is cut into | pages, often of 4096 bytes | **blocks**, often of 16 tokens |
+# | the address that the user sees | a virtual address | a **position** |
+# | the address where it really is | a physical address | a **slot** |
+# | what leads from one to the other | the page table | the **page table** |
+#
+# A sequence sees its tokens cut into **logical blocks** 0, 1, 2, ... of B tokens. Each lives in some **physical
+# block** of the pool, and the page table says in which. A position is split in two: which logical block, and where in
+# it. Only the first part is looked up. Here is the way of position 1000 in blocks of B = 16, if logical block 62
+# happens to live in physical block 347:
+#
+# ```
+#                     position 1000
+#                    /             \             divmod(1000, 16)
+#        logical block 62        offset 8
+#               |                    |           table[62] = 347
+#       physical block 347       offset 8
+#                    \             /             347 * 16 + 8
+#                       slot 5560
+# ```
+#
+# The **slot** is the token's place when the whole pool of N blocks is seen as one row of N times B places. What
+# touches memory works with slots and physical blocks. Everything else, rope and mask and our own thinking, works with
+# positions.
+
+# %% [markdown]
+# ## Build it
+#
+# ### From position to slot
+#
+# A page table needs no class: it is a list. Its numbers are those of the blocks that were free when one was needed,
+# so they come in no order. Here is one of 63 blocks, from a pool of 500:
+
+# %%
+from collections import Counter, deque
+from copy import deepcopy
+from random import Random
+from types import SimpleNamespace
+
+import torch
+
+from minipaged.teaching import attempt, loads, plots, show_source
+
+table = Random(5).sample(range(500), 63)
+print(table[:8], "...", table[62])
+
+
+# %%
+def locate(table, position, B):
+    """(physical block, offset) of the token at `position`."""
+    logical, offset = divmod(position, B)
+    return table[logical], offset
+
+
+def slot(table, position, B):
+    block, offset = locate(table, position, B)
+    return block * B + offset
+
+
+print(divmod(1000, 16), "->", locate(table, 1000, 16), "-> slot", slot(table, 1000, 16))
+assert slot(table, 1000, 16) == 5560  # as drawn above
+
+# %% [markdown]
+# Neighbours in the text are neighbours in memory, but only inside a block. Here are 160 positions in a pool of 20
+# blocks:
+
+# %%
+small = Random(1).sample(range(20), 10)
+alt = "Ten short rising strokes of 16 points each, scattered over the pool without any order"
+with plots.figure("Where positions live", "position", "slot", size=(6.8, 2.8), alt=alt) as axes:
+    places = [slot(small, position, 16) for position in range(160)]
+    axes.plot(places, ".", color=plots.COLORS[0], markersize=3)
+    axes.set(xticks=range(0, 161, 16), yticks=range(0, 321, 64))
+
+
+# %% [markdown]
+# A step often computes several tokens of a sequence: a whole prompt, or a piece of it. The slots of these tokens, in
+# order, say where to write. Such a list is called a **slot mapping**:
+
+# %%
+def slots(table, start, count, B):
+    """The slots of positions start .. start + count - 1."""
+    return [slot(table, position, B) for position in range(start, start + count)]
+
+
+print(slots(table, 12, 8, 16))
+
+# %% [markdown]
+# Is a division for every token slow? Where B is a power of two there need not be any: hardware takes an address apart
+# by cutting its bits. The last 4 bits of a position are its offset in 16, the rest is its logical block. The page
+# table changes the front part only:
+
+# %%
+for name, number in [("position", 1000), ("slot", slot(table, 1000, 16))]:
+    print(f"{name:8} {number:5} = {number >> 4:09b} {number & 15:04b}")
+
+for position in range(63 * 16):
+    by_bits = table[position >> 4] << 4 | position & 15
+    assert by_bits == slot(table, position, 16)
+
+# %% [markdown]
+# We keep `divmod`: it says what is meant, and works for every B. In a kernel, where B is known when it is compiled,
+# the compiler makes shifts of it by itself.
+#
+# ### Real vectors
+#
+# Now we store something. A pool of N blocks of B slots holds, in each slot, a vector of D numbers. In the engine it
+# is a key and a value for each layer; here one vector is enough. For writing, the pool is one row of slots:
+
+# %%
+N, B, D, T = 500, 16, 4, 1001
+torch.manual_seed(0)
+vectors = torch.randn(T, D)  # of positions 0 to 1000
+pool = torch.full((N, B, D), torch.nan)
+pool.view(N * B, D)[slots(table, 0, T, B)] = vectors
+print(f"{pool.isnan().all(-1).sum()} of {N * B} slots are still empty")
+
+# %% [markdown]
+# For reading, take whole blocks in the order of the table, lay them end to end, and cut off what lies beyond the last
+# token:
+
+# %%
+blocks = pool[table]  # [63, B, D]
+read_back = blocks.flatten(0, 1)[:T]
+assert torch.equal(read_back, vectors)
+assert table != sorted(table)  # it was scrambled, so this was no accident
+print(list(blocks.shape), "->", list(read_back.shape), "and all is as it was")
+
+# %% [markdown]
+# Attention needs the keys in order, and `pool[table]` gives them in order. Chapter 6 does the same without making
+# this copy.
+#
+# *Does each layer need a table of its own?* No. The pool is laid out alike in every layer, so block 347 means place
+# 347 in each of them: one table serves all layers, and keys as well as values.
+#
+# ### A memory for sequences
+#
+# Until now the table fell from the sky. It grows as its sequence grows, out of chapter 4's pool: `allocate(count)`
+# takes free blocks or answers `NoSpace`, and `release` gives one back. `free_order` says which are handed out first,
+# so that we can redraw the paper's pictures.
+#
+# `start` takes the blocks for a prompt, whose length is known. It takes none for the answer, however long that may
+# become. This is where the reservations of chapter 3 disappear.
+
+# %%
+from minipaged.memory import BlockAllocator, NoSpace
+
+
+class NoBlock(Exception):
+    """Not enough blocks are free. Nothing was changed."""
+
+
+class Memory:
+    """Sequences by name: for each a page table, and how many tokens it has."""
+
+    def __init__(self, N, B, free_order=()):
+        self.pool, self.B = BlockAllocator(N, free_order), B
+        self.tables, self.lengths = {}, {}
+
+    def take(self, count):
+        blocks = self.pool.allocate(count)
+        if isinstance(blocks, NoSpace):
+            raise NoBlock(blocks)
+        return blocks
+
+    def start(self, name, length):
+        self.tables[name] = self.take(-(-length // self.B))  # length / B, rounded up
+        self.lengths[name] = length
+
+
+# %% [markdown]
+# ### Growing on demand
+#
+# Then a token comes. If the last block has room, nothing is taken. If it is full, one block is taken. `append` is
+# three lines, and they are the reason for the small waste. If no block is free, `take` refuses, and nothing has
+# changed. Who has to give way then is a question for a scheduler; the memory only says no.
+
+# %%
+class GrowingMemory(Memory):
+    def room(self, name):
+        """Empty slots in the last block."""
+        return len(self.tables[name]) * self.B - self.lengths[name]
+
+    def append(self, name):
+        """One more token has a slot."""
+        if self.room(name) == 0:
+            self.tables[name] += self.take(1)
+        self.lengths[name] += 1
+
+    def slots(self, name, start=0):
+        """Where the tokens from position `start` on live."""
+        return slots(self.tables[name], start, self.lengths[name] - start, self.B)
+
+    def end(self, name):
+        for block in reversed(self.tables.pop(name)):  # as the package does; any order is right
+            self.pool.release(block)
+        del self.lengths[name]
+
+
+# %% [markdown]
+# ### Figure 6, step by step
+#
+# The paper draws it with blocks of 4 tokens and a prompt of 7. In place of vectors we store words, in a list with a
+# place for each slot:
+
+# %%
+def write(memory, stored, name, words):
+    """Put `words` into the last slots of a sequence."""
+    start = memory.lengths[name] - len(words)
+    for slot, word in zip(memory.slots(name, start), words):
+        stored[slot] = word
+
+
+def read(memory, stored, name):
+    return [stored[slot] for slot in memory.slots(name)]
+
+
+# %% [markdown]
+# The package can draw page tables. It will draw ours, if we hand over the sizes and the tables. The words in its
+# drawings are read from their slots:
+
+# %%
+from minipaged.terminal.slots import logical_view, physical_view, sheet
+from minipaged.terminal.snapshot import Snapshot, Table
+
+
+def draw(memory, stored):
+    tables = [Table(name, memory.lengths[name], table) for name, table in memory.tables.items()]
+    sizes = SimpleNamespace(num_blocks=memory.pool.num_blocks, block_size=memory.B)
+    words = {name: read(memory, stored, name) for name in memory.tables}
+    moment = Snapshot(sizes, tables)
+    return sheet(logical_view(moment, words), physical_view(moment, words))
+
+
+# %% [markdown]
+# **Step 1**: the prompt. Blocks 7 and 1 are the first free ones. One is filled, the other holds three; a dot is an
+# empty slot.
+
+# %%
+memory, stored = GrowingMemory(N=8, B=4, free_order=[7, 1, 3, 5, 2]), ["."] * 32
+prompt = ["Four", "score", "and", "seven", "years", "ago", "our"]
+memory.start("A", len(prompt))
+write(memory, stored, "A", prompt)
+draw(memory, stored)
+
+
+# %% [markdown]
+# **Step 2**: the model says "fathers". Block 1 has an empty slot, so the word goes there, and no block is taken:
+
+# %%
+def say(memory, stored, name, word):
+    memory.append(name)
+    write(memory, stored, name, [word])
+
+
+say(memory, stored, "A", "fathers")
+assert memory.tables["A"] == [7, 1] and memory.room("A") == 0  # block 1: filled 3 -> 4
+print("page table", memory.tables["A"], " the new word is in slot", memory.slots("A")[-1])
+
+# %% [markdown]
+# **Step 3**: "brought". Both blocks are full, so the next free block, 3, becomes logical block 2:
+
+# %%
+say(memory, stored, "A", "brought")
+assert memory.tables["A"] == [7, 1, 3] and memory.room("A") == 3  # block 3: filled 1
+draw(memory, stored)
+
+# %% [markdown]
+# In the lower drawing the beginning of the text stands at the end of memory. The upper drawing is the same memory,
+# seen through the table.
+#
+# ### Figure 7: a second sequence
+#
+# Another request comes, and gets blocks 5 and 2. (The blocks are the paper's; the words are chosen here.) Neither
+# sequence knows of the other:
+
+# %%
+other = ["It", "was", "the", "best", "of", "times"]
+memory.start("B", len(other))
+write(memory, stored, "B", other)
+assert memory.tables == {"A": [7, 1, 3], "B": [5, 2]}
+assert read(memory, stored, "A") == [*prompt, "fathers", "brought"]
+draw(memory, stored)
+
+# %% [markdown]
+# Wasted are the slots that are taken and empty: the dots in rows that have an owner, 3 of A's and 2 of B's. The free
+# rows are for anyone.
+#
+# Over time, what a sequence holds is a staircase just above the line of its tokens. A row in the manner of chapter 3
+# has its full length at once:
+
+# %%
+growing, held = GrowingMemory(N=100, B=16), []
+growing.start("A", 20)
+for _ in range(80):
+    held.append(len(growing.tables["A"]) * 16)
+    growing.append("A")
+
+alt = "Held slots rise in steps of 16 just above the tokens; a reserved row is at 120"
+with plots.figure("What one sequence holds", "tokens", "slots", alt=alt) as axes:
+    plots.line(axes, range(20, 100), [120] * 80, "reserved for 120 tokens", at=2, dy=9)
+    plots.line(axes, range(20, 100), held, "blocks of 16", drawstyle="steps-post")
+    plots.line(axes, range(20, 100), range(20, 100), "tokens", at=52, dy=-11)
+    axes.set_ylim(0, 140)
+
+
+# %% [markdown]
+# ### Figure 8: sharing
+#
+# Somebody wants two answers, A1 and A2, to one prompt. Both begin with the same 7 tokens, whose keys and values are
+# the same numbers. Why keep them twice? A **fork** copies the page table, and not the blocks. The reference counts of
+# chapter 4 say how many tables name a block; it is free again when the last of them is gone.
+
+# %%
+class ForkingMemory(GrowingMemory):
+    def fork(self, parent, child):
+        """Start `child` with all tokens of `parent`, in the same blocks."""
+        self.tables[child] = self.tables[parent].copy()
+        self.lengths[child] = self.lengths[parent]
+        for block in self.tables[child]:
+            self.pool.share(block)  # its count goes up by one
+
+
+# %% [markdown]
+# Then A1 says "fathers" and A2 says "mothers". Both words belong into the last slot of logical block 1, which is one
+# and the same slot. So whoever writes into a block that others hold too must get a copy first. That is
+# **copy-on-write**; operating systems do it with the pages of a process that was forked.
+#
+# Which blocks can need a copy? Only the last: all before it are full, and a full block is never written again. So
+# there is at most one copy for a sequence that writes:
+
+# %%
+class SharingMemory(ForkingMemory):
+    def append(self, name):
+        """One more slot. Returns None, or (source, target): a block to copy first."""
+        table, copy = self.tables[name], None
+        if self.room(name) and self.pool.ref_count(table[-1]) > 1:
+            copy = table[-1], self.take(1)[0]
+            self.pool.release(table[-1])
+            table[-1] = copy[1]
+        super().append(name)
+        return copy
+
+
+# %% [markdown]
+# The memory knows numbers only and can't copy what a block holds. It tells, and whoever owns the contents does it:
+
+# %%
+def say(memory, stored, name, word):
+    if copy := memory.append(name):
+        source, target = (block * memory.B for block in copy)
+        stored[target : target + memory.B] = stored[source : source + memory.B]
+    write(memory, stored, name, [word])
+    return copy
+
+
+# %% [markdown]
+# The prompt once more in blocks 7 and 1, and a **fork**: two sequences of 7 tokens, and two blocks.
+
+# %%
+memory, stored = SharingMemory(N=8, B=4, free_order=[7, 1, 3]), ["."] * 32
+memory.start("A1", len(prompt))
+write(memory, stored, "A1", prompt)
+memory.fork("A1", "A2")
+assert memory.tables == {"A1": [7, 1], "A2": [7, 1]}
+assert memory.pool.ref_count(7) == memory.pool.ref_count(1) == 2
+draw(memory, stored)
+
+# %% [markdown]
+# **A1 writes.** The count of block 1 is 2. Block 3 is taken, the contents of 1 are copied to 3, and the count of 1
+# falls to 1:
+
+# %%
+copy = say(memory, stored, "A1", "fathers")
+assert copy == (1, 3) and memory.pool.ref_count(1) == 1
+assert memory.tables == {"A1": [7, 3], "A2": [7, 1]}
+print("copied:", copy, " counts:", {block: memory.pool.ref_count(block) for block in (7, 1, 3)})
+
+# %% [markdown]
+# **A2 writes.** It is alone in block 1 by now, so it writes there, and nothing is copied:
+
+# %%
+copy = say(memory, stored, "A2", "mothers")
+assert copy is None and memory.tables["A2"] == [7, 1]
+ends = [read(memory, stored, name)[-1] for name in ("A1", "A2")]
+assert ends == ["fathers", "mothers"]
+draw(memory, stored)
+
+# %% [markdown]
+# Block 7 stays shared until both have ended:
+
+# %%
+for name in ("A1", "A2"):
+    memory.end(name)
+    count = memory.pool.ref_count(7)
+    print(f"{name} ended: {memory.pool.num_free} of 8 blocks free, count of 7 is {count}")
+
+# %% [markdown]
+# ### How much is wasted?
+#
+# First by arithmetic. A sequence of $n$ tokens has $\lceil n/B \rceil$ blocks, of which only the last can have empty
+# slots:
+#
+# $$ \text{waste} = B \lceil n/B \rceil - n, \qquad 0 \le \text{waste} \le B - 1 $$
+#
+# That is less than one block for each sequence, whether it has ten tokens or ten thousand. If every filling of the
+# last block is equally likely, the mean is that of 0, 1, ..., B-1, which is (B-1)/2: 7.5 slots for B = 16.
+
+# %% [markdown]
+# Now with the load of chapter 3, requests with lengths like those of ShareGPT's conversations. They all wait from the
+# start; 40 run at a time, and each gets one token a step. Chapter 4 counted the waste of requests that are complete.
+# Here we see them grow.
+
+# %%
+jobs = loads.draw(loads.SHAREGPT, 1000, rate=2.0)[:300]
+print("tokens of prompt and answer:", [(job.prompt, job.output) for job in jobs[:6]], "...")
+
+
+# %%
+def serve(jobs, B, at_once=40):
+    """-> for each step (sequences, tokens, slots held), until the queue is empty."""
+    memory = SharingMemory(N=at_once * (loads.MAX_LEN // B), B=B)
+    waiting, ends, history = deque(enumerate(jobs)), {}, []
+    while waiting:
+        while waiting and len(ends) < at_once:
+            name, job = waiting.popleft()
+            memory.start(name, job.prompt)
+            ends[name] = job.prompt + job.output
+        for name in ends:
+            memory.append(name)
+        tokens = sum(memory.lengths.values())
+        history.append((len(ends), tokens, memory.pool.num_used * B))
+        for name in [name for name, end in ends.items() if memory.lengths[name] == end]:
+            memory.end(name)
+            del ends[name]
+    return history
+
+
+# %%
+def waste_percent(history):
+    """Empty slots in percent of the held ones."""
+    held = sum(row[2] for row in history)
+    return 100 * (held - sum(row[1] for row in history)) / held
+
+
+SIZES = [1, 4, 8, 16, 32, 64, 128, 256]
+runs = {B: serve(jobs, B) for B in SIZES}
+for B, history in runs.items():
+    print(f"B = {B:3}: {waste_percent(history):4.1f} % of the held slots are empty")
+assert waste_percent(runs[1]) == 0 and 0 < waste_percent(runs[16]) < 4
+
+# %% [markdown]
+# In all runs the same sequences have the same tokens at the same step; only B differs. The paper measured vLLM: 96.3
+# % of its memory held tokens (Figure 2), and the announcement of vLLM says that under 4 % is wasted. For B = 16 we
+# come out below that. The percentage depends on the lengths: short sequences have as many empty slots as long ones,
+# and fewer tokens.
+#
+# And the row of chapter 3? That is one block, as long as a sequence may ever be:
+
+# %%
+one_block = waste_percent(serve(jobs, loads.MAX_LEN))
+print(f"B = {loads.MAX_LEN}: {one_block:.0f} % of the slots are empty")
+assert one_block > 70
+
+# %% [markdown]
+# So reserving the maximum is paging too, with pages of 2048 tokens. The paper's measurement of such a system, Orca
+# (Max), is 20.4 % for tokens.
+#
+# The mean could hide bad moments. Here is every tenth step. (At the very start nobody has more than a prompt.)
+
+# %%
+alt = "For B = 16 a flat line near 2 %; for 64 and 256 higher, and wandering up and down"
+with plots.figure("Empty slots, step by step", "step", "% of held slots", alt=alt) as axes:
+    for B in (16, 64, 256):
+        percent = [100 * (held - tokens) / held for _, tokens, held in runs[B][::10]]
+        plots.line(axes, range(0, len(runs[B]), 10), percent, f"B = {B}")
+    axes.set_ylim(0)
+
+# %% [markdown]
+# ### The other side
+#
+# Small blocks waste less, so why not B = 1? Since every block costs something by itself. A table has M entries, one
+# for each block, and a kernel that reads the sequence jumps M times to another place in memory. So we draw both, for
+# one sequence on average:
+
+# %%
+waste = [sum(h - t for _, t, h in runs[B]) / sum(s for s, _, _ in runs[B]) for B in SIZES]
+entries = [sum(h / B for _, _, h in runs[B]) / sum(s for s, _, _ in runs[B]) for B in SIZES]
+alt = "Left: waste lies on the line (B-1)/2. Right: entries fall from hundreds to two."
+titles = "Empty slots of a sequence", "Blocks of a sequence"
+with plots.figures(*titles, size=(8.6, 3.2), alt=alt) as (a, b):
+    plots.label(a, "block size B", "slots")
+    plots.line(a, SIZES, [(B - 1) / 2 for B in SIZES], "(B-1)/2", at=6, dy=-8, marker="")
+    plots.line(a, SIZES, waste, "measured", at=5, dy=-8, linestyle="")
+    plots.label(b, "block size B", "entries M")
+    plots.line(b, SIZES, entries, "measured", at=4, dy=9)
+    b.set(xscale="log", yscale="log", xticks=SIZES, xticklabels=SIZES)
+    b.minorticks_off()
+
+# %%
+for B, empty, M in zip(SIZES, waste, entries):
+    assert abs(empty - (B - 1) / 2) <= 0.1 * (B - 1) / 2  # at most a tenth from theory
+    print(f"B = {B:3}: {empty:5.1f} empty slots, {M:5.1f} entries")
+
+# %% [markdown]
+# From 1 to 16 the number of jumps falls almost to a sixteenth, for a few slots. Beyond, the waste doubles each time,
+# and there are few jumps left to save. That is why 16 is the usual size; chapter 4 says what the paper measured. The
+# bytes of the table itself don't count. A token of OPT-13B takes 819,200 bytes (paper), so an entry of 8 bytes points
+# to 16 x 819,200, more than a million times as much.
+
+# %% [markdown]
+# ## Check it
+#
+# The examples are right. Is everything? We let random sequences start, grow, fork and end, in small pools with random
+# free orders. Every new token is different. Beside the pool each sequence has its own plain list, `truth`, and after
+# each event everything is compared:
+
+# %%
+def check(memory, stored, truth):
+    holders = Counter()
+    for name, tokens in truth.items():
+        own = memory.slots(name)
+        assert [stored[slot] for slot in own] == tokens, "what was written is read"
+        assert len(set(own)) == len(own), "no slot twice"
+        assert len(memory.tables[name]) == -(-len(tokens) // memory.B), "ceil(n/B) blocks"
+        holders.update(memory.tables[name])
+    memory.pool.check(holders)  # chapter 4: counts and free list agree with the tables
+
+
+# %% [markdown]
+# That no two sequences write into one slot needs no line of its own: one of them would read a wrong token. Now the
+# events. `seen` counts what happened, and each `append` must take a block at a border or for a copy, and at no other
+# time:
+
+# %%
+def speak(memory, stored, name, word, seen):
+    table, free = memory.tables[name], memory.pool.num_free
+    border, shared = memory.room(name) == 0, memory.pool.ref_count(table[-1]) > 1
+    copy = say(memory, stored, name, word)
+    assert free - memory.pool.num_free == (border or shared)
+    assert bool(copy) == (shared and not border)
+    event = "border" if border else "copy" if copy else "room"
+    seen["append: " + event] += 1
+
+
+# %%
+def live(random, seen):
+    """80 random events in one memory, checked after each."""
+    memory = SharingMemory(24, random.randint(1, 5), random.sample(range(24), 10))
+    stored, truth = [None] * 24 * memory.B, {}
+    for step in range(80):
+        name = random.choice([*truth, step])
+        event = random.choice(["fork", "end"] + ["append"] * 6) if name in truth else "start"
+        try:
+            if event == "start":
+                memory.start(name, random.randint(1, 12))
+                truth[name] = [(name, i) for i in range(memory.lengths[name])]
+                write(memory, stored, name, truth[name])
+            elif event == "fork":
+                memory.fork(name, step)
+                truth[step] = truth[name].copy()
+            elif event == "end":
+                memory.end(name)
+                del truth[name]
+            else:
+                speak(memory, stored, name, (name, step), seen)
+                truth[name].append((name, step))
+        except NoBlock:
+            seen["no block"] += 1
+        check(memory, stored, truth)
+        long = [table for table in memory.tables.values() if len(table) > 1]
+        seen["tables"] += len(long)
+        seen["tables in a row"] += sum(t == [*range(t[0], t[0] + len(t))] for t in long)
+
+
+# %%
+seen = Counter()
+for seed in range(200):
+    live(Random(seed), seen)
+for event, times in sorted(seen.items()):
+    print(f"{event:16} {times:6}")
+assert len(seen) == 6 and min(seen.values()) > 200
+assert seen["tables in a row"] < seen["tables"] / 2
+
+# %% [markdown]
+# The counts matter as much as the asserts. Every case did come up, hundreds of times, and of the tables with two or
+# more blocks most did not lie in a row. A test in which all of them do would prove nothing.
+
+# %% [markdown]
+# ## The package's version
+#
+# The page table, as the engine has it:
+
+# %%
+from minipaged.memory import Appended, KVCacheManager, PageTable
+
+show_source(PageTable.locate, PageTable.slot, PageTable.slots)
+
+# %% [markdown]
+# The arithmetic is yours. What is added is `_must_have`: a position that has no token is refused, with a sentence. In
+# a plain list, position 7 of a sequence of 7 tokens has a block, so it would give a slot in which nothing was
+# written.
+
+# %%
+for seed in range(300):
+    random = Random(seed)
+    size, some = random.randint(1, 20), random.sample(range(100), random.randint(1, 20))
+    length = random.randint(1, size * len(some))
+    theirs = PageTable(block_size=size, blocks=some, num_tokens=length)
+    assert theirs.slots(0, length) == slots(some, 0, length, size)
+    assert theirs.locate(length - 1) == locate(some, length - 1, size)
+print("300 random tables lead to the same slots")
+
+# %% [markdown]
+# All sequences together are kept by the `KVCacheManager`, the only door to memory for the rest of the engine:
+
+# %%
+show_source(KVCacheManager.allocate, KVCacheManager.fork, KVCacheManager.free)
+
+# %% [markdown]
+# `allocate` is your `start`. Its answer names the case: `Allocated`, or `NoSpace`, and then nothing has changed.
+# `keep_free` leaves blocks for those who already run, and `prefix` begins with blocks that hold the same tokens from
+# an earlier request. Both serve a scheduler, and so does the order in which `free` gives blocks back.
+
+# %%
+show_source(KVCacheManager.append, KVCacheManager._growths)
+
+# %% [markdown]
+# Your `append` gave one token to one sequence. This one gives any number of tokens to many sequences, **all or
+# nothing**: `_growths` finds out what everybody needs, then all blocks are taken in one go or none, and only then
+# anything changes. Half a step would be worse than none: a few sequences would have slots for tokens that are never
+# computed.
+#
+# One thing is subtle. When A1 and A2 write in the same step, only the first needs a copy; the second is alone by
+# then. `holders` counts how many are left. Figure 8 in one call:
+
+# %%
+manager = KVCacheManager(num_blocks=8, block_size=4, free_order=[7, 1, 3])
+manager.allocate(1, num_tokens=7)
+manager.fork(1, 2)
+print(manager.append({1: 1, 2: 1}), manager.block_table(1), manager.block_table(2))
+assert (manager.block_table(1), manager.block_table(2)) == ([7, 3], [7, 1])
+
+
+# %% [markdown]
+# Is it always the same? Both memories live through the same random lives, and must agree to the block number. Ours
+# does one `append` after the other, on a trial copy that is kept only if all of it fits:
+
+# %%
+def begin(mine, theirs, name, length):
+    answer = theirs.allocate(name, length)
+    try:
+        mine.start(name, length)
+    except NoBlock:
+        assert isinstance(answer, NoSpace)
+
+
+def grow(mine, theirs, names):
+    answer, trial = theirs.append(dict.fromkeys(names, 1)), deepcopy(mine)
+    try:
+        copies = [copy for name in names if (copy := trial.append(name))]
+    except NoBlock:
+        assert isinstance(answer, NoSpace)
+        seen["refused"] += 1
+        return mine
+    assert answer == Appended(copies)
+    seen["copies"] += len(copies)
+    return trial
+
+
+# %%
+def compare(random):
+    size, first = random.randint(1, 6), random.sample(range(20), 9)
+    mine, theirs = SharingMemory(20, size, first), KVCacheManager(20, size, free_order=first)
+    for step in range(40):
+        name, event = random.choice([*mine.tables, step]), random.random()
+        if name == step:
+            begin(mine, theirs, step, random.randint(1, 14))
+        elif event < 0.7:
+            some = random.sample([*mine.tables], random.randint(1, len(mine.tables)))
+            mine = grow(mine, theirs, some)
+        elif event < 0.85:
+            mine.fork(name, step)
+            theirs.fork(name, step)
+        else:
+            mine.end(name)
+            theirs.free(name)
+        assert mine.tables == {name: theirs.block_table(name) for name in theirs.sequences()}
+        seen["tables"] += len(mine.tables)
+
+
+# %%
+seen = Counter()
+for seed in range(300):
+    compare(Random(seed))
+print(seen["tables"], "tables equal;", seen["copies"], "copies,", seen["refused"], "refusals")
+assert seen["copies"] > 300 and seen["refused"] > 300
+
+# %% [markdown]
+# ### One row for a whole step
+#
+# How do tables reach the model? A step computes T tokens of S sequences, all in one row. For each token the batch
+# says where to write, `slot_mapping [T]`; for each sequence, where to read, `block_tables [S, M]`. The runner lays
+# them out:
+
+# %%
+from minipaged.runner import ModelRunner
+
+show_source(ModelRunner._batch)
+
+# %% [markdown]
+# The tables themselves stay lists of Python integers; `_tensors` sends what a step needs of them to the device. A
+# tensor's rows have one length, so shorter tables are filled up with 0. Block 0 may belong to anybody, yet it is not
+# read by mistake: `context_lens` says how many tokens a sequence has, and readers stop there.
+#
+# Writing is what you did with `pool.view(N * B, D)[slots]`. Here is the reference that faster kernels are tested
+# against:
+
+# %%
+from kernels import reference
+
+show_source(reference.write_kv)
+
+# %% [markdown]
+# ### The real engine
+#
+# Three requests for the real model, with blocks of 4 so that much happens in few steps, and a fourth later. The
+# drawings are those of `python -m minipaged.generate --watch`.
+
+# %%
+from minipaged import LLM, SamplingParams
+from minipaged.terminal.draw import block_map, page_tables
+from minipaged.terminal.snapshot import Observer
+
+llm = LLM("smollm2", num_blocks=24, block_size=4, prefix_cache="none", dtype="fp32")
+observer, plans = Observer(llm), []
+llm.observers.append(lambda plan, output: (observer.follow(plan), plans.append(plan)))
+
+
+def ask(text, tokens):
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return llm.add_request(text, params)
+
+
+def steps(count):
+    outputs = [output for _ in range(count) for output in llm.step()]
+    moment = observer.snapshot()
+    return outputs, sheet(block_map(moment, 72), page_tables(moment, 72))
+
+
+# %%
+first = ask("The capital of France is", 30)
+ask(" ".join(other) + ", it was the worst of times", 8)
+ask(" ".join(prompt), 24)
+_, picture = steps(1)
+picture
+
+# %% [markdown]
+# The first step computed the three prompts. The pool was empty, so the blocks lie side by side. From now on whoever
+# is at a border takes the next free block. After 8 steps B has its 8 tokens and has ended; then D comes:
+
+# %%
+steps(7)
+ask("Once upon a time there was a very small dragon", 16)
+_, picture = steps(1)
+picture
+
+# %% [markdown]
+# B's old blocks stand at the end of the free list. 14 steps later all others are used up, and A and C have begun to
+# take them:
+
+# %%
+_, picture = steps(14)
+tables = [plan.block_table for plan in plans[-1].sequences]
+assert sum(table != sorted(table) for table in tables) == 2
+picture
+
+# %% [markdown]
+# Is every answer still right? In each step, the slots of each sequence in the plan must be those that your function
+# finds in its table. And the first request must get the tokens that it gets when it is alone:
+
+# %%
+outputs, _ = steps(7)
+for plan in plans:
+    for s in plan.sequences:
+        assert s.slots == slots(s.block_table, s.start, len(s.token_ids), B=4)
+print(sum(plan.num_tokens for plan in plans), "slots in", len(plans), "steps, all as expected")
+
+# %%
+crowded = next(out for out in outputs if out.request_id == first and out.finished)
+alone = ask("The capital of France is", 30)
+outputs, _ = steps(30)
+assert outputs[-1].request_id == alone and outputs[-1].finished
+assert outputs[-1].outputs[0].token_ids == crowded.outputs[0].token_ids
+assert llm.stats().memory.used == 0  # and in the end all blocks are free
+print("the same", len(crowded.outputs[0].token_ids), "tokens, alone and in the crowd")
+
+# %% [markdown]
+# ## What must hold, and what breaks if it doesn't
+#
+# **Every access goes through the table.** Take Figure 7 again, and read A's 9 tokens as if memory were a plain row,
+# in which slot and position are the same:
+
+# %%
+memory, stored = GrowingMemory(8, 4, free_order=[7, 1, 3, 5, 2]), ["."] * 32
+for name, words in [("A", [*prompt, "fathers", "brought"]), ("B", other)]:
+    memory.start(name, len(words))
+    write(memory, stored, name, words)
+print("through the table:", *read(memory, stored, "A"))
+print("as a plain row:   ", *stored[:9])
+assert "of" in stored[:9] and "of" in other
+
+# %% [markdown]
+# Empty slots, A's own words in the wrong place, and one of B's words.
+#
+# **A table dies with its sequence.** Whoever keeps a table after `end` holds numbers that belong to others soon. Here
+# A ends, C starts, and the old table is used once more:
+
+# %%
+old_table = memory.tables["A"]
+memory.end("A")
+memory.start("C", 24)
+write(memory, stored, "C", [f"secret{i}" for i in range(24)])
+leaked = [stored[slot] for slot in slots(old_table, 0, 9, B=4)]
+print(leaked)
+assert all("secret" in word for word in leaked)
+
+# %% [markdown]
+# No error and no crash: one user's words have come into another user's answer. This is why the engine has
+# `debug=True`: freed blocks are filled with NaN, so that a read through an old table spoils the output at once.
+#
+# **A block is taken exactly at the border.** One token too late, and the table has no block for the token. Python
+# raises an IndexError. A kernel does not look: it computes a slot from whatever number stands behind the table, and
+# in a batch that is the 0 of the filling, somebody else's block.
+
+# %%
+memory, stored = GrowingMemory(4, 4), ["."] * 16
+memory.start("B", 4)
+write(memory, stored, "B", other[:4])
+memory.start("A", 4)
+memory.lengths["A"] += 1  # one token more, and nobody looked whether there is room
+padded = memory.tables["A"] + [0]  # its row of block_tables [S, M]
+stored[slots(padded, 4, 1, B=4)[0]] = "years"
+print("B:", *read(memory, stored, "B"))
+assert read(memory, stored, "B")[0] == "years"
+
+
+# %% [markdown]
+# One token too early is harder to see: every text is right. But whoever stops at a border holds a block for nothing:
+
+# %%
+class TooEarly(GrowingMemory):
+    def append(self, name):
+        super().append(name)
+        if self.room(name) == 0:
+            self.tables[name] += self.take(1)
+
+
+for kind in (GrowingMemory, TooEarly):
+    memory = kind(300, 4)
+    for name in range(100):
+        memory.start(name, 7)
+        memory.append(name)
+    print(f"{kind.__name__}: 100 sequences of 8 tokens in {memory.pool.num_used} blocks")
+
+# %% [markdown]
+# So a test has to count blocks, and not only compare texts.
+#
+# **A shared block is not written.** Fork, and leave the copy out. Both samples write into one slot, and the last
+# wins:
+
+# %%
+memory, stored = ForkingMemory(8, 4), ["."] * 32  # its append never copies
+memory.start("A1", len(prompt))
+write(memory, stored, "A1", prompt)
+memory.fork("A1", "A2")
+say(memory, stored, "A1", "fathers")
+say(memory, stored, "A2", "mothers")
+print("A1:", *read(memory, stored, "A1"))
+assert read(memory, stored, "A1")[-1] == "mothers"
+
+# %% [markdown]
+# **Every holder is counted.** A fork that copies the table and forgets the counts works well, until one of the two
+# ends:
+
+# %%
+memory = ForkingMemory(2, 4)
+memory.start("A1", 8)
+memory.tables["A2"], memory.lengths["A2"] = memory.tables["A1"].copy(), 8
+memory.end("A1")
+memory.start("B", 8)
+print("A2 and B both have blocks", sorted({*memory.tables["A2"]} & {*memory.tables["B"]}))
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill in the functions; each is followed by a test that says how far you are.
+#
+# **1. The way back** (warm-up). A page table leads from a position to a slot. Who lives in a given slot? Whoever
+# looks for a mistake wants to know.
+
+# %% tags=["exercise"]
+def residents(slot, tables, lengths, B):
+    """tables, lengths: by name -> sorted list of (name, position), one per token in `slot`."""
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_residents(residents):
+    for seed in range(30):
+        random = Random(seed)
+        memory = SharingMemory(12, random.randint(1, 5), random.sample(range(12), 12))
+        memory.start("A", random.randint(1, 2 * memory.B))
+        memory.fork("A", "B")
+        memory.start("C", random.randint(1, 2 * memory.B))
+        memory.append("B")
+        expected = {slot: [] for slot in range(12 * memory.B)}
+        for name in memory.tables:
+            for position, slot in enumerate(memory.slots(name)):
+                expected[slot].append((name, position))
+        for slot, names in expected.items():
+            got = residents(slot, memory.tables, memory.lengths, memory.B)
+            case = f"slot {slot}, {memory.tables}, {memory.lengths}, B={memory.B}"
+            assert got == names, f"{case}: {names}, not {got}"
+
+
+attempt(test_residents, residents)
+
+# %% [markdown]
+# **2. The flat batch.** A step computes `counts[s]` tokens of sequence s, from position `starts[s]` on. Make of it
+# what the runner makes: a slot for each token, and tables of one length.
+
+# %% tags=["exercise"]
+def flat_batch(tables, starts, counts, B):
+    """S lists, S integers, S integers -> slot_mapping [T], block_tables [S, M], int64 tensors.
+
+    M is the length of the longest table; shorter ones are filled up with 0.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_flat_batch(flat_batch):
+    from minipaged.plan import ScheduledSequence
+
+    for seed in range(30):
+        random = Random(seed)
+        B, S = random.randint(1, 5), random.randint(1, 4)
+        tables = [random.sample(range(50), random.randint(1, 6)) for _ in range(S)]
+        starts = [random.randrange((len(t) - 1) * B + 1) for t in tables]
+        counts = [random.randint(1, len(t) * B - start) for t, start in zip(tables, starts)]
+        _, _, batch = llm.runner._batch([
+            ScheduledSequence(i, str(i), [0] * n, start, slots(t, start, n, B), t)
+            for i, (t, start, n) in enumerate(zip(tables, starts, counts))
+        ])
+        slot_mapping, block_tables = flat_batch(tables, starts, counts, B)
+        case = f"tables={tables}, starts={starts}, counts={counts}, B={B}"
+        assert slot_mapping.dtype == block_tables.dtype == torch.int64
+        assert slot_mapping.tolist() == batch.slot_mapping.tolist(), f"slot_mapping: {case}"
+        assert block_tables.tolist() == batch.block_tables.tolist(), f"block_tables: {case}"
+
+
+attempt(test_flat_batch, flat_batch)
+
+# %% [markdown]
+# **3. What does sharing save?** A prompt gets n samples of `output` tokens each. Find a formula for the blocks that
+# sharing saves at the end. Mind the block in which the prompt ends.
+
+# %% tags=["exercise"]
+def blocks_saved(n, prompt, output, B):
+    """Blocks of n separate sequences, less those of n samples forked after the prompt."""
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_blocks_saved(blocks_saved):
+    for seed in range(300):
+        random = Random(seed)
+        n, prompt, output, B = (random.randint(*r) for r in [(1, 5), (1, 20), (0, 9), (1, 6)])
+        memory = SharingMemory(400, B)
+        memory.start(0, prompt)
+        for sample in range(1, n):
+            memory.fork(0, sample)
+        for _ in range(output):
+            for sample in range(n):
+                memory.append(sample)
+        saved = n * -(-(prompt + output) // B) - memory.pool.num_used
+        got = blocks_saved(n, prompt, output, B)
+        case = f"n={n}, prompt={prompt}, output={output}, B={B}"
+        assert got == saved, f"{case}: {saved}, not {got}"
+
+
+attempt(test_blocks_saved, blocks_saved)
+
+# %% [markdown]
+# **4. Tables of tables** (open). A fork copies the whole page table: 512 entries for 8192 tokens, and as many again
+# for each further sample. A CPU's page table is a tree: a directory names **leaves**, lists of `width` entries, and
+# leaves can be shared like blocks. Build one with two levels. From which lengths and how many samples on does it pay?
+
+# %% tags=["exercise"]
+class TwoLevelTable:
+    """Logical block -> physical block. leaves: lists of `width` entries, the last perhaps less.
+
+    append(block): the next logical block lives in `block`.
+    block(logical): the physical block; IndexError if there is none.
+    fork(): a table with the same entries. Full leaves are the same objects, not copies.
+    """
+
+    def __init__(self, width):
+        raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_TwoLevelTable(TwoLevelTable):
+    for seed in range(40):
+        random = Random(seed)
+        width, entries = random.randint(1, 8), random.sample(range(1000), random.randint(0, 40))
+        table = TwoLevelTable(width)
+        for block in entries:
+            table.append(block)
+        child = table.fork()
+        child.append(1001)
+        table.append(1002)
+        for one, new in [(child, 1001), (table, 1002)]:
+            got = [one.block(i) for i in range(len(entries) + 1)]
+            assert got == [*entries, new], f"width {width}: {[*entries, new]}, not {got}"
+            assert [b for leaf in one.leaves for b in leaf] == got
+            assert all(len(leaf) == width for leaf in one.leaves[:-1])
+            for logical in (-1, len(entries) + 1, len(entries) + 1 + width):
+                try:
+                    one.block(logical)
+                except IndexError:
+                    continue
+                raise AssertionError(f"block({logical}) of {len(got)} entries: no IndexError")
+        full = len(entries) // width
+        same = [a is b for a, b in zip(table.leaves[:full], child.leaves)]
+        assert all(same), "full leaves are shared"
+
+
+attempt(test_TwoLevelTable, TwoLevelTable)
+
+# %% [markdown]
+# ## What's next
+#
+# We can say where every token lives. Attention still wants its keys side by side, and `pool[table]` copies all of
+# them at each step. [Chapter 6](06_pagedattention.ipynb) computes attention block by block, right where the blocks
+# lie.
+#
+# ## Sources
+#
+# - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023: Figures 2,
+#   6, 7 and 8, and the sections around them. The vLLM team's announcement of the same year: "under 4 %".
+# - Kilburn, Edwards, Lanigan and Sumner, *One-Level Storage System*, 1962: paged memory, in the Atlas computer.
+# - Cox, Kaashoek and Morris, *xv6: a simple, Unix-like teaching operating system*: page tables and a free list in a
+#   few pages of C. The drawing of a split address follows its habit.
+# - vLLM, whose names for these things (block table, slot mapping) the engine's batch keeps.
