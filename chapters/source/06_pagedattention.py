@@ -1,0 +1,1094 @@
+# %% [markdown]
+# # 6. PagedAttention
+#
+# Keys and values now lie in blocks, scattered over the pool, and a page table says where. This chapter teaches
+# attention to read them there: it goes from block to block, keeps a running maximum and two running sums, and ends
+# with the answer of chapter 1.
+#
+# **You need** chapters 4 and 5: blocks, page tables, slots; and what a softmax is. **You get** your own
+# `paged_attention` for whole batches. It agrees with the package's on random inputs, and the real engine
+# writes the same text with it.
+
+# %% [markdown]
+# ## The question
+#
+# PyTorch's attention wants the keys of a sequence in a row: one tensor `[n, D]`. After chapter 5 there is no such
+# tensor. There is a pool `[N, B, D]`, and a page table that says: the first four tokens are in block 7, the next four
+# in block 1.
+#
+# One way out is to bring them together before each step, and then call what PyTorch has. That is right, and slow
+# where it hurts. To compute one token, a model reads the keys and values of all tokens before it. Chapter 2
+# showed that this part waits for memory, and that no batch makes it cheaper. A copy reads them, writes them, and reads
+# them again.
+#
+# So: **can attention be computed where the blocks lie, without bringing them together?**
+
+# %% [markdown]
+# ## The idea
+#
+# Attention is a sum over tokens, divided by another sum over tokens. A sum can be taken in pieces, and the pieces may
+# lie anywhere:
+#
+# ```
+#                       the pool                     kept of each block
+#
+#                   0 |      |      |      |      |
+#        +--------> 1 | years| ago  | our  |father|  -->  sums  --+
+#        |          2 |      |      |      |      |               |
+#  query +--------> 3 |brough|      |      |      |  -->  sums  --+--> answer
+#        |          : |      |      |      |      |               |
+#        +--------> 7 | Four | score| and  | seven|  -->  sums  --+
+#
+#        page table: 7, 1, 3
+# ```
+#
+# The paper writes it as its Equation 4. $K_j$ and $V_j$ are the keys and values of block $j$ of the sequence, and
+# token $i$ looks at blocks $1$ to $\lceil i/B \rceil$:
+#
+# $$ A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}{\sum_{t=1}^{\lceil i/B \rceil} \exp(q_i^\top K_t \mathbf{1} /
+# \sqrt{d})}, \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top $$
+#
+# $A_{ij}$ is a row of B weights, those of the tokens in block $j$. The $\mathbf 1$ stands for "add up the block": take
+# the exponential of each score, then sum. It is the formula of chapter 1 with brackets around every B tokens.
+#
+# One difficulty remains. The denominator needs *all* blocks before the first weight is known. The trick that
+# removes it is called **online softmax**, and most of this chapter is about it.
+
+# %% [markdown]
+# ## Build it
+#
+# ### Nine tokens in three blocks
+#
+# We take the paper's Figure 6: blocks of 4 slots, a prompt of 7 tokens in blocks 7 and 1, and two more tokens, the
+# second of which opens block 3. The memory manager of chapter 5 does the placing.
+
+# %%
+import timeit
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from minipaged.memory import KVCacheManager, blocks_for
+from minipaged.teaching import attempt, loads, plots, show_source
+from minipaged.terminal.slots import physical_view, sheet
+from minipaged.terminal.snapshot import Snapshot
+
+_ = torch.set_grad_enabled(False)
+torch.set_num_threads(1)  # for tensors as small as ours, more threads only wait for each other
+
+# %%
+words = "Four score and seven years ago our fathers brought".split()
+n, B, N, D = len(words), 4, 9, 8
+memory = KVCacheManager(num_blocks=N, block_size=B, free_order=[7, 1, 3])
+memory.allocate(0, num_tokens=7)
+memory.append({0: 2})
+table = memory.block_table(0)
+sheet(physical_view(Snapshot.of(memory), {"A": words}))
+
+# %% [markdown]
+# Now the tensors. One head, with random keys, values and query; every slot that belongs to nobody is filled with NaN.
+# A NaN spreads through any sum that it gets into, so a wrong read can't go unnoticed.
+
+# %%
+torch.manual_seed(1)
+k, v = torch.randn(2, n, D)  # in a row, as chapter 1 has them: only to compare with
+q = 1.5 * torch.randn(D)  # the query of the newest token, at position 8
+
+k_pool, v_pool = torch.full((2, N, B, D), torch.nan)
+slots = memory.slots(0, 0, n)
+k_pool.flatten(0, 1)[slots], v_pool.flatten(0, 1)[slots] = k, v
+print("slots", slots)
+
+
+# %% [markdown]
+# This is the answer that everything below has to give:
+
+# %%
+def ordinary(q, k, v):
+    """One query [D] looks at n keys and values [n, D] in a row -> [D]."""
+    return torch.softmax(k @ q / D**0.5, -1) @ v
+
+
+expected = ordinary(q, k, v)
+
+
+# %% [markdown]
+# ### The easy way, and its price
+#
+# Bringing scattered rows together is called a **gather**. In PyTorch it is an index:
+
+# %%
+def gather_first(q, k_pool, v_pool, table, n):
+    k = k_pool[table].flatten(0, 1)[:n]  # [M, B, D] -> [M B, D] -> [n, D]: a copy
+    v = v_pool[table].flatten(0, 1)[:n]
+    return ordinary(q, k, v)
+
+
+assert torch.allclose(gather_first(q, k_pool, v_pool, table, n), expected, atol=1e-6)
+assert k_pool[table].data_ptr() != k_pool[7].data_ptr()  # new memory
+
+# %% [markdown]
+# It is right. What does it cost? Take the paper's OPT-13B, with 819,200 bytes of keys and values a token, and a
+# sequence of 2048 tokens that computes one more:
+
+# %%
+kv = 819_200 * 2048 / 1e9
+read = (kv, "tokens", f"read blocks, {kv:.2f}")
+copy = [(kv, "other", "write a copy"), (kv, "third", "read the copy")]
+alt = "Gathering first moves three times the bytes that reading in place does."
+with plots.figure("Moved for one token", x="GB", size=(6.8, 1.6), alt=alt) as axes:
+    plots.strips(axes, {"gather first": [read, *copy], "in place": [read]}, kinds=False)
+
+
+# %% [markdown]
+# A small copy may stay in a cache near the processor, and then its second reading is cheap. A large one does not. And
+# it wants room: for one of the 40 layers 1.68 GB / 40 = 42 MB, for every sequence in the batch, out of the memory that
+# the blocks could use.
+#
+# ### Eq. 4, word for word
+#
+# First a helper: which blocks does a sequence of n tokens use, and how many slots of each are filled?
+
+# %%
+def filled(table, n):
+    """[(physical block, its filled slots), ...], in the order of the sequence."""
+    used = table[: blocks_for(n, B)]
+    return [(block, min(B, n - j * B)) for j, block in enumerate(used)]
+
+
+print(*(filled(table, tokens) for tokens in (7, 8, 9)), sep="\n")
+
+
+# %% [markdown]
+# Only the last block can be partly filled. Now the formula, in two **passes** over the blocks: the first makes the
+# exponentials and their sum, the second weighs the values.
+
+# %%
+def two_passes(q, k_pool, v_pool, table, n):
+    blocks = filled(table, n)
+    e = [torch.exp(k_pool[block, :c] @ q / D**0.5) for block, c in blocks]
+    total = sum(piece.sum() for piece in e)
+    return sum(piece / total @ v_pool[block, :c] for piece, (block, c) in zip(e, blocks))
+
+
+assert torch.allclose(two_passes(q, k_pool, v_pool, table, n), expected, atol=1e-6)
+assert k_pool[7, :4].data_ptr() == k_pool.data_ptr() + 7 * B * D * 4  # in place
+
+# %% [markdown]
+# Nothing was brought together: `k_pool[block, :c]` is a *view*, the pool's own memory, as the last line shows.
+#
+# ### Two troubles
+#
+# **The exponentials wait.** Between the passes all of them must be kept, or be computed again by reading the keys
+# again. For one query that is n numbers. For a chunk of a prompt it is n numbers for each of its tokens, in each head:
+# 512 new tokens on a context of 8192 make 512 · 8192, four million.
+#
+# **They overflow.** An exponential grows fast, and floating point ends:
+
+# %%
+print("fp32: are e^88, e^89 finite?", torch.tensor([88.0, 89]).exp().isfinite().tolist())
+print("fp16: are e^11, e^12?", torch.tensor([11.0, 12]).exp().half().isfinite().tolist())
+loud = 60 * q  # a query with large scores
+print("two passes:", two_passes(loud, k_pool, v_pool, table, n).tolist()[:3], "...")
+assert ordinary(loud, k, v).isfinite().all()
+
+# %% [markdown]
+# `inf / inf` is NaN. The ordinary softmax survives because it first subtracts the largest score $m$ from all scores.
+# That changes nothing, since the factor $e^{-m}$ stands above and below the fraction:
+#
+# $$ \frac{e^{s_j}}{\sum_t e^{s_t}} = \frac{e^{s_j - m}}{\sum_t e^{s_t - m}} $$
+#
+# Now every exponent is at most 0, so nothing overflows; one of them is exactly 0, so the sum is at least 1. But the
+# largest of *all* scores is again known only after all blocks. That would be a third pass.
+#
+# ### Online softmax: one pass
+#
+# Go on with the largest score *so far*, and put right what was summed when a larger one comes. Three things are
+# kept, together called the **state**:
+#
+# $$ m = \max_j s_j \qquad z = \sum_j e^{s_j - m} \qquad o = \sum_j e^{s_j - m}\, v_j $$
+#
+# where $j$ goes over the tokens seen so far. A new block with scores $s_j$ makes of it
+#
+# $$ m' = \max(m, \max_j s_j) \qquad z' = e^{m - m'} z + \sum_j e^{s_j - m'} \qquad o' = e^{m - m'} o + \sum_j e^{s_j -
+# m'} v_j $$
+#
+# Why is that right? Every term in the old $z$ was $e^{s-m}$, and it should be $e^{s-m'}$. The two differ by the factor
+# $e^{m-m'}$, *the same for all terms*, so the whole sum can be corrected at once. The same holds for $o$. If $m$ did
+# not grow, the factor is 1. At the end the answer is $o / z$.
+
+# %%
+class State(NamedTuple):
+    """What attention knows of the keys that a query has seen."""
+
+    m: Tensor  # [...] their largest score
+    z: Tensor  # [...] the sum of exp(score - m)
+    o: Tensor  # [..., D] the sum of exp(score - m) * value
+
+
+def start(*shape, D):
+    """The state of a query that has seen nothing."""
+    return State(torch.full(shape, -torch.inf), torch.zeros(shape), torch.zeros(*shape, D))
+
+
+# %%
+def add_block(state, scores, values):
+    """A state; scores [..., c] and values [..., c, D] of other keys -> the state of all."""
+    m = torch.maximum(state.m, scores.amax(-1))
+    shrink = torch.exp(state.m - m)
+    e = torch.exp(scores - m[..., None])
+    return State(m, state.z * shrink + e.sum(-1), state.o * shrink[..., None] + e @ values)
+
+
+# %% [markdown]
+# At the start $m = -\infty$, and $e^{-\infty - m'} = 0$: what was not there counts for nothing. (Why not begin with
+# $m = 0$? If all scores were near -200, all $e^{s - 0}$ would be 0 in fp32, and so would $z$.) Step by step:
+
+# %%
+state = start(D=D)
+for block, c in filled(table, n):
+    old, scores = state, k_pool[block, :c] @ q / D**0.5
+    state = add_block(old, scores, v_pool[block, :c])
+    shrink = torch.exp(old.m - state.m)
+    print(f"block {block}: largest score {scores.max():5.2f}, m = {state.m:.2f}, "
+          f"old sums times {shrink:.2f}, z = {state.z:.2f}")  # fmt: skip
+
+assert torch.allclose(state.o / state.z, expected, atol=1e-6)
+
+# %% [markdown]
+# In block 1 a larger score appears: what came from block 7 is scaled down. Block 3 brings none, and the old sums stay
+# as they are. Watch the weights that each token *would* have, if the sequence ended there:
+
+# %%
+s = k @ q / D**0.5
+running = torch.full((3, n), torch.nan)
+for j, end in enumerate((4, 8, 9)):
+    running[j, :end] = torch.softmax(s[:end], -1)
+after = [f"after block {block}" for block in table]
+alt = "After block 7 four tokens share the weight; after block 1 eight, and the old have less."
+with plots.figure("Weights so far", size=(7.4, 2.2), alt=alt) as axes:
+    plots.matrix(axes, running.tolist(), after, words, form=".2f")
+
+# %% [markdown]
+# Each row sums to 1, and within a row the *ratios* between old tokens are those of the row above (before rounding):
+# newcomers make the old weights smaller, all by the same factor.
+#
+# ### PagedAttention
+#
+# Put together: one pass over the page table, one block at a time, nothing gathered, nothing kept but the state.
+
+# %%
+def attend_one(q, k_pool, v_pool, table, n):
+    """One query [D], one head, pools [N, B, D], a sequence of n tokens -> [D]."""
+    state = start(D=D)
+    for block, c in filled(table, n):
+        scores = k_pool[block, :c] @ q / D**0.5
+        state = add_block(state, scores, v_pool[block, :c])
+    return state.o / state.z
+
+
+for query in (q, loud):
+    got = attend_one(query, k_pool, v_pool, table, n)
+    assert torch.allclose(got, ordinary(query, k, v), atol=1e-6)
+print("equal, in spite of", int(k_pool.isnan()[..., 0].sum()), "poisoned slots in the pool")
+
+# %% [markdown]
+# That is PagedAttention. What follows makes it fit for work.
+#
+# ### The empty slots of the last block
+#
+# `:c` cuts off the empty slots. A kernel on a GPU would rather do the same work on every block, all B slots of it, and
+# **mask** what must not count: give it the score $-\infty$, and so the weight 0. With plain numbers that would do. Here
+# is block 3, with one token and three empty slots:
+
+# %%
+scores = k_pool[3] @ q / D**0.5
+empty = torch.arange(B) >= 1
+weights = torch.softmax(scores.masked_fill(empty, -torch.inf), -1)
+print("scores ", [f"{x:.2f}" for x in scores])
+print("weights", weights.tolist())
+print("answer ", (weights @ v_pool[3]).tolist()[:3], "...")
+
+# %% [markdown]
+# The weights are right, and the answer is still NaN: $0 \cdot \mathrm{NaN} = \mathrm{NaN}$. A weight of zero does not
+# silence what it weighs. The values have to be masked as well, or not be read at all:
+
+# %%
+values = torch.where(empty[:, None], 0.0, v_pool[3])
+assert torch.equal(weights @ values, v_pool[3, 0])  # one token takes all the weight
+
+# %% [markdown]
+# Is that only a matter of our NaNs? An empty slot of a real pool holds whatever was there before, and that can be
+# the `inf` or NaN of somebody's overflow. Then the answer depends on who used the block last.
+#
+# ### Heads, groups, and several queries at once
+#
+# The package's cache for one layer is `[2, G, N, B, D]`: keys and values, G heads of them. Each serves R = H / G query
+# heads. And a sequence may bring t queries in one step: the tokens of its prompt, or a chunk of them. They are the
+# *last* t positions of its context, since their own keys and values were just written.
+#
+# One place where the pool is read, so that we can watch it later:
+
+# %%
+def read_block(cache, block, count):
+    """Keys and values [2, G, count, D] of the first slots of a physical block: a view."""
+    return cache[:, :, block, :count]
+
+
+# %%
+def attend(q, cache, table, context, scale):
+    """q [t, H, D], the last t of `context` positions -> [t, H, D]."""
+    (t, H, D), (_, G, _, B, _) = q.shape, cache.shape
+    q = rearrange(scale * q, "t (g r) d -> g (t r) d", g=G)
+    position = repeat(torch.arange(context - t, context), "t -> (t r) 1", r=H // G)
+    state = start(G, t * H // G, D=D)
+    for j, block in enumerate(table[: blocks_for(context, B)]):
+        K, V = read_block(cache, block, min(B, context - j * B))
+        here = j * B + torch.arange(K.shape[1])  # the positions of the tokens in this block
+        scores = (q @ K.mT).masked_fill(here > position, -torch.inf)  # [G, t R, c]
+        state = add_block(state, scores, V)
+    return rearrange(state.o / state.z[..., None], "g (t r) d -> t (g r) d", t=t)
+
+
+# %% [markdown]
+# The loop is the same. Two things are new. All queries of a group stand in one matrix, so a block is read once for all
+# of them. And there is the **causal mask** of chapter 1, cut into blocks: `here > position`. For three queries at the
+# end of our nine tokens it looks like this (`#` seen, `.` not):
+
+# %%
+for position in (6, 7, 8):
+    marks = ["#" if j <= position else "." for j in range(n)]
+    print(f"position {position}: ", *("".join(marks[j : j + B]) for j in range(0, n, B)))
+
+# %% [markdown]
+# Full blocks far back need no mask at all; only those near the end do (exercise 3).
+#
+# Note how a position is found: it is `j * B + offset`, with the *logical* number `j`. The physical number `block` says
+# where to read, and nothing else.
+#
+# ### A whole batch
+#
+# In a step the engine computes tokens of many sequences, and their queries stand in one row, without padding:
+#
+# ```
+#   q [T, H, D]   | A A A A A A A | B | C C C |
+#   query_start     0               7   8       11    one more than sequences
+#   context_lens    7               20  9             with this step's tokens
+#
+#   A: a prompt of 7.  B: one more token, after 19.  C: a chunk of 3, after 6.
+#   block_tables [S, M]: a row a sequence; behind its last block stands anything
+# ```
+#
+# A prompt, a chunk of one, a single token: all the same to us, only with other numbers.
+
+# %%
+def paged_attention(q, cache, query_start, context_lens, block_tables, scale):
+    """q [T, H, D] of S sequences; block_tables [S, M] -> [T, H, D]."""
+    out = torch.empty_like(q)
+    for s, context in enumerate(context_lens.tolist()):
+        mine = slice(query_start[s], query_start[s + 1])
+        out[mine] = attend(q[mine], cache, block_tables[s].tolist(), context, scale)
+    return out
+
+
+# %% [markdown]
+# ### The order does not matter
+#
+# A sum may be taken in any order, and in groups. So two states, of any two sets of keys, can be **merged**:
+
+# %%
+def merge(a, b):
+    """The state of all keys of two states that have none in common."""
+    m = torch.maximum(a.m, b.m)
+    x, y = torch.exp(a.m - m), torch.exp(b.m - m)
+    return State(m, a.z * x + b.z * y, a.o * x[..., None] + b.o * y[..., None])
+
+
+# %% [markdown]
+# `add_block` was nothing but a merge with the state of one block. Take a sequence of 64 blocks, shuffle them, deal them
+# out to four workers, and merge what they bring in two different ways:
+
+# %%
+torch.manual_seed(2)
+long_k, long_v = torch.randn(2, 64, B, D)
+whole = ordinary(q, long_k.flatten(0, 1), long_v.flatten(0, 1))
+
+
+def work(blocks):
+    state = start(D=D)
+    for j in blocks.tolist():
+        state = add_block(state, long_k[j] @ q / D**0.5, long_v[j])
+    return state
+
+
+# %%
+a, b, c, d = (work(blocks) for blocks in torch.randperm(64).chunk(4))
+assert not torch.allclose(a.o / a.z, whole, atol=1e-2)  # each alone knows only a part
+for one in (merge(merge(merge(a, b), c), d), merge(merge(d, b), merge(c, a))):
+    assert torch.allclose(one.o / one.z, whole, atol=1e-6)
+
+# %% [markdown]
+# Any order and any grouping gives the same answer.
+#
+# Chapter 7 lives on this. A GPU has thousands of threads, and a single long sequence must keep them all busy: its
+# blocks are dealt out to many workers, and their states are merged at the end.
+#
+# ## Check it
+#
+# ### Random batches
+#
+# Random sizes, scrambled page tables, contexts that end exactly with a block or have a single token, and NaN in
+# every slot that belongs to nobody. First where everything lies:
+
+# %%
+def random_layout(g):
+    """(H, G, D, B), contexts, how many tokens each computes, and a page table for each."""
+    pick = lambda *choices: choices[torch.randint(len(choices), (), generator=g)]
+    up_to = lambda most: 1 + int(torch.randint(most, (), generator=g))
+    H, G = pick((1, 1), (4, 4), (6, 2), (9, 3), (5, 1))
+    D, B = pick(4, 8, 64), pick(1, 2, 3, 4, 8, 16)
+    contexts = [pick(1, B, 3 * B, up_to(40)) for _ in range(up_to(4))]
+    counts = [pick(1, context, up_to(context)) for context in contexts]
+    needed = [blocks_for(context, B) for context in contexts]
+    order = torch.randperm(sum(needed) + 3, generator=g)  # three blocks are left over
+    return (H, G, D, B), contexts, counts, order.split([*needed, 3])[:-1]
+
+
+# %% [markdown]
+# Then the numbers: keys and values in a row for the textbook, and the same ones in the pool. The rows of `block_tables`
+# are filled up with 0, which is somebody's block.
+
+# %%
+def random_batch(seed):
+    """The arguments of paged_attention, and keys and values [2, G, context, D] in a row."""
+    g = torch.Generator().manual_seed(seed)
+    (H, G, D, B), contexts, counts, tables = random_layout(g)
+    in_a_row = [torch.randn(2, G, context, D, generator=g) for context in contexts]
+    cache = torch.full((2, G, sum(map(len, tables)) + 3, B, D), torch.nan)
+    for table, kv in zip(tables, in_a_row):
+        position = torch.arange(kv.shape[2])
+        cache[:, :, table[position // B], position % B] = kv
+    q = 2 * torch.randn(sum(counts), H, D, generator=g)
+    starts, tables = torch.tensor([0, *counts]).cumsum(0), pad_sequence(tables, True)
+    return (q, cache, starts, torch.tensor(contexts), tables, D**-0.5), in_a_row
+
+
+# %%
+sdpa = partial(scaled_dot_product_attention, enable_gqa=True)
+
+
+def textbook(q, starts, in_a_row, scale):
+    """PyTorch's own attention on the same, sequence by sequence, nothing paged."""
+    out = []
+    for mine, (k, v) in zip(q.split(starts.diff().tolist()), in_a_row):
+        t, context = len(mine), k.shape[1]
+        mask = torch.arange(context) <= torch.arange(context - t, context)[:, None]
+        out.append(sdpa(mine.transpose(0, 1), k, v, mask, scale=scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+# %% [markdown]
+# "The answers agree" is half of a check. The other half: the poison was really there, and each block that a sequence
+# has was read once, and no other.
+
+# %%
+plain_read, visited = read_block, []
+
+
+def read_block(cache, block, count):
+    visited.append(block)
+    return plain_read(cache, block, count)
+
+
+# %%
+def check(seed):
+    """Compare one batch; then say what was special about it."""
+    (q, cache, starts, contexts, tables, scale), in_a_row = random_batch(seed)
+    visited.clear()
+    got = paged_attention(q, cache, starts, contexts, tables, scale)
+    assert torch.allclose(got, textbook(q, starts, in_a_row, scale), atol=2e-5)
+    B, owned = cache.shape[3], []
+    for table, context in zip(tables.tolist(), contexts.tolist()):
+        owned += table[: blocks_for(context, B)]
+    assert visited == owned and len(owned) == sum(-(-contexts // B))
+    filled_slots = int((~cache[0, 0, :, :, 0].isnan()).sum())
+    assert filled_slots == contexts.sum() < cache[0, 0, :, :, 0].numel()
+    return {"a partly filled block": bool((contexts % B > 0).any()),
+            "a block filled to the end": bool((contexts % B == 0).any()),
+            "several queries of one sequence": bool((starts.diff() > 1).any())}  # fmt: skip
+
+
+# %%
+found = [check(seed) for seed in range(300)]
+for special in found[0]:
+    print(f"{sum(one[special] for one in found)} of {len(found)} batches have {special}")
+read_block = plain_read
+
+# %% [markdown]
+# All 300 equal the textbook, and no poison ever reached an answer.
+
+# %% [markdown]
+# ### On the real model
+#
+# The strongest check is the engine itself. Its layers call `backend.paged_attention`; for a while we put ours there,
+# and let three requests run with everything the engine has: continuous batching, a prompt cut in chunks, and
+# `debug=True`, which fills freed blocks with NaN just as we did.
+
+# %%
+from unittest.mock import patch
+
+from minipaged import LLM, SamplingParams
+
+small = {"num_blocks": 32, "max_num_seqs": 3, "max_num_batched_tokens": 12}
+llm = LLM("smollm2", kernels="torch", debug=True, prefix_cache="none", **small)
+
+# %%
+prompts = ["The capital of France is", "Twinkle, twinkle, little star, how I wonder",
+           "1, 2, 3, 4, 5,"]  # fmt: skip
+greedy = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+standard = llm.generate(prompts, greedy)
+before, calls = llm.stats().num_steps, []
+
+
+# %%
+def ours(q, layer_cache, batch, scale):
+    calls.append(batch.query_start.diff().tolist())  # how many tokens each sequence computes
+    where = batch.query_start, batch.context_lens, batch.block_tables
+    return paged_attention(q, layer_cache, *where, scale)
+
+
+with patch.object(llm.runner.backend, "paged_attention", ours):
+    again = llm.generate(prompts, greedy)
+
+# %%
+for a, b in zip(standard, again):
+    assert a.outputs[0].token_ids == b.outputs[0].token_ids
+    print(repr(b.prompt + b.outputs[0].text))
+steps, layers = llm.stats().num_steps - before, llm.config.num_layers
+assert len(calls) == steps * layers
+print(f"{len(calls)} calls of ours = {steps} steps, {layers} layers; tokens of each sequence:")
+print(*calls[::layers])
+
+# %% [markdown]
+# The same tokens, one by one, with the attention that you built. The last line shows the steps: `[1, 5, 6]` is one new
+# token of the first request beside the rest of the second prompt and the beginning of the third.
+#
+# ## The package's version
+#
+# ### The reference
+#
+# The package keeps one version that is allowed to be slow and not allowed to be clever. All others are tested against
+# it:
+
+# %%
+import kernels
+from kernels import reference, torch_attention
+
+show_source(reference.paged_attention)
+
+# %% [markdown]
+# You may be surprised: it *gathers*, `cache[:, :, blocks]`, and takes an ordinary softmax. That is its job. It says
+# what the right answer is in the fewest words, and shares no trick with what it checks.
+#
+# ### In plain PyTorch
+#
+# `TorchBackend` runs where there is nothing but PyTorch. A Python loop over blocks would be far too slow, so it looks
+# for PyTorch calls that do much at once. This is a step with one query for each sequence:
+
+# %%
+show_source(torch_attention._decode, torch_attention.AttentionPlan._bucket)
+
+# %% [markdown]
+# - **Keys are gathered** (`index_select`), for PyTorch has no product that follows a table. But only for a few
+#   sequences at a time, a *bucket*, so that the copy is still in the processor's cache when the product reads it.
+# - **Values are not.** `embedding_bag` is made for recommender models: a weighted sum of rows of a table, rows given by
+#   number. That is what $\sum_j a_j v_j$ through a slot mapping is, so values are read in place.
+# - Look for the comment "Subtle": what lies beyond the context is not even read. It is our $0 \cdot \mathrm{NaN}$: the
+#   slots beyond are replaced by the sequence's first slot, which is harmless with weight 0.
+# - Everything that is the same in all layers, which slots, which mask, is prepared once a step.
+#
+# ### In C++
+#
+# With a compiler at hand, the engine uses `kernels/cpu.cpp` on a CPU. There the loop of this chapter stands as it is.
+# This is its online softmax, read from the file as it is now:
+
+# %%
+cpp = Path(kernels.__file__).with_name("cpu.cpp").read_text()
+begin = cpp.index("// Softmax over a row's scores")
+print(cpp[begin : cpp.index("\n}\n", begin) + 2])
+
+# %% [markdown]
+# `top` is our $m$, `total` is $z$, `out` is $o$, and `shrink` has the same name. What it adds:
+#
+# - **Vectors.** A `V` is 4, 8 or 16 floats, depending on the machine, and one instruction works on all of them.
+# - **If `shrink` is 1, `out` is left alone.** $m$ rarely grows: with scores in random order, block j holds a
+#   new record with probability 1/j, and that makes about 5 records in 64 blocks.
+# - **Steps of 64 keys, not of one block.** The function around it walks the page table to find 64 keys, whichever
+#   blocks they lie in, and turns them, as the vectors want them, into a buffer that never leaves the processor's cache.
+#   So the number of steps does not depend on B.
+# - **fp32 inside.** Keys and values may be kept in bf16, to take half the room; $m$, $z$ and $o$ never are.
+# - **Threads.** Each takes a few queries of one sequence with all heads of a group, so that a block is read once for
+#   all of them.
+# - While one piece is computed, the next is already called for from memory.
+#
+# ### All of them agree
+#
+# Our batches of random sizes go to every backend that this machine has: yours, the reference, plain PyTorch, and C++
+# where there is a compiler (`auto` falls back to PyTorch where there is none).
+
+# %%
+auto = kernels.load("auto", notice=lambda line: None)
+plain = kernels.load("torch")
+for seed in range(1000, 1300):
+    (Q, pool, *where, scale), _ = random_batch(seed)
+    yours = paged_attention(Q, pool, *where, scale)
+    theirs = [reference.paged_attention(Q, pool, *where, scale)]
+    for backend in (plain, auto):
+        batch = kernels.Batch(torch.empty(0), *where)  # no slot mapping: nothing is written
+        theirs.append(backend.paged_attention(Q, pool, batch, scale))
+    assert yours.isfinite().all()
+    assert all(torch.allclose(yours, other, atol=2e-5) for other in theirs)
+print("300 random batches: all give what yours gives")
+
+# %% [markdown]
+# ### How large should a block be?
+#
+# So far B was any number. The answers do not depend on it, the costs do. First the waste: on average the last block of
+# a sequence is half empty. `loads` has requests with the mean lengths of the paper's two data sets, long conversations
+# (ShareGPT) and short instructions (Alpaca). We catch each in the middle of its answer:
+
+# %%
+def halfway(lengths):
+    return [job.prompt + job.output // 2 for job in loads.draw(lengths, 3000, rate=1.0)]
+
+
+def waste(lens, B):
+    """The share of slots that are empty."""
+    return 1 - sum(lens) / sum(B * blocks_for(n, B) for n in lens)
+
+
+# %%
+running = {"ShareGPT": halfway(loads.SHAREGPT), "Alpaca": halfway(loads.ALPACA)}
+for name, lens in running.items():
+    shares = ", ".join(f"{waste(lens, size):.0%} of B={size}" for size in (16, 32, 128))
+    print(f"{name:8} {sum(lens) / len(lens):3.0f} tokens; empty: {shares}")
+
+# %% [markdown]
+# Waste hits short sequences: an Alpaca request leaves most of a block of 128 empty. Empty slots mean fewer
+# sequences in the batch, and chapter 2 showed that the batch decides how fast a server is. Large blocks are also harder
+# to share, since only whole blocks are found again. A shared prefix of 80 tokens, one of the two that the paper tries,
+# is five blocks of 16, one of 64 with a rest, and not even one of 128.
+#
+# So why not B = 1? No waste, everything shared. Because starting on a block has its price: look up its number, compute
+# an address, jump there. And what is read in one piece gets short. Suppose that starting a block costs as much as
+# reading $a$ slots, and that work is done on whole blocks, empty slots and all. For a sequence of n tokens that is
+#
+# $$ \lceil n/B \rceil \cdot (a + B) \;\approx\; n + a\,\frac{n}{B} + \frac{B}{2} $$
+#
+# The middle term falls with B and the last one rises, so their sum is a **U**. It is lowest at $B = \sqrt{2 a n}$. We
+# draw it with $a = 4$. That number is ours; try others.
+
+# %%
+def cost(lens, B, a=4):
+    """Slots' worth of work for each token of context."""
+    return sum(blocks_for(n, B) * (a + B) for n in lens) / sum(lens)
+
+
+sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+alt = "Waste grows with B, faster for Alpaca. Cost is a U, lowest from 16 to 64."
+curves = (lambda lens, B: 100 * waste(lens, B), cost)
+
+# %%
+with plots.figures("Empty slots", "Work for a token", size=(7.8, 3.2), alt=alt) as pair:
+    for axes, y, curve in zip(pair, ("% of all slots", "slots (a = 4)"), curves):
+        plots.label(axes, "block size B", y)
+        for name, lens in running.items():
+            plots.line(axes, sizes, [curve(lens, B) for B in sizes], name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, sizes)
+
+# %% [markdown]
+# The formula puts the bottom at $\sqrt{2 \cdot 4 \cdot 331} \approx 51$ for ShareGPT and at $\sqrt{2 \cdot 4 \cdot 49}
+# \approx 20$ for Alpaca: longer sequences want larger blocks, but only as the square root.
+#
+# The paper measured the real thing (its Figure 18b): latency over B is a U. ShareGPT does best with 16 to 128, Alpaca
+# with 16 and 32, and larger blocks are much worse for it. Its reasons are the two of our formula: small blocks don't
+# give a GPU enough to do at a time, large ones waste and are shared less. **16** is the smallest that is good for both,
+# and it is the default of the paper and of this package.
+#
+# And on a CPU? 16 sequences of 1024 tokens in blocks of every size, on one thread. The package takes them all;
+# your loop takes one.
+
+# %%
+def nanoseconds(times, function, *arguments):
+    """The best of so many times."""
+    return 1e9 * min(timeit.repeat(partial(function, *arguments), number=1, repeat=times))
+
+
+# %% tags=["measured"]
+package, loop = [], []
+for size in sizes:
+    Q, M = torch.randn(16, 9, 64), 1024 // size
+    pool, tables = torch.randn(2, 3, 16 * M, size, 64), torch.randperm(16 * M).view(16, M)
+    batch = kernels.Batch(torch.empty(0), torch.arange(17), torch.full((16,), 1024), tables)
+    one = torch.tensor([0, 1]), torch.tensor([1024]), tables[:1]
+    taken = nanoseconds(15, auto.paged_attention, Q, pool, batch, 0.125)
+    package.append(taken / (16 * 1024))
+    loop.append(nanoseconds(3, paged_attention, Q[:1], pool, *one, 0.125) / 1024)
+
+# %% tags=["measured"]
+alt = "On a log scale your loop's time falls steeply with B; the package's is far below."
+with plots.figure("Time for a token of context", "block size B", "ns", alt=alt) as axes:
+    plots.line(axes, sizes, loop, "your loop")
+    plots.line(axes, sizes, package, "the package")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, sizes)
+    axes.minorticks_off()
+
+# %% [markdown]
+# (Mind the scale of the time axis: each line is ten times the one below.) On the machine that made this page your loop
+# shows the left arm of the U in the extreme: it pays for the *number of blocks*, since each is a round of Python, and
+# B = 256 does in four rounds what B = 1 does in 1024. The package is far below and bends far less, since it takes 64
+# keys at a time whatever B is. It does gain from larger blocks: values that lie side by side are read in one piece.
+#
+# What can this not show? The GPU of the paper, where a group of threads works on a block together, and with B = 1 most
+# of them would have nothing to do. Nor the right arm of the U: that comes from empty slots, and our 1024 tokens fill
+# all their blocks.
+
+# %% [markdown]
+# ## What must hold, and what breaks if it doesn't
+#
+# **Nothing beyond the context is read.** Not the empty slots of the last block, not the table's entries behind it. Read
+# the last block whole, and see what comes:
+
+# %%
+def careless(q, k_pool, v_pool, table, n):
+    state = start(D=D)
+    for block, _ in filled(table, n):
+        state = add_block(state, k_pool[block] @ q / D**0.5, v_pool[block])
+    return state.o / state.z
+
+
+poisoned = careless(q, k_pool, v_pool, table, n)
+stale = careless(q, k_pool.nan_to_num(0.3), v_pool.nan_to_num(0.3), table, n)
+assert poisoned.isnan().all() and stale.isfinite().all()
+assert not torch.allclose(stale, expected, atol=0.02)
+print("with poison: NaN. With old numbers in the slots: finite, plausible, and wrong")
+
+# %% [markdown]
+# The second is what happens without a debug mode. Three tokens that nobody wrote took part, and no one is told.
+#
+# **When m grows, z and o shrink.** Both. Forget it, and the result depends on where the largest score stands:
+
+# %%
+right_add_block = add_block
+
+
+def add_block(state, scores, values):
+    new = right_add_block(state, scores, values)
+    return new._replace(o=state.o + torch.exp(scores - new.m) @ values)  # o not shrunk
+
+
+# %%
+for name, order in (("first", s.argsort(descending=True)), ("last", s.argsort())):
+    pools = torch.full((2, N, B, D), torch.nan)
+    pools.flatten(1, 2)[:, slots] = torch.stack([k, v])[:, order]
+    right = torch.allclose(attend_one(q, *pools, table, n), expected, atol=1e-5)
+    print(f"largest score {name}: {'right' if right else 'wrong'}")
+    assert right == (name == "first")
+add_block = right_add_block
+
+# %% [markdown]
+# If the first block holds the largest score, $m$ never grows, and the mistake can't be seen. A test in which that is so
+# by chance (a single block, say) passes. And many heads of trained models give their largest weight to the very first
+# token (an *attention sink*), so even a model's text may look fine.
+#
+# **A block of which a query sees nothing must leave its state alone.** With the blocks in order, every query sees
+# position 0 in the first one, and $m$ is finite from then on. Read the same blocks from the end, which should not
+# matter:
+
+# %%
+def backwards(position):
+    """The answer of `q` at this position, the blocks read from the last to the first."""
+    state = start(D=D)
+    for j in (2, 1, 0):
+        K, V = k[j * B : j * B + B], v[j * B : j * B + B]
+        unseen = j * B + torch.arange(len(K)) > position
+        state = add_block(state, (K @ q / D**0.5).masked_fill(unseen, -torch.inf), V)
+    return state.o / state.z
+
+
+assert torch.allclose(backwards(8), expected, atol=1e-6)
+print("at position 6:", backwards(6).tolist()[:3], "...")
+
+# %% [markdown]
+# Position 8 sees all, and it goes well. Position 6 sees nothing of the last block: all scores are $-\infty$, so $m' =
+# -\infty$, and $-\infty - (-\infty)$ is NaN. The remedy is one line: nothing seen yet means that there is nothing to
+# subtract.
+
+# %%
+def add_block(state, scores, values):
+    m = torch.maximum(state.m, scores.amax(-1))
+    safe = torch.where(m == -torch.inf, 0.0, m)
+    shrink, e = torch.exp(state.m - safe), torch.exp(scores - safe[..., None])
+    return State(m, state.z * shrink + e.sum(-1), state.o * shrink[..., None] + e @ values)
+
+
+assert torch.allclose(backwards(6), ordinary(q, k[:7], v[:7]), atol=1e-6)
+
+# %% [markdown]
+# It matters as soon as blocks are dealt out to workers, for a worker may get only blocks that its query must not
+# see.
+#
+# **Merging takes m, z and o, not finished answers.** The mean of two answers is wrong, for it does not know how
+# much weight stood behind each:
+
+# %%
+halves = [(k[:4], v[:4]), (k[4:], v[4:])]
+mean = sum(ordinary(q, *half) for half in halves) / 2
+states = [add_block(start(D=D), K @ q / D**0.5, V) for K, V in halves]
+both = merge(*states)
+share = [f"{x.z * torch.exp(x.m - both.m) / both.z:.0%}" for x in states]
+print("of the whole weight, the halves hold", share)
+assert torch.allclose(both.o / both.z, expected, atol=1e-6)
+assert not torch.allclose(mean, expected, atol=0.05)
+
+# %% [markdown]
+# **Logical numbers give positions, physical numbers give places.** The order of visits is free, but how many slots of
+# a block are filled depends on its place *in the sequence*. Suppose someone sorts the table, so that the pool is read
+# from left to right:
+
+# %%
+word_pool = [["?"] * B for _ in range(N)]
+for word, slot in zip(words, slots):
+    word_pool[slot // B][slot % B] = word
+for order in (table, sorted(table)):
+    print(order, *(" ".join(word_pool[block][:c]) for block, c in filled(order, n)))
+assert attend_one(q, k_pool, v_pool, sorted(table), n).isnan().all()
+
+# %% [markdown]
+# Three empty slots are read, and three words are lost. Without poison, again, nobody would know. (To sort is fine if
+# each block keeps its logical number beside it.)
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill in the functions; each is followed by a test that says how far you are.
+#
+# **1. The logarithm of a sum, piece by piece** (warm-up). $\log \sum_j e^{s_j}$, the *log-sum-exp*, is the softmax's
+# denominator in a form that does not overflow. Compute it in one pass over pieces, keeping two numbers.
+
+# %% tags=["exercise"]
+def running_lse(pieces):
+    """pieces: an iterator over tensors [c], c >= 1, had only once -> log-sum-exp, a float.
+
+    Scores may be as large as 10,000. Some, though not all, may be -inf; so may a whole piece.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_running_lse(running_lse):
+    g = torch.Generator().manual_seed(0)
+    for case in range(200):
+        count, factor = int(torch.randint(1, 8, (), generator=g)), 10 ** (case % 4)
+        pieces = [factor * torch.randn(1 + (case + i) % 5, generator=g) for i in range(count)]
+        if case % 3 == 0:
+            pieces.insert(case % 2 * count, torch.full((3,), -torch.inf))
+        want = torch.logsumexp(torch.cat(pieces), -1).item()
+        got = float(running_lse(iter(pieces)))
+        near = abs(got - want) <= 1e-4 * max(1, abs(want))
+        assert near, f"{got} for {pieces}, should be {want}"
+
+    import weakref
+
+    def one_by_one():
+        held = []
+        for i in range(50):
+            piece = torch.full((4,), float(i))
+            held.append(weakref.ref(piece))
+            yield piece
+            del piece
+            assert sum(ref() is not None for ref in held) <= 2, "keep numbers, not pieces"
+
+    want = torch.arange(50.0).repeat(4).logsumexp(-1)
+    assert abs(float(running_lse(one_by_one())) - want) < 1e-3
+
+
+attempt(test_running_lse, running_lse)
+
+# %% [markdown]
+# **2. Merge finished answers.** Averaging them was wrong. But if each worker hands in its answer *and* its log-sum-exp
+# $\ell = m + \log z$, nothing is lost, and it is one number less. GPU kernels hand over their parts in this form.
+
+# %% tags=["exercise"]
+def merge_answers(o_a, lse_a, o_b, lse_b):
+    """Two answers o [..., D], each divided by its z, and their lse [...] -> (o, lse) of both.
+
+    lse may be large, or -inf for a worker that saw nothing (its o is 0; not both are so).
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_merge_answers(merge_answers):
+    g = torch.Generator().manual_seed(0)
+    for case in range(200):
+        scores = torch.randn(3, 12, generator=g) * (1, 10, 300)[case % 3]
+        values = torch.randn(3, 12, D, generator=g)
+        cut = case % 12  # 0: the first one saw nothing
+        parts = []
+        for s_, v_ in ((scores[:, :cut], values[:, :cut]), (scores[:, cut:], values[:, cut:])):
+            parts += [(s_.softmax(-1)[:, None] @ v_)[:, 0], s_.logsumexp(-1)]
+        want = (scores.softmax(-1)[:, None] @ values)[:, 0]
+        for order in (parts, parts[2:] + parts[:2]):
+            o, lse = merge_answers(*order)
+            assert o.shape == want.shape, f"{list(o.shape)}, not {list(want.shape)}"
+            assert torch.allclose(o, want, atol=1e-4), f"wrong answer, cut at {cut}"
+            same = torch.allclose(lse, scores.logsumexp(-1), rtol=1e-5)
+            assert same, f"wrong log-sum-exp, cut at {cut}"
+
+
+attempt(test_merge_answers, merge_answers)
+
+# %% [markdown]
+# **3. Which blocks need a mask?** A kernel has a fast loop without a mask and a slow one with it. Of a chunk with t
+# queries at the end of a context, which logical blocks hold a slot that at least one query must not see? (An empty
+# slot of the last block is one that nobody may see.)
+
+# %% tags=["exercise"]
+def blocks_to_mask(context, t, B):
+    """Queries at positions context - t .. context - 1, t >= 1 -> list of logical blocks.
+
+    No loop over positions: contexts are long.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_blocks_to_mask(blocks_to_mask):
+    for B in (1, 2, 3, 4, 16):
+        for context in range(1, 36):
+            for t in {1, 2, context // 2, context - 1, context} - {0}:
+                if t > context:
+                    continue
+                first_query = context - t  # it sees least
+                want = [j for j in range(-(-context // B))
+                        if any(slot > first_query for slot in range(j * B, j * B + B))]
+                got = list(blocks_to_mask(context, t, B))
+                assert got == want, f"context {context}, t {t}, B {B}: {got}, not {want}"
+    assert list(blocks_to_mask(10**12, 20, 16)) == [62499999998, 62499999999]
+
+
+attempt(test_blocks_to_mask, blocks_to_mask)
+
+# %% [markdown]
+# **4. A sliding window.** Some models let a token see only the last `window` positions, itself included. Blocks that
+# lie wholly before the window need not be read, and a server gives them away: their entries in the table are then
+# meaningless. Read what is needed and nothing else.
+
+# %% tags=["exercise"]
+def windowed_attention(q, read, table, n, window, B):
+    """One query [D] at position n - 1 sees the last `window` of n positions -> [D].
+
+    read(block) -> keys and values [B, D] of a physical block. table: logical -> physical,
+    -1 where given away. Slots outside of the window may hold NaN. Divide by sqrt(D).
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_windowed_attention(windowed_attention):
+    g = torch.Generator().manual_seed(0)
+    for case in range(300):
+        B, n, window = (1, 2, 4, 5)[case % 4], 1 + case % 37, 1 + case * 7 % 23
+        (k, v), q = torch.randn(2, n, D, generator=g), torch.randn(D, generator=g)
+        first, M = max(0, n - window), -(-n // B)
+        blocks = (torch.randperm(M, generator=g) + 3).tolist()
+        table = [-1 if j < first // B else block for j, block in enumerate(blocks)]
+        pool = torch.full((2, M + 3, B, D), torch.nan)
+        for position in range(first, n):
+            block, offset = blocks[position // B], position % B
+            pool[0, block, offset], pool[1, block, offset] = k[position], v[position]
+        seen = []
+
+        def read(block, pool=pool, seen=seen):
+            assert block >= 0, "that block was given away"
+            seen.append(block)
+            return pool[0, block], pool[1, block]
+
+        got = windowed_attention(q, read, table, n, window, B)
+        want = torch.softmax(k[first:] @ q / D**0.5, -1) @ v[first:]
+        where = f"n {n}, window {window}, B {B}"
+        assert torch.allclose(got, want, atol=1e-5), f"{where}: not the right answer"
+        assert sorted(seen) == sorted(table[first // B :]), f"{where}: read {seen} of {table}"
+
+
+attempt(test_windowed_attention, windowed_attention)
+
+# %% [markdown]
+# **5. Smaller keys and values** (open). Fewer bytes for each token: more tokens in memory, and less to read. Keep the
+# pool in int8, one byte for a number, with a scale for each block: $x \approx \text{scale} \cdot x_8$. Why for each
+# block, and not one for the whole pool? Then go on: a scale for each slot, keys and values apart, 4 bits.
+
+# %% tags=["exercise"]
+class Int8Pool:
+    """One head's keys and values in int8.
+
+    Its attributes hold the tensors, together at most 0.3 of the bytes that were given.
+    """
+
+    def __init__(self, k_pool, v_pool):
+        """k_pool, v_pool: [N, B, D], fp32; empty slots hold 0."""
+        raise NotImplementedError
+
+    def attention(self, q, table, n):
+        """One query [D] over the n tokens of a page table -> [D]; divides by sqrt(D)."""
+        raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_Int8Pool(Int8Pool):
+    g = torch.Generator().manual_seed(0)
+    N, B, D = 12, 16, 32
+    for case in range(30):
+        n = 1 + case * 5 % 100
+        table = torch.randperm(N - 1, generator=g).tolist()
+        pools = torch.zeros(2, N, B, D)
+        rows = torch.randn(2, n, D, generator=g)
+        for position in range(n):
+            pools[:, table[position // B], position % B] = rows[:, position]
+        pools[:, N - 1] = 1000 * torch.randn(2, B, D, generator=g)  # somebody else's, and loud
+        small, q = Int8Pool(*pools.clone()), torch.randn(D, generator=g)
+        kept = sum(x.nbytes for x in vars(small).values() if isinstance(x, torch.Tensor))
+        assert 0 < kept <= 0.3 * pools.nbytes, f"keeps {kept} bytes of {pools.nbytes}"
+        got = small.attention(q, table[: -(-n // B)], n)
+        want = torch.softmax(rows[0] @ q / D**0.5, -1) @ rows[1]
+        off = (got - want).abs().max().item()
+        assert off < 0.05, f"off by {off:.2f}; a loud block elsewhere must not matter"
+
+
+attempt(test_Int8Pool, Int8Pool)
+
+# %% [markdown]
+# ## What's next
+#
+# The algorithm is done, and it is right. In Python it is also slow. [Chapter 7](07_the_triton_kernel.ipynb) writes it
+# as a GPU kernel: which piece of the work goes to which program, why keys are read by tiles, and how a single long
+# sequence is dealt out and merged.
+#
+# ## Sources
+#
+# - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, SOSP 2023: section
+#   4.1 and Equation 4; Figure 6; block sizes in section 7.2 and Figure 18b.
+# - Milakov and Gimelshein, *Online normalizer calculation for softmax*, 2018: the running maximum and sum.
+# - Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021; Dao et al., *FlashAttention*, 2022: attention in
+#   pieces, with the values' sum carried along.
+# - Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2023.
+# - Dao et al., *Flash-Decoding for long-context inference*, 2023: one sequence dealt out to many workers, and merged.
