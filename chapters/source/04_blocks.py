@@ -43,7 +43,7 @@ with plots.figure(title, "blocks", size=(6.8, 2.3), alt=alt) as axes:
 # Holes that are too small for anybody are called external fragmentation. With blocks it is gone, not by cleverness but
 # by construction: a free block is as good as any other.
 #
-# The pool is then an array of N blocks with a number in front of each, and two small things to remember:
+# The pool is then a row of N blocks with numbers, and there are two small things to remember:
 #
 # ```
 #  block               0      1      2      3      4      5
@@ -647,8 +647,8 @@ with plots.figure(title, x, y, alt=alt) as axes:
         plots.line(axes, steps, percent, name, dy=up.get(name, 0))
 
 # %% [markdown]
-# Three mistakes need only one wrong moment. The other three need certain calls in a certain order, and 30 calls meet
-# them about every other time or less. So we try hundreds of sequences, and then we find everything. But look at what
+# Three mistakes need only one wrong moment. The other three need certain calls in a certain order, and even 30 calls
+# often miss them. So we try hundreds of sequences, and then we find everything. But look at what
 # we find. Which of these calls did the damage?
 
 # %%
@@ -663,7 +663,7 @@ print(fault(TwoBits, long))
 #
 # The library *hypothesis* does both: it draws random inputs from a description of them, and when one fails it
 # **shrinks** it: it leaves out calls and makes numbers simpler, as long as the failure stays. What is left is small
-# enough to be understood. `find` gives the smallest input with a property:
+# enough to be understood. `find` gives the smallest input that it can reach:
 
 # %%
 from hypothesis import find, settings
@@ -706,7 +706,7 @@ for bug, ops in minimal.items():
 print(f"none is shorter; {len(OPS)} calls make {len(OPS) ** 4:,} lists of four")
 
 # %% [markdown]
-# So why not always try all lists? Each call more multiplies them by ten, and with eight calls there are a hundred
+# So why not always try all lists? Each further call multiplies them by ten, and with eight calls there are a hundred
 # million.
 #
 # ### What it does not find
@@ -858,7 +858,7 @@ two = SamplingParams(n=2, temperature=1.0, max_tokens=8, ignore_eos=True, seed=0
 one = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 llm.add_request("The capital of France is", two)
 llm.add_request("The capital of Italy is", one)
-llm.observers.append(lambda plan, output: observer.follow(plan))
+llm.observers.append(lambda plan, output: observer.follow(plan))  # to name who is new
 step()
 
 # %% [markdown]
