@@ -343,7 +343,7 @@ _ = forward(long, long_cache, 0)
 
 # %% tags=["measured"]
 places = [16, 64, 128, 192, 256]
-without = [1e3 * seconds(llama, long[: c + 1], tries=2) for c in places]
+without = [1e3 * seconds(llama, long[: c + 1], tries=1) for c in places]
 with_cache = [1e3 * seconds(forward, [long[c]], long_cache, c) for c in places]
 with plots.figure(
     "Time for one more token", "tokens before it", "ms",
@@ -460,16 +460,16 @@ print(f"ridge at {peak / bandwidth:.0f} FLOP per byte, that is {2 * peak / bandw
 # %%
 matrices = [w for w in W.values() if w.dim() == 2]  # all but the norms
 total = sum(w.numel() for w in matrices)
+batches = [1, 2, 4, 8, 16, 32, 64, 128]
+inputs = {(n, w.shape[1]): torch.ones(n, w.shape[1]) for n in batches for w in matrices}
 
 
+# %%
 def products(n):
     """All products of a step with n rows."""
     for w in matrices:
         linear(inputs[n, w.shape[1]], w)
 
-
-batches = [1, 2, 4, 8, 16, 32, 64, 128]
-inputs = {(n, w.shape[1]): torch.ones(n, w.shape[1]) for n in batches for w in matrices}
 
 # %% tags=["measured"]
 took = {n: seconds(products, n) for n in batches}
@@ -563,6 +563,7 @@ def least_step(n, context):
     return max(2 * 13e9 * n / flops, read / speed) if n * context <= slots else torch.nan
 
 
+# %%
 for context in (512, 2048):
     n = slots // context
     used = 2 * 13e9 * n / least_step(n, context) / machines["A100 40GB"][0]
@@ -735,6 +736,8 @@ from minipaged import LLM, SamplingParams
 
 llm = LLM("smollm2", num_blocks=16, max_num_seqs=4, max_num_batched_tokens=8)
 assert llm.block_bytes == 16 * kv_bytes
+
+# %%
 plans = []
 llm.observers.append(lambda plan, output: plans.append(plan))
 longer = "A cache is a place where one keeps what one would otherwise have to do again, such as"
@@ -780,7 +783,7 @@ def package_in_chunks(tokens, sizes, M=2, B=16):
 
 
 # %%
-for seed in range(5):
+for seed in range(3):
     sizes = random_chunks(len(answer), Random(seed))
     assert torch.allclose(package_in_chunks(answer, sizes), whole, atol=1e-3)
 print("the same rows, however the text is cut")
@@ -826,6 +829,8 @@ read = lambda cache, layer, end: right_read(cache, layer, end - (end > len(promp
 text_of_wrong, _ = generate(prompt, 12)
 wrong = in_chunks(answer, [5] + 12 * [1], new_cache(24))
 read = right_read
+
+# %%
 off = (wrong - whole).abs().amax(-1) > 1  # for each position
 assert off.tolist() == 5 * [False] + 12 * [True]
 print("all rows of decode are off; the text:", "same" if text_of_wrong == answer else "other")
