@@ -43,7 +43,7 @@ def resolve(dtype: str, device: str) -> tuple[torch.dtype, str]:
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values: 2 L G D itemsize (paper, section 4: 800 KB for OPT-13B in fp16)."""
+    """Bytes of one token's keys and values: 2 L G D itemsize (paper, section 3: 800 KB for OPT-13B in fp16)."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
 
 

@@ -13,8 +13,8 @@
 # ## The question
 #
 # How many requests fit? We take the paper's first case: OPT-13B on an A100 with 40 GB. A token leaves a key and a
-# value in each of 40 layers, each of 5120 numbers of 2 bytes. After the model's weights, 12 GiB are left for them.
-# The memory of one token is a **slot**.
+# value in each of 40 layers, each of 5120 numbers of 2 bytes. The paper's Table 1 gives 26 GB to the weights and 12 GB
+# to keys and values. The memory of one token is a **slot**.
 
 # %%
 import random
@@ -31,10 +31,10 @@ print(f"{bytes_per_token:,} bytes a token, {TOTAL:,} slots")
 print(f"{LONGEST} slots for each request: {TOTAL // LONGEST} requests")
 
 # %% [markdown]
-# The paper's Table 1 prints 15.7K slots. OPT reads and writes up to 2048 tokens, and a server that wants to be safe
-# keeps 2048 slots for every request. So it serves seven at a time, on a processor that could serve dozens in the same
-# step. And do they need so much? Here are requests like those of the paper's ShareGPT load: conversations with a
-# chat model.
+# The table prints 15.7K slots, which is what 12 * 2**30 bytes give. OPT reads and writes up to 2048 tokens, and a
+# server that wants to be safe keeps 2048 slots for every request. So it serves seven at a time, however many it could
+# compute in the same step. And do they need so much? Here are requests like those of the paper's ShareGPT load,
+# conversations with a chat model. (Their lengths are drawn at random; how, is said below.)
 
 # %%
 jobs = loads.draw(loads.SHAREGPT, 1000, rate=2.0)
@@ -43,12 +43,12 @@ for percent in (10, 50, 90):
     print(f"{percent} % of the requests end with at most {finals[10 * percent - 1]:5} tokens")
 
 # %% [markdown]
-# Half of them need about a fifth of what was kept for them. The trouble is that nobody knows which half: the length
-# of an answer is known when the model writes its last token, and not before.
+# Half of them need at most a fifth or so of what was kept for them. The trouble is that nobody knows which half: the
+# length of an answer is known when the model writes its last token, and not before.
 #
 # Why must a request have one piece of memory? Because attention was written that way: keys `[T, G, D]` are *one
-# tensor*, and a tensor's rows follow each other in memory. The paper gives this as the reason for all the systems
-# before it. And a piece can't grow where the neighbour's begins, so it must be large enough on the first day.
+# tensor*, and a tensor's rows lie in memory at one fixed distance. The paper gives this as the reason for the systems
+# before it. And a piece can't grow where the neighbour's begins, so it must be large enough from the start.
 
 # %% [markdown]
 # ## The idea
@@ -79,7 +79,7 @@ with plots.figure("A memory of 64 slots", size=(7.6, 1.6), alt=alt) as axes:
 # *Internal* can be seen only when the request has ended. *External* is known at once.
 #
 # So there are three ways out: know the length, waste less around the pieces, or give up the rule that there is one
-# piece. The systems before paging tried the first two. We build them.
+# piece. We build the first two, and see how far they lead.
 
 # %% [markdown]
 # ## Build it
@@ -162,10 +162,10 @@ with plots.figure("Free, and no use", x="slot", size=(7.6, 2.3), alt=alt) as axe
 # First fit searches: for a hole, and for the neighbours of a piece that comes back. A **buddy allocator** hardly
 # searches. It gives out pieces of 1, 2, 4, 8, ... slots only, each at an address that is a multiple of its size. A
 # piece that is too large is split into halves, which are each other's **buddies**; when both are free, they become
-# one again. The paper compares itself with Orca, a system that could not be had; its authors wrote their own, and
-# assumed that it uses buddies.
+# one again. The paper compares itself with Orca, an earlier server that was not published as code. So the paper's
+# authors wrote their own Orca, and assumed that it uses buddies.
 #
-# The beauty is in the arithmetic. Buddies of size 32 start at 0 and 32, at 64 and 96, and so on: their addresses
+# The arithmetic is short. Buddies of size 32 start at 0 and 32, at 64 and 96, and so on: their addresses
 # differ in one bit, the one of their size. So one exclusive or finds a piece's buddy:
 
 # %%
@@ -245,7 +245,7 @@ with plots.figure("Splitting and joining", x="slot", size=(7.6, 3.6), alt=alt) a
 # When A ends, its buddy is not whole, so nothing is joined. When C ends, two joins follow each other: 16 with 16, and
 # then 32 with A's old 32. When B ends, 64 with 64.
 #
-# The price of speed is rounding: up to half of a piece is empty. Our pool of 15,728 slots falls into these parts:
+# The price of speed is rounding: almost half of a piece may be empty. Our pool of 15,728 slots falls into these parts:
 
 # %%
 pool = Buddy(TOTAL)
@@ -264,7 +264,7 @@ assert pool.num_free() == TOTAL
 # - **Oracle**: room for the prompt and the answer, exactly. No real server can know it.
 #
 # Pow2 uses the true length as well, so it is half an oracle: it stands for a server that can guess well. Whatever
-# they ask for, the buddy allocator then rounds it up once more.
+# they ask for, the buddy allocator then rounds it up to a power of two.
 
 # %%
 def maximum(job):
@@ -316,22 +316,25 @@ def account(running, memory):
 #
 # A textbook would call the rounding *internal*, because it lies inside a piece. The paper draws the line elsewhere:
 # external is what is known to be lost before a request is served, and internal what turns out to be lost when it
-# ends. The rounding is known before. We follow the paper, and keep the two apart as long as we can.
+# ends. The rounding is known before. That we read it rightly shows in Figure 2: for Oracle, internal is 0.0 there, so
+# the rounding must be in another part. We follow the paper, and keep the two apart as long as we can.
 #
 # "Free" is waste only while somebody waits for it. So in what follows there is always a queue.
 #
 # ### The load
 #
-# Where do the lengths come from? The data set is not here, so the course draws lengths with the paper's means:
+# Where do the lengths come from? The data set is not here, so the course draws lengths at random: many short ones, a
+# few very long. (Their logarithms have a normal distribution.)
 
 # %%
 print(loads.SHAREGPT)
 show_source(loads.draw)
 
 # %% [markdown]
-# The means are from the paper's Figure 11. The spreads, the standard deviations of the logarithms, are a choice: wider
-# for prompts, since what people paste into a conversation varies most. Whether they are any good we can check below.
-# Lengths beyond 1024 are cut to 1024; remember that.
+# The means are from the paper's Figure 11. All else is our choice: the form of the distribution, and the spreads,
+# which are the standard deviations of the logarithms. Prompts vary more than answers, since people paste texts of any
+# length into a conversation. We chose before any comparison with the paper's figures, and tuned nothing afterwards.
+# Whether it was a good choice we can check below. Lengths beyond 1024 are cut to 1024; remember that.
 #
 # ### A server in twenty lines
 #
@@ -400,11 +403,10 @@ table(history)
 #
 # ### And paging
 #
-# The fourth system is the subject of this course. Its memory is cut into **blocks** of 16 slots (the paper's default;
-# exercise 3 asks what larger ones waste). A request takes
-# blocks as it grows, one at a time, any that are free. Nothing is reserved; so now and then nothing is left, and the
-# latest arrival has to give its blocks back and wait. Later its tokens are computed anew. We use the package's
-# memory, which chapters 4 and 5 build:
+# The fourth system is the subject of this course. Its memory is cut into **blocks** of 16 slots (the paper's default).
+# A request takes blocks as it grows, one at a time, any that are free. Nothing is reserved for the answer; so now and
+# then nothing is left, and the latest arrival has to give its blocks back and wait. Later its tokens are computed
+# anew. We use the package's memory, which chapters 4 and 5 build:
 
 # %%
 def paged_account(running, memory):
@@ -417,8 +419,7 @@ def paged_account(running, memory):
 
 
 # %% [markdown]
-# (Of the few empty slots we call all *reserved*, as the paper does. Those in a request's very last block will stay
-# empty.)
+# (We call all of the few empty slots *reserved*. Strictly, some in a request's very last block will stay empty.)
 #
 # The loop is the one above, but for two things: a request is admitted when its *present* tokens fit (and a hundredth
 # of the blocks stays free, so that it isn't thrown out at once), and growing can fail.
@@ -456,9 +457,9 @@ table(history)
 print(f"{preempted:,} times a request gave its blocks back")
 
 # %% [markdown]
-# Five times as many requests at once as Max, in the same memory. The last line is the other side of it: a memory
-# without reservations runs out, and this load never lets it rest. What to do then is a question of its own, for
-# a scheduler; here it is enough that nothing is lost but time.
+# Almost five times as many requests at once as Max, in the same memory. The last line is the other side of it: a
+# memory without reservations runs out, and this load never lets it rest. What to do then is a question for a
+# scheduler; here it is enough that nothing is lost but time.
 #
 # Over time it looks like this. A line rises while requests grow, and falls when one ends:
 
@@ -520,8 +521,9 @@ print("300 traces each; with refusals among them:", dict(refused))
 # %% [markdown]
 # ### Figure 2
 #
-# The paper's Figure 2 is the picture that made paging famous: where the memory goes, in its experiment with OPT-13B
-# and ShareGPT. Ours and the paper's, side by side:
+# The paper's Figure 2 shows where the memory goes in its main experiment. We take it to be the one with OPT-13B and
+# ShareGPT; the numbers will bear this out. Its fourth part is labelled external fragmentation *and others*. Ours and
+# the paper's:
 
 # %%
 paper = {
@@ -549,18 +551,19 @@ with plots.figure("Where the memory goes", "percent of slots", size=(8, 4.4), al
 
 # %% [markdown]
 # For paging the paper prints 96.3 and no other number; what it leaves blank we leave blank. Nothing in our simulation
-# was adjusted to this figure. How far do our bars depend on the luck of the draw? Max, with other seeds:
+# was adjusted to this figure. How far do our bars depend on the luck of the draw? Oracle, with other seeds:
 
 # %%
 for seed in (1, 2):
     others = loads.draw(loads.SHAREGPT, 1000, rate=2.0, seed=seed)
-    again = four(average(serve(others, Buddy(TOTAL), maximum))[0])
+    again = four(average(serve(others, Buddy(TOTAL), oracle))[0])
     print(*(f"{kind} {percent:.1f}" for kind, percent in again.items()), sep="  ")
 
 # %% [markdown]
 # By a point or two. Now, how good are they, where are they off, and why?
 #
-# **8.9 is exact**, in ours as in theirs. It needs no simulation: seven times 2048 leaves a rest.
+# **8.9 is exact**, in ours as in theirs. It needs no simulation: seven times 2048 leaves a rest. (With the slots that
+# Table 1 gives for the larger models it would be another number. So this is OPT-13B.)
 
 # %%
 print(f"{TOTAL % LONGEST} slots are left: {100 * (TOTAL % LONGEST) / TOTAL:.1f} %")
@@ -585,9 +588,9 @@ print(f"tokens at its end: paper {(20.4 + 13.3) * one:.0f}, ours {at_end:.0f}")
 print(f"reserved, if all answers were alike: {337.99 / 2:.0f}")
 
 # %% [markdown]
-# So the spread that we chose is about right, and a little small: Max's bars for tokens and reserved come out a little
-# below the paper's. It also shows what a bar depends on. With answers all alike, these parts would look different in
-# every system, whatever the allocator.
+# Alpaca's answers have 58 tokens on average, so this is ShareGPT. The spread that we chose is about right, and a little
+# small: Max's bars for tokens and reserved come out a little below the paper's. With answers all alike, these parts
+# would look different in every system, whatever the allocator.
 #
 # **Pow2's internal part is too small**: 9 against 13.6. It is what lies between an answer and the next power of two.
 # And here is a flaw of our load: answers beyond 1024 tokens were cut to 1024, which *is* a power of two.
@@ -598,32 +601,43 @@ time_share = sum(job.output for job in cut) / sum(job.output for job in jobs)
 print(f"{len(cut) / len(jobs):.0%} of the answers, {time_share:.0%} of the time")
 
 # %% [markdown]
-# A fifth of the time we waste nothing where a real load would waste a lot. If that is the reason, then leaving these
-# jobs out must bring the number up:
+# A fifth of the time we waste nothing where a load with other lengths could waste a lot. If that is the reason, then
+# leaving these jobs out must bring the number up:
 
 # %%
 uncut = [job for job in jobs if job.output < 1024]
 for name in ("Orca (Pow2)", "Orca (Oracle)"):
-    again = four(average(serve(uncut, Buddy(TOTAL), policies[name]))[0])
-    print(f"{name:14}", *(f"{kind} {percent:.1f}" for kind, percent in again.items()), sep="  ")
+    share, requests = average(serve(uncut, Buddy(TOTAL), policies[name]))
+    again = "  ".join(f"{kind} {percent:.1f}" for kind, percent in four(share).items())
+    print(f"{name:14} {again}; {requests:.1f} requests")
 
 # %% [markdown]
 # It does: most of the gap is gone. (Other numbers move as well, since long answers are missing now. We don't keep
 # this load: it would be a worse one, chosen for its result.)
 #
-# **Oracle's external part is too large**: 41 against 36.6. Most of this is the same flaw, as the last line shows: an
-# answer of 1024 with any prompt is rounded up to 2048. The rest we can't explain; it may lie in details that the
-# paper doesn't give, such as what its baselines do when the first in the queue doesn't fit.
+# **The external parts are too large**: 41 against 36.6 for Oracle, 45 against 41.6 for Pow2. For Oracle the luck of
+# the draw is a part of it, as the other seeds show, and the same flaw may be another: an answer of 1024 with any
+# prompt is rounded up to 2048, and without these answers we get 38. For Pow2 leaving them out changes next to nothing.
+# The rest we can't explain; it may lie in details that the paper doesn't give, such as what its baselines do when the
+# first in the queue doesn't fit.
 #
-# The paper's Figure 13 prints how many requests ran at a time:
+# The paper's Figure 13 prints how many requests ran at a time, with 2 requests a second coming. With Figure 2 this
+# gives the tokens that a request had stored, on average:
 
 # %%
-for name, paper_has in zip(history, (7.00, 9.81, 13.62, 30.42)):
-    print(f"{name:14} ours {average(history[name])[1]:5.2f}, paper {paper_has:5.2f}")
+for name, theirs in zip(history, (7.00, 9.81, 13.62, 30.42)):
+    mine = average(history[name])[1]
+    stored = [TOTAL * bar[name]["tokens"] / 100 for bar in (ours, paper)]  # by all requests
+    print(f"{name:14} ours {mine:5.2f} requests of {stored[0] / mine:.0f} tokens,", end=" ")
+    print(f"paper {theirs:5.2f} of {stored[1] / theirs:.0f}")
 
 # %% [markdown]
-# **Paging** holds more requests in ours. In the paper requests come at random, 2 a second, so its queue may run dry
-# for a while; ours never does.
+# Max and Pow2 are close. Oracle is one below; without the long answers it was two above, so that flaw is not all.
+# **Paging holds more requests in ours**: 34 against 30. An easy reason would be that in the paper requests come at
+# random, so that its queue may be empty for a while; but then its memory would not be 96.3 % full. In fact the two
+# figures don't quite fit together. The same requests should have stored the same number of tokens under every policy,
+# and ours have. In the paper's column paging stands apart. Either the figures don't average the same runs, or the
+# 96.3 % are of the blocks in use and not of all memory. We can't tell.
 
 # %% [markdown]
 # ### Whose fault is the external part?
@@ -641,15 +655,15 @@ table(first_fit)
 
 # %% [markdown]
 # With first fit, Oracle holds 18 requests instead of 13, and half of the memory works. Max gains nothing. So the
-# famous figure compares paging with systems that had two faults, and one of them could be mended without paging.
-# The other could not: nobody can be an Oracle. And even the Oracle keeps a third of the memory for tokens to come.
+# figure compares paging with systems that had two faults, and one of them could be mended without paging. The other
+# could not: no server knows the future. And even Oracle keeps a third of the memory for tokens to come.
 
 # %% [markdown]
 # ### Figure 3, and what is odd in it
 #
 # The paper explains the kinds of waste with a drawing of two requests. Request A can become 2048 tokens long, B has a
-# maximum of 512 (a user may set one). These are its labels, as we read the figure; the words in quotes stand in the
-# slots, and the arrow "current iteration" points at one of them:
+# maximum of 512 (a user may set one). These are its labels as we read the figure (look at it beside this page); the
+# words in quotes stand in the slots, and an arrow "current iteration" points at one of them:
 #
 # | | request A | request B |
 # |---|---|---|
@@ -686,8 +700,9 @@ for kind in (FirstFit, Buddy):
     print(f"{kind.__name__:8} A {memory.allocate(2048)}, B {memory.allocate(512)}")
 
 # %% [markdown]
-# So the gap must be what an earlier request has left behind. And the drawing is not to scale, which hides how bad
-# things are. Here it is twice: as the paper draws it, with A's internal part corrected, and as it is, without the gap.
+# So the gap can only be what earlier requests left behind; perhaps it was just drawn to have a place for the word. And
+# a drawing on paper can't be to scale, which hides how bad things are. Here it is twice, without a scale and with one.
+# Every word has a slot, so A's internal part is 2037; the second strip has no gap.
 
 # %%
 drawn = [
@@ -697,16 +712,15 @@ drawn = [
 ]  # fmt: skip
 true = [(9, "tokens", ""), (2, "reserved", ""), (2037, "internal", "A: 2037 never used")]
 true += [(4, "tokens", ""), (1, "reserved", ""), (507, "internal", "B: 507")]
-alt = "Above, as the paper draws it, tokens take a third. To scale they can hardly be seen"
-with plots.figure("Figure 3, drawn and to scale", size=(8.4, 2.0), alt=alt) as axes:
+alt = "Above, without a scale, tokens take a third. To scale they can hardly be seen"
+with plots.figure("The two requests of Figure 3", size=(8.4, 2.0), alt=alt) as axes:
     to_scale = [(width * 37 / 2560, kind, words) for width, kind, words in true]
-    plots.strips(axes, {"as drawn": drawn, "to scale": to_scale})
+    plots.strips(axes, {"no scale": drawn, "to scale": to_scale})
     axes.set_xticks([])
 
 # %% [markdown]
 # 13 of 2560 slots hold tokens.
-
-# %% [markdown]
+#
 # ## The package's version
 #
 # The package has no contiguous memory, and that is the point of it. It has the account: this is what `usage()`
@@ -723,7 +737,7 @@ show_source(measure)
 # - **It visits last blocks only.** All blocks before the last are full. So *waste* is a sum over sequences and not
 #   over slots, and it is less than one block for each.
 # - **Blocks can be shared**, and a shared block counts once in `tokens_stored` and in each sequence in
-#   `tokens_logical`. Pieces that lie in a row can't be shared at all; that is the second half of the paper.
+#   `tokens_logical`. Chapter 5 shares some; two requests that each lie in one piece could not share a part of it.
 # - **It doesn't know the future.** `reserved` and `internal` need the length of the answer. For an engine they are
 #   one thing: empty slots in blocks that are in use, `waste_percent`.
 #
@@ -784,8 +798,8 @@ print(f"{len(tokens)} tokens, {llm.stats().memory.peak_used} block")
 assert len(tokens) == 17 and llm.stats().memory.peak_used == 1
 
 # %% [markdown]
-# The last token never gets a slot, so the second reading is how an engine counts: 2038 for A, and 508 for B. (Our
-# simulation gives it one, as the paper's drawing does. It is one slot of about five hundred.)
+# The last token never gets a slot, so the second reading is how this engine counts: 2038 for A, and 508 for B. (Our
+# simulation gives it one. It is one slot of about five hundred.)
 #
 # Now five prompts at a time, with answers of different lengths:
 
@@ -803,11 +817,8 @@ assert not llm.has_unfinished_requests
 
 # %% [markdown]
 # With texts this short the last block weighs much. Still it is a share of a few blocks. The last number is what the
-# requests would have taken if each had reserved the longest that it may become, here 512: in the first step 160
-# blocks, in a pool of 64.
-
-# %%
-show_source(LLM._contiguous_blocks)
+# requests would have taken if each had reserved the longest that it may become, here 512 tokens: in the first step
+# five times 32 blocks, in a pool of 64.
 
 # %% [markdown]
 # ## What must hold, and what breaks if it doesn't
@@ -886,11 +897,12 @@ print(f"{100 * outgrow / len(jobs):.0f} % outgrow it")
 print(fails(serve, jobs, FirstFit(TOTAL), guess))
 
 # %% [markdown]
-# The account has a negative part: a request that will store more than it has asked for. Could it move to a larger
-# hole? So many bytes would be copied, each time:
+# The account has a negative part: requests that will store more than they asked for. Could one move to a larger hole
+# when its own is full? So many bytes would be copied, each time:
 
 # %%
-typical = mean_over_time(many, lambda job: job.prompt + job.output / 2)
+full = [guess(job) for job in jobs if oracle(job) > guess(job)]
+typical = sum(full) / len(full)
 print(f"{typical:.0f} tokens on average: {typical * bytes_per_token / 1e6:.0f} MB")
 
 # %% [markdown]
@@ -970,20 +982,21 @@ attempt(test_mean_empty, mean_empty)
 # %% [markdown]
 # **4. Move them together** (open). With compaction nothing is lost to holes: when no hole is large enough, but all of
 # them together are, move pieces until it fits. Count the slots that you copy. Then run the Oracle load through it: how
-# many requests does it hold, and how many bytes does it move for each token it makes?
+# many requests does it hold, and how many bytes does it move for each token it makes? (`serve` must give each request a
+# name then.)
 
 # %% tags=["exercise"]
 class Compacting:
     """A row of `total` slots. A request fits whenever enough slots are free.
 
-    moved: slots copied so far.
+    moved: slots copied so far, the whole size of each piece that changed its place.
     """
 
     def __init__(self, total):
         raise NotImplementedError
 
     def allocate(self, name, size):
-        """Find a piece for `name`, move others if it must be. False: too few slots are free."""
+        """A piece for `name`; move others if it must be. True, or False if too few are free."""
 
     def release(self, name):
         """The piece of `name` is free."""
@@ -1020,7 +1033,7 @@ attempt(test_Compacting, Compacting)
 # %% [markdown]
 # ## What's next
 #
-# One rule made all the waste: that a request lies in one piece. Give it up, and a slot is as good as any other.
+# One rule is behind the waste: that a request lies in one piece. Give it up, and a slot is as good as any other.
 # [Chapter 4](04_blocks.ipynb) builds the memory that does so: a pool of equal blocks, a free list, and a count.
 #
 # ## Sources

@@ -115,21 +115,8 @@ def slots(table, start, count, B):
 print(slots(table, 12, 8, 16))
 
 # %% [markdown]
-# Is a division for every token slow? Where B is a power of two there need not be any: hardware takes an address apart
-# by cutting its bits. The last 4 bits of a position are its offset in 16, the rest is its logical block. The page
-# table changes the front part only:
-
-# %%
-for name, number in [("position", 1000), ("slot", slot(table, 1000, 16))]:
-    print(f"{name:8} {number:5} = {number >> 4:09b} {number & 15:04b}")
-
-for position in range(63 * 16):
-    by_bits = table[position >> 4] << 4 | position & 15
-    assert by_bits == slot(table, position, 16)
-
-# %% [markdown]
-# We keep `divmod`: it says what is meant, and works for every B. In a kernel, where B is known when it is compiled,
-# the compiler makes shifts of it by itself.
+# Is a division for every token slow? In a kernel B is known when it is compiled. Where it is a power of two, the
+# compiler takes a position apart by cutting its bits, as hardware does with an address.
 #
 # ### Real vectors
 #
@@ -229,8 +216,9 @@ class GrowingMemory(Memory):
 # %% [markdown]
 # ### Figure 6, step by step
 #
-# The paper draws it with blocks of 4 tokens and a prompt of 7. In place of vectors we store words, in a list with a
-# place for each slot:
+# The paper draws it with blocks of 4 tokens and a prompt of 7. Here and in the next two figures the numbers of blocks
+# and tokens are the paper's; the words, and the length of the second prompt, are ours. In place of vectors we store
+# words, in a list with a place for each slot:
 
 # %%
 def write(memory, stored, name, words):
@@ -300,8 +288,7 @@ draw(memory, stored)
 #
 # ### Figure 7: a second sequence
 #
-# Another request comes, and gets blocks 5 and 2. (The blocks are the paper's; the words are chosen here.) Neither
-# sequence knows of the other:
+# Another request comes, and gets blocks 5 and 2. Neither sequence knows of the other:
 
 # %%
 other = ["It", "was", "the", "best", "of", "times"]
@@ -351,9 +338,9 @@ class ForkingMemory(GrowingMemory):
 
 
 # %% [markdown]
-# Then A1 says "fathers" and A2 says "mothers". Both words belong into the last slot of logical block 1, which is one
-# and the same slot. So whoever writes into a block that others hold too must get a copy first. That is
-# **copy-on-write**; operating systems do it with the pages of a process that was forked.
+# Then A1 says "fathers", and A2 something else, say "mothers". Both words belong into the last slot of logical block
+# 1, which is one and the same slot. So whoever writes into a block that others hold too must get a copy first. That
+# is **copy-on-write**; operating systems do it with the pages of a process that was forked.
 #
 # Which blocks can need a copy? Only the last: all before it are full, and a full block is never written again. So
 # there is at most one copy for a sequence that writes:
@@ -441,7 +428,7 @@ for name in ("A1", "A2"):
 # Here we see them grow.
 
 # %%
-jobs = loads.draw(loads.SHAREGPT, 1000, rate=2.0)[:300]
+jobs = loads.draw(loads.SHAREGPT, 300, rate=2.0)
 print("tokens of prompt and answer:", [(job.prompt, job.output) for job in jobs[:6]], "...")
 
 
@@ -479,10 +466,10 @@ for B, history in runs.items():
 assert waste_percent(runs[1]) == 0 and 0 < waste_percent(runs[16]) < 4
 
 # %% [markdown]
-# In all runs the same sequences have the same tokens at the same step; only B differs. The paper measured vLLM: 96.3
-# % of its memory held tokens (Figure 2), and the announcement of vLLM says that under 4 % is wasted. For B = 16 we
-# come out below that. The percentage depends on the lengths: short sequences have as many empty slots as long ones,
-# and fewer tokens.
+# In all runs the same sequences have the same tokens at the same step; only B differs. For vLLM the paper's Figure 2
+# prints 96.3 % of tokens, and its announcement says that under 4 % is wasted. For B = 16 we come out below that. (Our
+# pool is never full, and we count the blocks in use only. Chapter 3 counted the free ones too.) The percentage depends
+# on the lengths: short sequences have as many empty slots as long ones, and fewer tokens.
 #
 # And the row of chapter 3? That is one block, as long as a sequence may ever be:
 
@@ -493,7 +480,7 @@ assert one_block > 70
 
 # %% [markdown]
 # So reserving the maximum is paging too, with pages of 2048 tokens. The paper's measurement of such a system, Orca
-# (Max), is 20.4 % for tokens.
+# (Max), is 20.4 % of the memory for tokens.
 #
 # The mean could hide bad moments. Here is every tenth step. (At the very start nobody has more than a prompt.)
 
@@ -508,7 +495,7 @@ with plots.figure("Empty slots, step by step", "step", "% of held slots", alt=al
 # %% [markdown]
 # ### The other side
 #
-# Small blocks waste less, so why not B = 1? Since every block costs something by itself. A table has M entries, one
+# Small blocks waste less, so why not B = 1? Because every block costs something by itself. A table has M entries, one
 # for each block, and a kernel that reads the sequence jumps M times to another place in memory. So we draw both, for
 # one sequence on average:
 
@@ -533,8 +520,8 @@ for B, empty, M in zip(SIZES, waste, entries):
 
 # %% [markdown]
 # From 1 to 16 the number of jumps falls almost to a sixteenth, for a few slots. Beyond, the waste doubles each time,
-# and there are few jumps left to save. That is why 16 is the usual size; chapter 4 says what the paper measured. The
-# bytes of the table itself don't count. A token of OPT-13B takes 819,200 bytes (paper), so an entry of 8 bytes points
+# and there are few jumps left to save. The paper's default is 16; chapter 4 says what it measured. The bytes of the
+# table itself don't count. A token of OPT-13B takes 819,200 bytes (paper), so an entry of 8 bytes points
 # to 16 x 819,200, more than a million times as much.
 
 # %% [markdown]
@@ -627,8 +614,8 @@ show_source(PageTable.locate, PageTable.slot, PageTable.slots)
 
 # %% [markdown]
 # The arithmetic is yours. What is added is `_must_have`: a position that has no token is refused, with a sentence. In
-# a plain list, position 7 of a sequence of 7 tokens has a block, so it would give a slot in which nothing was
-# written.
+# a plain list, with blocks of 4, position 7 of a sequence of 7 tokens has a block, so it would give a slot in which
+# nothing was written.
 
 # %%
 for seed in range(300):
@@ -648,8 +635,8 @@ show_source(KVCacheManager.allocate, KVCacheManager.fork, KVCacheManager.free)
 
 # %% [markdown]
 # `allocate` is your `start`. Its answer names the case: `Allocated`, or `NoSpace`, and then nothing has changed.
-# `keep_free` leaves blocks for those who already run, and `prefix` begins with blocks that hold the same tokens from
-# an earlier request. Both serve a scheduler, and so does the order in which `free` gives blocks back.
+# `keep_free` leaves blocks for those who already run. `prefix` begins with blocks that hold the same tokens from an
+# earlier request; such blocks are also the reason for the order in which `free` gives them back.
 
 # %%
 show_source(KVCacheManager.append, KVCacheManager._growths)
@@ -657,8 +644,8 @@ show_source(KVCacheManager.append, KVCacheManager._growths)
 # %% [markdown]
 # Your `append` gave one token to one sequence. This one gives any number of tokens to many sequences, **all or
 # nothing**: `_growths` finds out what everybody needs, then all blocks are taken in one go or none, and only then
-# anything changes. Half a step would be worse than none: a few sequences would have slots for tokens that are never
-# computed.
+# anything changes. Half a step would be worse than none: some sequences would have slots for tokens that this step
+# does not compute.
 #
 # One thing is subtle. When A1 and A2 write in the same step, only the first needs a copy; the second is alone by
 # then. `holders` counts how many are left. Figure 8 in one call:
@@ -742,15 +729,8 @@ show_source(ModelRunner._batch)
 # tensor's rows have one length, so shorter tables are filled up with 0. Block 0 may belong to anybody, yet it is not
 # read by mistake: `context_lens` says how many tokens a sequence has, and readers stop there.
 #
-# Writing is what you did with `pool.view(N * B, D)[slots]`. Here is the reference that faster kernels are tested
-# against:
-
-# %%
-from kernels import reference
-
-show_source(reference.write_kv)
-
-# %% [markdown]
+# Writing is what you did with `pool.view(N * B, D)[slots]`; chapter 2 showed the reference for it, `write_kv`.
+#
 # ### The real engine
 #
 # Three requests for the real model, with blocks of 4 so that much happens in few steps, and a fourth later. The
@@ -855,12 +835,13 @@ print(leaked)
 assert all("secret" in word for word in leaked)
 
 # %% [markdown]
-# No error and no crash: one user's words have come into another user's answer. This is why the engine has
-# `debug=True`: freed blocks are filled with NaN, so that a read through an old table spoils the output at once.
+# No error and no crash: one user's words have come into another user's answer. The engine's `debug=True` makes such
+# mistakes visible: freed blocks are filled with NaN, so that a read through an old table spoils the output. It helps
+# until others have written there; here it would come too late. So it also checks all tables and counts at each step.
 #
 # **A block is taken exactly at the border.** One token too late, and the table has no block for the token. Python
-# raises an IndexError. A kernel does not look: it computes a slot from whatever number stands behind the table, and
-# in a batch that is the 0 of the filling, somebody else's block.
+# raises an IndexError. A kernel that looks into the table does not check: it takes whatever number stands behind the
+# last entry, and in a batch that is the 0 of the filling, somebody else's block.
 
 # %%
 memory, stored = GrowingMemory(4, 4), ["."] * 16
@@ -925,12 +906,12 @@ print("A2 and B both have blocks", sorted({*memory.tables["A2"]} & {*memory.tabl
 #
 # Fill in the functions; each is followed by a test that says how far you are.
 #
-# **1. The way back** (warm-up). A page table leads from a position to a slot. Who lives in a given slot? Whoever
-# looks for a mistake wants to know.
+# **1. The way back** (warm-up). A page table leads from a position to a slot. Which tokens live in a given slot?
+# Whoever looks for a mistake wants to know. An empty slot has none, a shared one several.
 
 # %% tags=["exercise"]
-def residents(slot, tables, lengths, B):
-    """tables, lengths: by name -> sorted list of (name, position), one per token in `slot`."""
+def residents(number, tables, lengths, B):
+    """number: of a slot; tables, lengths: by name -> its tokens, sorted [(name, position)]."""
     raise NotImplementedError
 
 
@@ -984,7 +965,7 @@ def test_flat_batch(flat_batch):
         ])
         slot_mapping, block_tables = flat_batch(tables, starts, counts, B)
         case = f"tables={tables}, starts={starts}, counts={counts}, B={B}"
-        assert slot_mapping.dtype == block_tables.dtype == torch.int64
+        assert slot_mapping.dtype == block_tables.dtype == torch.int64, "int64 tensors"
         assert slot_mapping.tolist() == batch.slot_mapping.tolist(), f"slot_mapping: {case}"
         assert block_tables.tolist() == batch.block_tables.tolist(), f"block_tables: {case}"
 
