@@ -7,7 +7,7 @@
 # people share it; none changes what it computes.
 #
 # **You need**: Python, PyTorch, and what a matrix product is. **You get**: a function `llama(tokens)` that you
-# can read in one screen, and that agrees with the package and with transformers.
+# can read in one screen, and that agrees with the package and with Hugging Face's transformers.
 
 # %% [markdown]
 # ## The question
@@ -42,6 +42,8 @@
 # |---|---|---|---|
 # | **T** tokens | **L** layers | **E** hidden size | **V** vocabulary |
 # | **H** query heads | **G** key/value heads | **D** head size | **F** width of the MLP |
+#
+# What heads and the MLP are comes below.
 
 # %% [markdown]
 # ## Build it
@@ -94,7 +96,7 @@ assert sum(count.values()) == sum(w.numel() for w in W.values())  # each counted
 with plots.figure("Where the weights are", x="million numbers", size=(6.8, 1.9)) as axes:
     axes.barh(list(parts), [n / 1e6 for n in count.values()], color=plots.COLORS[0])
     for row, n in enumerate(count.values()):
-        axes.text(n / 1e6 + 1, row, f"{n / 1e6:.1f}", va="center")
+        axes.text(n / 1e6 + 1, row, f"{n / 1e6:.2f}", va="center")
     axes.invert_yaxis()
 
 # %% [markdown]
@@ -149,7 +151,7 @@ print("and after, weights left out:", [f"{v:.2f}" for v in ones.pow(2).mean(-1).
 # Three products make three things of each token: a **query** (what it looks for), a **key** (what it can be found
 # by) and a **value** (what it has to say). Each is cut into heads of D numbers. Llama models have fewer heads for
 # keys and values than for queries; here each key/value head serves three query heads. That is *grouped-query
-# attention*, and it makes the memory that chapter 2 is about three times smaller.
+# attention*. Chapter 2 keeps keys and values in memory, and this makes them three times smaller.
 
 # %%
 layer0 = "model.layers.0.self_attn."
@@ -235,8 +237,9 @@ with plots.figure(title, "keys", "queries", size=(4.6, 3.6)) as axes:
 # %% [markdown]
 # ### The rest of a layer
 #
-# The heads' answers are laid side by side and mixed by one more product. Then comes the MLP, in which every token is
-# on its own: two products up to width F, one of which opens and closes the other like a gate, and one down.
+# The heads' answers are laid side by side and mixed by one more product. Then comes the **MLP** (multi-layer
+# perceptron), in which every token is on its own: two products up to width F, one of which opens and closes the other
+# like a gate, and one down.
 
 # %%
 def mlp(x, layer):
@@ -291,7 +294,7 @@ for chance, token in zip(best.values, best.indices):
 # ### Greedy decoding
 #
 # Always taking the best token is called **greedy**. It leaves nothing to luck, so it is what we compare with: two
-# programs that are both right give the same tokens.
+# programs that are both right give the same tokens, unless two logits are so close that rounding decides.
 
 # %%
 def greedy(tokens, steps):
@@ -305,7 +308,8 @@ answer = greedy(tokens, 12)
 print(tokenizer.decode(answer))
 
 # %% [markdown]
-# Look at the loop once more: at every step the whole text goes through the model again, though only its last token
+# The first word is right. Then the text just goes on, since nobody told it to stop. Look at the
+# loop once more: at every step the whole text goes through the model again, though only its last token
 # is new. Chapter 2 is about that.
 #
 # ### Chat
@@ -337,10 +341,10 @@ assert replied[-1] in config.eos_token_ids
 # | norm | root mean square | LayerNorm: takes the mean away first, and has a bias |
 # | heads | fewer for keys and values | as many as for queries |
 # | MLP | SiLU with a gate | GELU |
-# | products | no bias | bias everywhere, matrices stored the other way round |
+# | products | no bias | a bias in every layer's, matrices stored the other way round |
 #
-# We make a small GPT-2 with random weights in the format of the real one, so that nothing has to be downloaded. With
-# a network, put `open_checkpoint("gpt2")` in its place.
+# We make a small GPT-2 with random weights in the format of the real one, so that nothing has to be downloaded. (With
+# a network, `transformers.GPT2LMHeadModel.from_pretrained("gpt2").eval()` is the real one: 12 heads, 12 layers.)
 
 # %%
 import tempfile
@@ -397,6 +401,7 @@ hf_fields = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
 with torch.device("meta"):  # the shapes alone; the weights come from W
     hf_llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_fields)).eval()
 hf_llama.load_state_dict(W | {"lm_head.weight": W["model.embed_tokens.weight"]}, assign=True)
+# rope's speeds are no weights: they are computed anew
 hf_llama.model.rotary_emb = type(hf_llama.model.rotary_emb)(hf_llama.config)
 expected = hf_llama(torch.tensor([answer])).logits[0]
 
@@ -477,7 +482,8 @@ show_source(LlamaLayer.__call__, LlamaLayer.attention)
 #
 # - **T counts tokens of many sequences at once.** The rows of different requests stand one below the other. All
 #   products treat every row alike and need not know; only attention has to, and `batch` tells it.
-# - **q, k and v come from one product**, and so do gate and up: one large product is faster than three small ones.
+# - **q, k and v come from one product**, and so do gate and up: one large product is mostly faster than three small
+#   ones.
 # - **Keys and values are written into `layer_cache`**, and attention reads them from there: those of this step and
 #   those of all steps before.
 # - **`backend` does the arithmetic.** The plain one is what you have just written. Others do the same in C++ or in
@@ -501,7 +507,7 @@ show_source(check_tensors)
 # ## What must hold, and what breaks if it doesn't
 #
 # **A token never sees the future.** If we change the last token, nothing before it may change. This is what lets a
-# server keep the numbers of old tokens. Here it holds, to the last bit that we look at:
+# server keep the numbers of old tokens. Here it holds:
 
 # %%
 other = [*answer[:-1], 1000]
@@ -510,12 +516,14 @@ assert (changed[:-1] < 1e-4).all() and changed[-1] > 1
 print("only the last row of logits changed")
 
 # %% [markdown]
-# **Positions are counted from the start of the sequence.** If they are counted wrongly, by even one for a part of the
-# tokens, distances are wrong. Worse, a shift of *all* of them changes nothing (rope sees only differences), so a test
-# that shifts everything finds nothing. And without any positions at all:
+# **Each token keeps its own position.** If they are counted wrongly, by even one for a part of the tokens, distances
+# are wrong. A shift of *all* of them changes nothing, since rope sees only differences, so a test that shifts
+# everything finds nothing. And without any positions at all:
 
 # %%
 right_rope = rope
+rope = lambda x, positions: right_rope(x, positions + 100)
+assert torch.allclose(llama(answer), mine, atol=1e-2)  # all shifted: the same
 rope = lambda x, positions: x
 without = greedy(tokens, 12)
 rope = right_rope
@@ -523,8 +531,8 @@ assert without != answer
 print(tokenizer.decode(without))
 
 # %% [markdown]
-# **The scores are divided by √D.** Without it some weights become far too large. The text may still look like
-# text, and that is the trap: only a comparison of logits shows it for certain.
+# **The scores are divided by √D.** Without it the softmax gives nearly all its weight to a few tokens. The text may
+# still look like text, and that is the trap: only a comparison of logits shows it for certain.
 
 # %%
 right_weights = attention_weights
@@ -554,10 +562,11 @@ def test_count_weights(count_weights):
 
     assert count_weights(config) == sum(w.numel() for w in W.values())
     other = replace(
-        config, num_layers=7, num_kv_heads=1, vocab_size=999, tie_word_embeddings=False
+        config, num_layers=7, num_kv_heads=1, head_size=48, vocab_size=999,
+        tie_word_embeddings=False,
     )
     shapes = [torch.Size(shape) for shape in Llama.tensor_shapes(other).values()]
-    assert count_weights(other) == sum(shape.numel() for shape in shapes), "untied, too"
+    assert count_weights(other) == sum(shape.numel() for shape in shapes), f"for {other}"
 
 
 attempt(test_count_weights, count_weights)
@@ -616,6 +625,7 @@ def greedy_until(model, tokens, max_tokens, end):
     """The new tokens only, at most max_tokens. A token of `end` is the last, and is included.
 
     model: a function from a list of T tokens to logits [T, V]; called once for each new token.
+    end: the ids of the tokens that end an answer, a tuple; it may be empty.
     """
     raise NotImplementedError
 
@@ -640,13 +650,13 @@ def test_greedy_until(greedy_until):
 attempt(test_greedy_until, greedy_until)
 
 # %% [markdown]
-# **5. What does it think on the way?** (open) `x` has the same shape after every layer. Send it through the last norm
+# **5. What does it think on the way?** (open). `x` has the same shape after every layer. Send it through the last norm
 # and the vocabulary after each of them, and look at the best token: when does " Paris" appear, and what was it before?
 # Try other sentences. This is known as the *logit lens*.
 
 # %% tags=["exercise"]
 def logit_lens(tokens):
-    """Token ids [T] -> L token ids: after each layer, the best token after the last."""
+    """Token ids [T] -> L token ids: what each layer says comes after the last token."""
     raise NotImplementedError
 
 

@@ -11,6 +11,12 @@ def count_weights(config):
     return config.num_layers * layer + embeddings + e
 
 
+def replace_head_size(config):
+    from dataclasses import replace
+
+    return replace(config, head_size=config.hidden_size // config.num_heads)
+
+
 def perplexity(tokens, logits):
     chances = logits[:-1].log_softmax(-1)
     return float((-chances[range(len(tokens) - 1), tokens[1:]].mean()).exp())
@@ -47,6 +53,7 @@ WRONG = {
     "count_weights": [
         lambda config: sum(w.numel() for w in W.values()),  # blind to the config
         lambda config: count_weights(config) - config.hidden_size,  # without the last norm
+        lambda config: count_weights(replace_head_size(config)),  # as if H heads always made up E
     ],
     "perplexity": [
         lambda tokens, logits: float(-logits.log_softmax(-1)[range(len(tokens)), tokens].mean().exp()),  # not shifted

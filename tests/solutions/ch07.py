@@ -11,13 +11,6 @@ def tile_numbers(table, first, context, B, D, BLOCK_N):
     return slot[:, None] * D + torch.arange(D), inside
 
 
-def pick_splits(programs, context, processors):
-    splits = 1
-    while programs * splits < processors and context / (2 * splits) >= 64:
-        splits *= 2
-    return splits
-
-
 @triton.jit
 def write_kernel(k, v, cache, slots, stride_kv, stride_g, G: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
                  ALWAYS: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
@@ -122,12 +115,6 @@ WRONG = {
         lambda table, first, context, B, D, BLOCK_N: tile_numbers(
             torch.nn.functional.pad(table, (0, 99)), first, 10**6, B, D, BLOCK_N
         ),  # no position is outside
-    ],
-    "pick_splits": [
-        lambda programs, context, processors: triton.next_power_of_2(-(-processors // programs)),  # however short
-        lambda programs, context, processors: min(
-            triton.next_power_of_2(-(-processors // programs)), max(context // 64, 1)
-        ),  # not a power of two
     ],
     "write_kv": [
         lambda k, v, cache, slots: write_kv(k, v, cache, slots, always=True),  # -1 is a slot like any other
