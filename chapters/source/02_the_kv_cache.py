@@ -734,7 +734,7 @@ show_source(Step.counts_of, Scheduler._scheduled)
 # %%
 from minipaged import LLM, SamplingParams
 
-llm = LLM("smollm2", num_blocks=16, max_num_seqs=4, max_num_batched_tokens=8)
+llm = LLM("smollm2", device="cpu", num_blocks=16, max_num_seqs=4, max_num_batched_tokens=8)
 assert llm.block_bytes == 16 * kv_bytes
 
 # %%

@@ -791,7 +791,9 @@ print(f"500 traces agree; {full:,} times there was no space, and the ledger said
 # %%
 from minipaged import LLM, SamplingParams
 
-llm = LLM("smollm2", num_blocks=64, max_model_len=512, prefix_cache="none", seed=0)
+llm = LLM(
+    "smollm2", device="cpu", num_blocks=64, max_model_len=512, prefix_cache="none", seed=0
+)
 (output,) = llm.generate(["Paris"], SamplingParams(max_tokens=16, ignore_eos=True))
 tokens = output.prompt_token_ids + output.outputs[0].token_ids
 print(f"{len(tokens)} tokens, {llm.stats().memory.peak_used} block")

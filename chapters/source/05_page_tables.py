@@ -741,7 +741,7 @@ from minipaged import LLM, SamplingParams
 from minipaged.terminal.draw import block_map, page_tables
 from minipaged.terminal.snapshot import Observer
 
-llm = LLM("smollm2", num_blocks=24, block_size=4, prefix_cache="none", dtype="fp32")
+llm = LLM("smollm2", num_blocks=24, block_size=4, prefix_cache="none", device="cpu")
 observer, plans = Observer(llm), []
 llm.observers.append(lambda plan, output: (observer.follow(plan), plans.append(plan)))
 
