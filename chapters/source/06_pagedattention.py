@@ -30,14 +30,14 @@
 # lie anywhere:
 #
 # ```
-#                       the pool                     kept of each block
+#                             the pool                       kept of each block
 #
-#                   0 |      |      |      |      |
-#        +--------> 1 | years| ago  | our  |father|  -->  sums  --+
-#        |          2 |      |      |      |      |               |
-#  query +--------> 3 |brough|      |      |      |  -->  sums  --+--> answer
-#        |          : |      |      |      |      |               |
-#        +--------> 7 | Four | score| and  | seven|  -->  sums  --+
+#                   0 |         |       |     |         |
+#        +--------> 1 | years   | ago   | our | fathers |  -->  sums  --+
+#        |          2 |         |       |     |         |               |
+#  query +--------> 3 | brought |       |     |         |  -->  sums  --+--> answer
+#        |          : |         |       |     |         |               |
+#        +--------> 7 | Four    | score | and | seven   |  -->  sums  --+
 #
 #        page table: 7, 1, 3
 # ```
@@ -187,7 +187,8 @@ assert k_pool[7, :4].data_ptr() == k_pool.data_ptr() + 7 * B * D * 4  # in place
 #
 # **The exponentials wait.** Between the passes all of them must be kept, or be computed again by reading the keys
 # again. For one query that is n numbers. For a chunk of a prompt it is n numbers for each of its tokens, in each head:
-# 512 new tokens on a context of 8192 make 512 · 8192, four million.
+# 512 new tokens on a context of 8192 make 512 · 8192, four million. (The first kernel of vLLM did it so, for one query
+# at a time: it kept a sequence's scores in a small memory inside the GPU.)
 #
 # **They overflow.** An exponential grows fast, and floating point ends:
 
@@ -276,7 +277,7 @@ with plots.figure("Weights so far", size=(7.4, 2.2), alt=alt) as axes:
     plots.matrix(axes, running.tolist(), after, words, form=".2f")
 
 # %% [markdown]
-# Each row sums to 1, and within a row the *ratios* between old tokens are those of the row above (before rounding):
+# Up to rounding, each row sums to 1, and within a row the *ratios* between old tokens are those of the row above:
 # newcomers make the old weights smaller, all by the same factor.
 #
 # ### PagedAttention
@@ -382,7 +383,7 @@ for position in (6, 7, 8):
 #   context_lens    7               20  9             with this step's tokens
 #
 #   A: a prompt of 7.  B: one more token, after 19.  C: a chunk of 3, after 6.
-#   block_tables [S, M]: a row a sequence; behind its last block stands anything
+#   block_tables [S, M]: one row for each sequence; behind its last block stands anything
 # ```
 #
 # A prompt, a chunk of one, a single token: all the same to us, only with other numbers.
@@ -532,8 +533,7 @@ read_block = plain_read
 
 # %% [markdown]
 # All 300 equal the textbook, and no poison ever reached an answer.
-
-# %% [markdown]
+#
 # ### On the real model
 #
 # The strongest check is the engine itself. Its layers call `backend.paged_attention`; for a while we put ours there,
@@ -546,7 +546,7 @@ from unittest.mock import patch
 from minipaged import LLM, SamplingParams
 
 small = {"num_blocks": 32, "max_num_seqs": 3, "max_num_batched_tokens": 12}
-llm = LLM("smollm2", kernels="torch", debug=True, prefix_cache="none", **small)
+llm = LLM("smollm2", device="cpu", kernels="torch", debug=True, prefix_cache="none", **small)
 
 # %%
 prompts = ["The capital of France is", "Twinkle, twinkle, little star, how I wonder",
@@ -607,8 +607,8 @@ show_source(torch_attention._decode, torch_attention.AttentionPlan._bucket)
 # %% [markdown]
 # - **Keys are gathered** (`index_select`), for PyTorch has no product that follows a table. But only for a few
 #   sequences at a time, a *bucket*, so that the copy is still in the processor's cache when the product reads it.
-# - **Values are not.** `embedding_bag` is made for recommender models: a weighted sum of rows of a table, rows given by
-#   number. That is what $\sum_j a_j v_j$ through a slot mapping is, so values are read in place.
+# - **Values are not.** `embedding_bag` takes a weighted sum of rows of a table, rows given by number. That is what
+#   $\sum_j a_j v_j$ through a slot mapping is, so values are read in place.
 # - Look for the comment "Subtle": what lies beyond the context is not even read. It is our $0 \cdot \mathrm{NaN}$: the
 #   slots beyond are replaced by the sequence's first slot, which is harmless with weight 0.
 # - Everything that is the same in all layers, which slots, which mask, is prepared once a step.
@@ -630,12 +630,12 @@ print(cpp[begin : cpp.index("\n}\n", begin) + 2])
 # - **If `shrink` is 1, `out` is left alone.** $m$ rarely grows: with scores in random order, block j holds a
 #   new record with probability 1/j, and that makes about 5 records in 64 blocks.
 # - **Steps of 64 keys, not of one block.** The function around it walks the page table to find 64 keys, whichever
-#   blocks they lie in, and turns them, as the vectors want them, into a buffer that never leaves the processor's cache.
-#   So the number of steps does not depend on B.
+#   blocks they lie in, and writes them, transposed, to a small buffer that stays in the processor's cache. So the
+#   number of steps does not depend on B.
 # - **fp32 inside.** Keys and values may be kept in bf16, to take half the room; $m$, $z$ and $o$ never are.
 # - **Threads.** Each takes a few queries of one sequence with all heads of a group, so that a block is read once for
 #   all of them.
-# - While one piece is computed, the next is already called for from memory.
+# - **Ahead of time.** While one step is computed, the keys and values of the next are already called from memory.
 #
 # ### All of them agree
 #
@@ -689,7 +689,7 @@ for name, lens in running.items():
 # an address, jump there. And what is read in one piece gets short. Suppose that starting a block costs as much as
 # reading $a$ slots, and that work is done on whole blocks, empty slots and all. For a sequence of n tokens that is
 #
-# $$ \lceil n/B \rceil \cdot (a + B) \;\approx\; n + a\,\frac{n}{B} + \frac{B}{2} $$
+# $$ \lceil n/B \rceil \cdot (a + B) \;\approx\; n + a\,\frac{n}{B} + \frac{a + B}{2} $$
 #
 # The middle term falls with B and the last one rises, so their sum is a **U**. It is lowest at $B = \sqrt{2 a n}$. We
 # draw it with $a = 4$. That number is ours; try others.
@@ -718,9 +718,9 @@ with plots.figures("Empty slots", "Work for a token", size=(7.8, 3.2), alt=alt) 
 # \approx 20$ for Alpaca: longer sequences want larger blocks, but only as the square root.
 #
 # The paper measured the real thing (its Figure 18b): latency over B is a U. ShareGPT does best with 16 to 128, Alpaca
-# with 16 and 32, and larger blocks are much worse for it. Its reasons are the two of our formula: small blocks don't
-# give a GPU enough to do at a time, large ones waste and are shared less. **16** is the smallest that is good for both,
-# and it is the default of the paper and of this package.
+# with 16 and 32, and larger blocks are much worse for it. Its reasons (section 7.2): small blocks may leave a part of
+# the GPU without work, large ones waste more and are shared less. **16** is the smallest that is good for both, and it
+# is the default of the paper and of this package.
 #
 # And on a CPU? 16 sequences of 1024 tokens in blocks of every size, on one thread. The package takes them all;
 # your loop takes one.
@@ -757,11 +757,10 @@ with plots.figure("Time for a token of context", "block size B", "ns", alt=alt) 
 # B = 256 does in four rounds what B = 1 does in 1024. The package is far below and bends far less, since it takes 64
 # keys at a time whatever B is. It does gain from larger blocks: values that lie side by side are read in one piece.
 #
-# What can this not show? The GPU of the paper, where a group of threads works on a block together, and with B = 1 most
-# of them would have nothing to do. Nor the right arm of the U: that comes from empty slots, and our 1024 tokens fill
+# What can this not show? The paper's GPU, where a group of threads, a *warp*, reads a block (section 5.1); a block of
+# one token gives it little to do. Nor the right arm of the U: that comes from empty slots, and our 1024 tokens fill
 # all their blocks.
-
-# %% [markdown]
+#
 # ## What must hold, and what breaks if it doesn't
 #
 # **Nothing beyond the context is read.** Not the empty slots of the last block, not the table's entries behind it. Read
@@ -806,8 +805,8 @@ add_block = right_add_block
 
 # %% [markdown]
 # If the first block holds the largest score, $m$ never grows, and the mistake can't be seen. A test in which that is so
-# by chance (a single block, say) passes. And many heads of trained models give their largest weight to the very first
-# token (an *attention sink*), so even a model's text may look fine.
+# by chance (a single block, say) passes. And trained models give much of the weight to the very first tokens, whatever
+# these say (*attention sinks*), so even a model's text may look fine.
 #
 # **A block of which a query sees nothing must leave its state alone.** With the blocks in order, every query sees
 # position 0 in the first one, and $m$ is finite from then on. Read the same blocks from the end, which should not
@@ -875,8 +874,7 @@ assert attend_one(q, k_pool, v_pool, sorted(table), n).isnan().all()
 # %% [markdown]
 # Three empty slots are read, and three words are lost. Without poison, again, nobody would know. (To sort is fine if
 # each block keeps its logical number beside it.)
-
-# %% [markdown]
+#
 # ## Exercises
 #
 # Fill in the functions; each is followed by a test that says how far you are.
@@ -1086,9 +1084,10 @@ attempt(test_Int8Pool, Int8Pool)
 # ## Sources
 #
 # - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, SOSP 2023: section
-#   4.1 and Equation 4; Figure 6; block sizes in section 7.2 and Figure 18b.
+#   4.1 and Equation 4; Figure 6; the kernel in section 5.1; block sizes in section 7.2 and Figure 18b.
 # - Milakov and Gimelshein, *Online normalizer calculation for softmax*, 2018: the running maximum and sum.
 # - Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, 2021; Dao et al., *FlashAttention*, 2022: attention in
 #   pieces, with the values' sum carried along.
-# - Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2023.
+# - Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2023: the weight of the first tokens.
+# - vLLM's documentation, *Paged Attention*: its first kernel, step by step.
 # - Dao et al., *Flash-Decoding for long-context inference*, 2023: one sequence dealt out to many workers, and merged.
