@@ -312,7 +312,8 @@ def test_folder_without_its_parts(make_folder, tmp_path):
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/nowhere/x", "../x", "nowhere.gguf", "a/b/c", "a b", "~/nowhere-at-all"]
 )
-def test_a_path_that_does_not_exist(name, monkeypatch):
+def test_a_path_that_does_not_exist(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where nobody has a folder x beside it
     monkeypatch.setattr(sys.modules["minipaged.models"], "fetch_from_hub", lambda name: pytest.fail("asked the hub"))
     assert "does not exist: pass a folder in Hugging Face layout or a .gguf file, or smollm2" in refused(name)
 
