@@ -325,7 +325,7 @@ print("the same text; rows in each run:", rows, "together", sum(rows))
 # without the cache.
 
 # %%
-def seconds(action, *arguments, tries=3):
+def seconds(action, *arguments, tries=2):
     """The best of a few tries: much makes a program slower than it is, nothing faster."""
     times = []
     for _ in range(tries):
@@ -342,7 +342,7 @@ long_cache = new_cache(len(long))
 _ = forward(long, long_cache, 0)
 
 # %% tags=["measured"]
-places = [16, 64, 128, 192, 256]
+places = [16, 64, 128, 256]
 without = [1e3 * seconds(llama, long[: c + 1], tries=1) for c in places]
 with_cache = [1e3 * seconds(forward, [long[c]], long_cache, c) for c in places]
 with plots.figure(
