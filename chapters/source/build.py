@@ -27,7 +27,7 @@ import jupytext
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from PIL import Image
 from rich.console import Console
@@ -102,7 +102,7 @@ def run(
         resources = {"metadata": {"path": folder}}
         client = NotebookClient(
             notebook, timeout=600, kernel_name="python3", resources=resources, record_timing=False,
-            coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
+            coalesce_streams=True, extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip
         root = str(CHAPTERS.parent)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -114,6 +114,8 @@ def run(
                     client.execute_cell(cell, i)
                 except CellExecutionError as error:
                     raise ChapterError(f"cell {cell.id} fails:\n{cell.source}\n{error}") from None
+                except (DeadKernelError, CellTimeoutError) as error:
+                    raise ChapterError(f"cell {cell.id} does not end well: {error}\n{cell.source}") from None
                 look_over(cell)
     return notebook
 
@@ -217,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         for chapter in chapters(options.chapters):
             began = time.perf_counter()
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            with Progress(*columns, console=console, transient=True) as progress:
+            hidden = not console.is_terminal
+            with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
                 task = progress.add_task(chapter.name, total=len(chapter.read().cells))
                 notebook = build(chapter, options.measure, lambda i: progress.update(task, completed=i))  # noqa: B023
             code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -233,6 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ChapterError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("build.py: stopped; the chapter under way is as it was", file=sys.stderr)
+        return 130
     console.print(table)
     return 1 if bad else 0
 
