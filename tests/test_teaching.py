@@ -11,6 +11,7 @@ import pytest
 from chapter_builder import build
 from PIL import Image
 
+from kernels.triton_tiles import choose_splits
 from minipaged.memory import HashCache, KVCacheManager, PageTable
 from minipaged.teaching import attempt, loads, page, plots, show_source
 from minipaged.terminal import draw, slots
@@ -73,6 +74,7 @@ def test_source_is_the_packages_own():
     shown = show_source(PageTable.slot, PageTable.room, KVCacheManager.fork)
     assert shown.count("# minipaged/memory/page_table.py") == 1 and "# minipaged/memory/kv_manager.py" in shown
     assert "return block * self.block_size + offset" in shown and "def room" in shown
+    assert "def choose_splits" in show_source(choose_splits), "seen through functools.cache"
     assert not any(line.startswith(" def") for line in shown.splitlines())
     assert "<pre" in shown._repr_html_() and repr(shown) == shown
 

@@ -72,6 +72,7 @@ def empty_share(lengths, B):
     slots = sum(blocks_for(length, B) * B for length in lengths)
     return 1 - sum(lengths) / slots
 
+
 # %%
 for name, kind in {"ShareGPT": loads.SHAREGPT, "Alpaca": loads.ALPACA}.items():
     lengths = [job.prompt + job.output for job in loads.draw(kind, 1000, rate=1)]

@@ -812,7 +812,7 @@ with plots.figure(title, "splits", "places in use, %", alt=alt) as axes:
     plots.note(axes, chosen, 100 * full(chosen), f"chosen: {chosen}", dx=-40, dy=-30)
 
 # %%
-show_source(triton_tiles.choose_splits.__wrapped__)
+show_source(triton_tiles.choose_splits)
 
 # %% [markdown]
 # And what is not in the source of a kernel, but in the way it is called:

@@ -37,7 +37,7 @@ def show_source(*things: Any) -> Source:
     parts: list[str] = []
     shown = ""
     for thing in things:
-        thing = getattr(thing, "fn", getattr(thing, "fget", thing))  # what triton.jit and property wrap
+        thing = inspect.unwrap(getattr(thing, "fn", getattr(thing, "fget", thing)))  # triton.jit, property, cache
         file = Path(inspect.getfile(thing)).resolve().relative_to(ROOT).as_posix()
         heading = [] if file == shown else [f"# {file}", ""]
         parts.append("\n".join([*heading, textwrap.dedent(inspect.getsource(thing)).rstrip()]))
