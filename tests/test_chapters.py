@@ -12,9 +12,6 @@ import nbformat
 import pytest
 from chapter_builder import ROOT, build
 
-from kernels import load as load_kernels
-from minipaged.models.fetch import cache_folder, fetch_smollm2
-
 SOLUTIONS = Path(__file__).parent / "solutions"
 
 CHAPTERS = build.chapters([])
@@ -56,8 +53,7 @@ def exercises(notebook):
 def test_runs_and_shows_what_is_committed(chapter):
     if "triton" in chapter.name:
         pytest.importorskip("triton")
-    fetch_smollm2()  # not in the kernel, where its message would be an output
-    load_kernels("auto", folder=cache_folder(), notice=print)
+    build.prepare()
     names = exercises(chapter.read())
     notebook = chapter.read()
     path = str(SOLUTIONS / f"ch{chapter.name[:2]}.py")

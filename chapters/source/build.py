@@ -34,6 +34,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kernels import load as load_kernels
+from minipaged.models import ModelError
+from minipaged.models.fetch import cache_folder, fetch_smollm2
+
 SOURCES = Path(__file__).resolve().parent
 CHAPTERS = SOURCES.parent
 METADATA = {
@@ -196,6 +200,12 @@ def reading_minutes(notebook: NotebookNode) -> int:
     return max(5, round((prose / 180 + code / 12) / 5) * 5)
 
 
+def prepare() -> None:
+    """Fetch the model and build what is built on first use. What they say on the way is no output of a cell."""
+    fetch_smollm2()
+    load_kernels("auto", folder=cache_folder(), notice=lambda line: print(line, file=sys.stderr))
+
+
 # --- the command line ----------------------------------------------------------------------------------------
 
 
@@ -216,7 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("chapter", "cells", "lines of code", "to read, min", "ran, s", box=None)
     bad = 0
     try:
-        for chapter in chapters(options.chapters):
+        wanted = chapters(options.chapters)
+        prepare()
+        for chapter in wanted:
             began = time.perf_counter()
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             hidden = not console.is_terminal
@@ -233,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
                     console.print(f"{chapter.name}: {difference}", markup=False)
             else:
                 nbformat.write(notebook, chapter.notebook)
-    except ChapterError as error:
+    except (ChapterError, ModelError) as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
