@@ -67,6 +67,15 @@ def test_runs_and_shows_what_is_committed(chapter):
     for name, (right, *wrong) in results.items():
         assert right == "passed", f"{name}: the solution fails"
         assert wrong and "passed" not in wrong, f"{name}: its test is content with a wrong solution: {wrong}"
+        slips = [error for error in wrong if error.startswith(("NameError", "NotImplementedError", "UnboundLocal"))]
+        assert not slips, f"{name}: a wrong solution fails by our own slip: {slips}"
+
+
+@each_chapter
+def test_no_committed_page_shows_an_error(chapter):
+    """Also in cells that are not compared, since they measure."""
+    for cell in code_cells(chapter.committed()):
+        build.look_over(cell)
 
 
 @each_chapter

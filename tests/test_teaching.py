@@ -201,6 +201,9 @@ def test_differences_are_found():
     assert len(list(build.differences(old, notebook(("a", "1\n"), ("b", png(200)))))) == 1
     assert len(list(build.differences(old, notebook(("a",), ("b", png(0)))))) == 1
     assert "cells" in next(build.differences(old, notebook(("a2", "1\n"), ("b", png(0)))))
+    tagged = copy.deepcopy(old)
+    tagged.cells[0].metadata.tags = ["measured"]
+    assert "cells" in next(build.differences(old, tagged))
     assert list(build.differences(old, notebook(("a", "1\n"), ("b", png(0, spot=5))))) == [], "a few pixels"
 
 
@@ -218,8 +221,16 @@ def test_what_differs_by_luck_is_kept_as_it_was():
     assert anew.cells[0].outputs[0].text == "2 s\n"
 
 
+def test_cells_that_read_the_same_keep_their_own_outputs():
+    old = notebook(("step()", png(0)), ("step()", png(255)))
+    new = notebook(("step()", png(0, spot=5)), ("step()", png(255, spot=5)))
+    build.keep_luck(old, new)
+    assert [cell.outputs for cell in new.cells] == [cell.outputs for cell in old.cells]
+
+
 @pytest.mark.parametrize("output, said", [
     (stream("careful", "stderr"), "writes to stderr"),
+    (nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[]), "shows an error: ValueError: no"),
     (stream("saved to /home/ann/x"), "'/home/'"),
     (nbformat.v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}}), "widget-view"),
 ])  # fmt: skip

@@ -623,7 +623,12 @@ def test_grouped_attention(grouped_attention):
     torch.manual_seed(1)
     q, k, v = torch.randn(6, H, D), torch.randn(6, G, D), torch.randn(6, G, D)
     expected = attention(q, k, v)
-    with unittest.mock.patch.dict(grouped_attention.__globals__, repeat=None, attention=None):
+
+    def forbidden(*_, **__):
+        raise AssertionError("do it without repeat, and without attention")
+
+    without = dict(repeat=forbidden, attention=forbidden)
+    with unittest.mock.patch.dict(grouped_attention.__globals__, without):
         got = grouped_attention(q, k, v)
     assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
 

@@ -125,8 +125,10 @@ def run(
 
 
 def look_over(cell: NotebookNode) -> None:
-    """Nothing on stderr, no path of a machine, nothing that a page without a kernel can't show."""
+    """No error, nothing on stderr, no path of a machine, nothing that a page without a kernel can't show."""
     for output in cell.get("outputs", []):
+        if output.output_type == "error":
+            raise ChapterError(f"cell {cell.id} shows an error: {output.ename}: {output.evalue}")
         if output.get("name") == "stderr":
             raise ChapterError(f"cell {cell.id} writes to stderr: {output.text}")
         shown = {kind: data for kind, data in output.get("data", output).items() if kind != "image/png"}
@@ -162,10 +164,14 @@ def same_picture(old: NotebookNode, new: NotebookNode) -> bool:
 
 def keep_luck(old: NotebookNode, new: NotebookNode, measure: bool = False) -> None:
     """Put the committed outputs back where only luck differs."""
-    committed = {cell.source: cell for cell in old.cells if cell.cell_type == "code"}
+    committed: dict[str, list[NotebookNode]] = {}
+    for cell in old.cells:
+        committed.setdefault(cell.source, []).append(cell)  # in order, if there are several
     for cell in new.cells:
-        before = committed.get(cell.source) if cell.cell_type == "code" else None
-        if before is None or measure and "measured" in tags(cell):
+        if cell.cell_type != "code" or not committed.get(cell.source):
+            continue
+        before = committed[cell.source].pop(0)
+        if measure and "measured" in tags(cell):
             continue
         if "measured" in tags(cell) or same_outputs(before.outputs, cell.outputs):
             cell.outputs = before.outputs
@@ -176,12 +182,17 @@ def keep_luck(old: NotebookNode, new: NotebookNode, measure: bool = False) -> No
 
 def differences(old: NotebookNode, new: NotebookNode) -> Iterator[str]:
     """Where the committed notebook is not what its source gives, in words."""
-    if [cell.source for cell in old.cells] != [cell.source for cell in new.cells]:
+    if [written(cell) for cell in old.cells] != [written(cell) for cell in new.cells]:
         yield "the cells of the notebook are not those of its source"
         return
     for before, now in zip(old.cells, new.cells, strict=True):
         if before.cell_type == "code" and not same_outputs(before.outputs, now.outputs):
             yield f"cell {now.id} shows something else now:\n{now.source}\n--> {words(now)}\ncommitted: {words(before)}"
+
+
+def written(cell: NotebookNode) -> tuple:
+    """What of a cell is its author's."""
+    return cell.id, cell.cell_type, tags(cell), cell.source
 
 
 def words(cell: NotebookNode) -> str:
