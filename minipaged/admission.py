@@ -64,10 +64,12 @@ class Admission:
         Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
         """
         scheduler = self._scheduler
-        if step.spare < 1 or self._num_running_seqs() >= scheduler.max_num_seqs:
+        if step.spare < 1 or not (scheduler.waiting or scheduler.swapped):
             return
+        num_seqs = scheduler.num_promised_seqs()
         for request in self._in_order():
-            if self._num_running_seqs() + request.width > scheduler.max_num_seqs:
+            num_seqs += request.width
+            if num_seqs > scheduler.max_num_seqs:
                 return
             if self.schedule == "prefix" and not self._may_overtake(request):
                 return
@@ -75,9 +77,6 @@ class Admission:
             if not come_in(request, step):
                 return
             insort(scheduler.running, request, key=arrival)
-
-    def _num_running_seqs(self) -> int:
-        return sum(request.width for request in self._scheduler.running)
 
     # --- in which order -----------------------------------------------------------------------------------------
 

@@ -164,10 +164,10 @@ class Scheduler:
         return step.plan
 
     def _continue_running(self, step: Step) -> None:
-        step.spare -= sum(len(request.live) for request in self.running)
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
+        step.spare -= self.num_live_seqs()
+        for request in self.ready():
+            if not self.running or self.running[-1].arrival < request.arrival:
+                break  # it was preempted just now, and so were all behind it
             counts = step.counts_of(request)
             while isinstance(grown := self.memory.append(counts), NoSpace):
                 victim = self.running.pop()  # the latest arrival; it has not been scheduled in this step
@@ -176,7 +176,20 @@ class Scheduler:
                     break
             else:
                 step.take(request, counts, grown.copies)
-                index += 1
+
+    # These three look at every running request in every step; a simulation, which knows the answers, overrides them.
+
+    def ready(self) -> list[Request]:
+        """The running requests that can have something to compute, in the order of arrival."""
+        return self.running.copy()
+
+    def num_live_seqs(self) -> int:
+        """Sequences that run."""
+        return sum(len(request.live) for request in self.running)
+
+    def num_promised_seqs(self) -> int:
+        """Sequences that run, and those that will when a prompt is forked."""
+        return sum(request.width for request in self.running)
 
     def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():

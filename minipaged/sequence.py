@@ -114,7 +114,10 @@ class Request:
 
     @property
     def live(self) -> list[Sequence]:
-        return [seq for seq in self.sequences if seq.finish_reason is None]
+        sequences = self.sequences
+        if len(sequences) == 1 and sequences[0].finish_reason is None:  # asked for in every step, by far most often
+            return sequences
+        return [seq for seq in sequences if seq.finish_reason is None]
 
     @property
     def finished(self) -> bool:
@@ -132,6 +135,8 @@ class Request:
         sequences without memory, the first one rebuilds only the prompt, which all will share again by fork. And
         beams are ranked against each other, so none computes its last token until all can.
         """
+        if len(self.sequences) == 1:
+            return len(seq)
         live = self.live
         if any(not other.in_memory for other in live):
             return len(self.prompt_token_ids) if len(live) > 1 else len(seq)

@@ -288,9 +288,10 @@ class KVCacheManager:
             check_pool(pool, self.block_size)
 
     def _home(self, seq_id: int) -> Pool:
-        for pool in (self._gpu, self._cpu):
-            if seq_id in pool.tables:
-                return pool
+        if seq_id in self._gpu.tables:
+            return self._gpu
+        if seq_id in self._cpu.tables:
+            return self._cpu
         raise MisuseError(f"there is no sequence {seq_id}")
 
     def _table(self, pool: Pool, seq_id: int) -> PageTable:

@@ -1,0 +1,119 @@
+"""How long an iteration takes on a GPU that we don't have: a roofline.
+
+A step reads all weights once, and the keys and values of every token before it; it multiplies; and the host has work
+for the step and for each of its sequences. Bytes go over a bandwidth, operations over a peak:
+
+    seconds = max(weight bytes / bandwidth, 2 * parameters * tokens / peak)      the matrix products
+            + bytes of keys and values read / bandwidth                          attention
+            + layers * (kernels * launch + all-reduces)                          starting them
+            + sequences * HOST_PER_SEQUENCE                                      sampling, text, bookkeeping
+
+Everything but the last constant comes from data sheets or from what is commonly reached. HOST_PER_SEQUENCE is
+calibrated by one number that the paper prints, see there.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+REACHED_BANDWIDTH = 0.67  # of the data sheet
+REACHED_COMPUTE = 0.6  # of the data sheet's: about what large fp16 matrix products reach inside a model
+KERNELS_PER_LAYER = 12  # norms, products, attention, cache write, activation, additions: an eager PyTorch layer
+LAUNCH = 10e-6  # seconds that Python and the driver need to start a kernel
+ALL_REDUCE = 25e-6  # seconds for one small all-reduce over NVLink; a layer of a model that is split needs two
+# Seconds of host work for each sequence in a step. Calibrated: with it, the paged system holds 132.44 requests at
+# 30 requests a second on Alpaca (OPT-13B), as the paper's Figure 13 prints. Nothing else is fitted to anything.
+HOST_PER_SEQUENCE = 0.34e-3
+# Moving blocks to CPU memory and back. One copy for each block and layer, keys and values apart (vLLM's first release).
+PCIE = 25e9  # bytes a second, PCIe 4.0 x16 in practice
+COPY_LAUNCH = 6e-6  # seconds to start one copy
+# What attention through page tables pays for each block that it reads: see `block_seconds`.
+DRAM_LATENCY = 0.6e-6  # seconds until a load from global memory arrives, on an A100
+DEPENDENT_LOADS = 3  # for each block one after another: its number, its keys, its values
+WARPS_PER_SM = 16  # that are in flight at a time in such a kernel
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Data sheet values: bytes per second, dense fp16 operations per second, multiprocessors."""
+
+    name: str
+    bandwidth: float
+    peak: float
+    multiprocessors: int
+
+
+A100_40 = GPU("A100-40GB", 1555e9, 312e12, 108)
+A100_80 = GPU("A100-80GB", 2039e9, 312e12, 108)
+H100 = GPU("H100-80GB", 3350e9, 989e12, 132)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model on one or more GPUs, in fp16. Sizes of weights and KV memory: the paper's Table 1, where it has them."""
+
+    model: str
+    gpu: GPU
+    num_gpus: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    weight_bytes: float
+    kv_memory: int  # bytes left for keys and values
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} on {self.num_gpus} x {self.gpu.name}" if self.num_gpus > 1 else f"{self.model} on {self.gpu.name}"
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of one token, in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_size * 2
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that fit.
+
+        >>> SERVERS["13b"].num_slots, SERVERS["175b"].num_slots
+        (15728, 60074)
+        """
+        return self.kv_memory // self.kv_bytes
+
+    @property
+    def bandwidth(self) -> float:
+        return self.num_gpus * self.gpu.bandwidth * REACHED_BANDWIDTH
+
+    def matrix_seconds(self, tokens: int) -> float:
+        """All matrix products of a step, and starting its kernels; tokens: of all sequences together."""
+        reading = self.weight_bytes / self.bandwidth
+        computing = self.weight_bytes * tokens / (self.num_gpus * self.gpu.peak * REACHED_COMPUTE)  # 2 bytes: 2 ops
+        starting = self.layers * (KERNELS_PER_LAYER * LAUNCH + (2 * ALL_REDUCE if self.num_gpus > 1 else 0))
+        return max(reading, computing) + starting
+
+    def context_seconds(self, block_size: int | None) -> float:
+        """What attention adds for each token that is read; None: contiguous."""
+        return self.kv_bytes / self.bandwidth + (self.block_seconds(block_size) / block_size if block_size else 0)
+
+    def block_seconds(self, block_size: int) -> float:
+        """What reading one block more costs beside its bytes.
+
+        Each of its keys and values is asked for by a warp that must wait: for the block's number, then for its
+        contents. Little's law: so many warps are in flight, and each is away for so long. A larger block gives the
+        warp more to ask for at once. All layers and heads pay it.
+        """
+        in_flight = self.num_gpus * self.gpu.multiprocessors * WARPS_PER_SM
+        return self.layers * self.kv_heads * DEPENDENT_LOADS * DRAM_LATENCY / in_flight
+
+    def swap_seconds(self, blocks: int, block_size: int) -> float:
+        """Moving so many blocks one way. Each GPU moves its heads' share, at the same time."""
+        share = block_size * self.kv_bytes / (2 * self.layers) / self.num_gpus
+        return blocks * 2 * self.layers * (COPY_LAUNCH + share / PCIE)
+
+
+SERVERS = {
+    "13b": Server("OPT-13B", A100_40, 1, 40, 40, 40, 128, 26e9, 12 * GIB),
+    "66b": Server("OPT-66B", A100_40, 4, 64, 72, 72, 128, 132e9, 21 * GIB),
+    "175b": Server("OPT-175B", A100_80, 8, 96, 96, 96, 128, 346e9, 264 * GIB),
+    # Not in the paper: a model of today. Of 80 GB nine tenths are used, 16.1 GB of them by the weights.
+    "llama": Server("Llama-3-8B", H100, 1, 32, 32, 8, 128, 16.1e9, int(0.9 * 80e9 - 16.1e9)),
+}
