@@ -20,9 +20,9 @@ REACHED_COMPUTE = 0.6  # of the data sheet's: about what large fp16 matrix produ
 KERNELS_PER_LAYER = 12  # norms, products, attention, cache write, activation, additions: an eager PyTorch layer
 LAUNCH = 10e-6  # seconds that Python and the driver need to start a kernel
 ALL_REDUCE = 25e-6  # seconds for one small all-reduce over NVLink; a layer of a model that is split needs two
-# Seconds of host work for each sequence in a step. Calibrated: with it, the paged system holds 132.44 requests at
-# 30 requests a second on Alpaca (OPT-13B), as the paper's Figure 13 prints. Nothing else is fitted to anything.
-HOST_PER_SEQUENCE = 0.34e-3
+# Seconds of host work for each sequence in a step. Calibrated: with it, paging has about as many requests in its batch
+# at 30 requests a second on Alpaca (OPT-13B) as the paper's Figure 13 prints, 132.44. Nothing else is fitted.
+HOST_PER_SEQUENCE = 0.25e-3
 # Moving blocks to CPU memory and back. One copy for each block and layer, keys and values apart (vLLM's first release).
 PCIE = 25e9  # bytes a second, PCIe 4.0 x16 in practice
 COPY_LAUNCH = 6e-6  # seconds to start one copy

@@ -35,7 +35,8 @@ class LiveSettings:
     max_model_len: tokens of prompt and answer together at most, and what static and contiguous reserve.
     rates: requests a second; math.inf: all at once. None: all at once, and then `shares` of the requests a second
         that the fastest system answered there. So the picture looks alike on slow machines and on fast ones.
-    num_requests: at each rate. seed: of lengths, arrivals and tokens. threads: None is PyTorch's choice.
+    num_requests: at each rate. threads: None is PyTorch's choice.
+    seed: of lengths, arrivals and tokens. The default's 32 requests have about the means that many more would have.
     """
 
     model: str = "smollm2"
@@ -46,21 +47,27 @@ class LiveSettings:
     block_size: int = 16
     max_model_len: int = 256
     rates: tuple[float, ...] | None = None
-    shares: tuple[float, ...] = (0.2, 0.4, 0.8)
+    shares: tuple[float, ...] = (0.25, 0.75, 2.0)
     num_requests: int = 32
     seed: int = 1
     threads: int | None = None
     systems: tuple[str, ...] = ("static", "contiguous", "paged")
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "block_size", "max_model_len", "num_requests", "threads"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
-        for name in ("rates", "shares"):
-            for rate in getattr(self, name) or ():
-                if not rate > 0 or (name == "shares" and rate == math.inf):
-                    raise ValueError(f"{name}: {rate!r} must be more than 0")
+        for name, least in (("num_blocks", 1), ("block_size", 1), ("max_model_len", 2), ("num_requests", 1)):
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"threads={self.threads!r}: must be None or an integer of at least 1")
+        for rate in self.rates or ():
+            if not rate > 0:
+                raise ValueError(f"rates: {rate!r} must be more than 0 (math.inf: all at once)")
+        for share in self.shares:
+            if not 0 < share < math.inf:
+                raise ValueError(f"shares: {share!r} must be a number of more than 0")
+        self._check_systems()
+
+    def _check_systems(self) -> None:
         if unknown := [name for name in self.systems if name not in SYSTEMS]:
             raise ValueError(f"systems: {', '.join(unknown)}: must be of {', '.join(SYSTEMS)}")
         if not self.systems or len(set(self.systems)) < len(self.systems) or self.rates == ():
@@ -101,34 +108,36 @@ def run(settings: LiveSettings, progress: Progress) -> LiveResult:
         torch.set_num_threads(settings.threads)
     progress(f"loading {settings.model}", 0.0)
     llm = _load(settings)
-    random = Random(settings.seed)
-    given = scaled_jobs(settings, math.inf)
+    random, given = Random(settings.seed), scaled_jobs(settings, math.inf)
     prompts = [[random.randrange(llm.config.vocab_size) for _ in range(job.prompt)] for job in given]
     _warm_up(llm, settings, prompts)
-    rates = settings.rates or (math.inf,)
+    rows = _compare(llm, settings, prompts, progress)
+    return LiveResult(
+        rows=rows,
+        machine=machine(torch.get_num_threads()) | {"device": llm.runner.device, "kernels": llm.runner.backend.name},
+        settings=asdict(settings) | {"rates": list(dict.fromkeys(row.rate for row in rows))},
+        mean_prompt=sum(job.prompt for job in given) / len(given),
+        mean_output=sum(job.output for job in given) / len(given),
+        kv_bytes=settings.num_blocks * llm.block_bytes,
+        most_contiguous=batch_size(settings.num_blocks, settings.block_size, settings.max_model_len),
+    )
+
+
+def _compare(llm: LLM, settings: LiveSettings, prompts: list[list[int]], progress: Progress) -> list[LiveRow]:
+    """All systems at all rates. progress: as in `run`."""
+    rates = list(settings.rates or (math.inf,))
     turns = len(settings.systems) * (len(rates) if settings.rates else 1 + len(settings.shares))
     rows: list[LiveRow] = []
 
     def tell(text: str, done: int) -> None:
         progress(text, (len(rows) + done) / turns)
 
-    for rate in rates:
-        rows.extend(_take_turns(llm, settings, rate, prompts, tell))
-    if settings.rates is None:
-        best = max(row.num_requests / row.seconds for row in rows)
-        more = [float(f"{share * best:.2g}") for share in settings.shares]
-        rates = (*rates, *more)
-        for rate in more:
-            rows.extend(_take_turns(llm, settings, rate, prompts, tell))
-    return LiveResult(
-        rows=rows,
-        machine=machine(torch.get_num_threads()) | {"device": llm.runner.device, "kernels": llm.runner.backend.name},
-        settings=asdict(settings) | {"rates": [None if rate == math.inf else rate for rate in rates]},
-        mean_prompt=sum(job.prompt for job in given) / len(given),
-        mean_output=sum(job.output for job in given) / len(given),
-        kv_bytes=settings.num_blocks * llm.block_bytes,
-        most_contiguous=batch_size(settings.num_blocks, settings.block_size, settings.max_model_len),
-    )
+    while rates:
+        rows += _take_turns(llm, settings, rates.pop(0), prompts, tell)
+        if settings.rates is None and len(rows) == len(settings.systems):  # now it is known what the machine can do
+            best = max(row.num_requests / row.seconds for row in rows)
+            rates = [float(f"{share * best:.2g}") for share in settings.shares]
+    return rows
 
 
 def _load(settings: LiveSettings) -> LLM:

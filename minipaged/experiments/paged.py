@@ -17,13 +17,14 @@ Blocks are taken in the same iterations as if it were asked every time, and so a
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from minipaged.admission import arrival
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import Account, Work, kept
-from minipaged.memory import PREFIX_CACHES, KVCacheManager, blocks_for
-from minipaged.plan import StepOutput, StepPlan
+from minipaged.memory import HashCache, KVCacheManager, blocks_for
+from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.sampling_params import SampledToken, SamplingParams
 from minipaged.scheduler import Scheduler
 from minipaged.sequence import Request
@@ -44,7 +45,7 @@ class Group:
     had: int = 0  # tokens of the answer that there were before it: it was preempted, and is computed again
     due: int = NEVER  # the iteration that needs a new block
     end: int = NEVER  # the last one
-    left: int = NEVER  # the iteration in which it was swapped out
+    left: int = NEVER  # the iteration in which it was swapped out; what is above stands still since then
 
     def stored(self, clock: int) -> int:
         """Slots in which a sequence has keys and values when iteration `clock` begins."""
@@ -52,7 +53,10 @@ class Group:
 
 
 class InformedScheduler(Scheduler):
-    """The package's scheduler, which need not search: it is told who has something to compute, and how many run."""
+    """The package's scheduler, which need not search: it is told who has something to compute, and how many run.
+
+    And its plans name no slots and no blocks, since there is no runner to read them.
+    """
 
     due: list[Request]
     num_seqs = 0
@@ -64,6 +68,11 @@ class InformedScheduler(Scheduler):
         return self.num_seqs
 
     num_promised_seqs = num_live_seqs
+
+    def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
+        for seq_id, count in counts.items():
+            start = self.sequences[seq_id].num_computed_tokens
+            yield ScheduledSequence(seq_id, request.request_id, [0] * count, start, [], [])
 
 
 class Paged:
@@ -77,7 +86,7 @@ class Paged:
         self, num_slots: int, block_size: int = 16, samples: int = 1, prefix: int = 0, preemption: str = "auto"
     ):
         num_blocks = num_slots // block_size
-        cache = PREFIX_CACHES["hash"](block_size) if prefix else None
+        cache = HashCache(block_size) if prefix else None
         self.block_size, self._num_slots, self._samples, self._prefix = block_size, num_slots, samples, prefix
         self.memory = KVCacheManager(num_blocks, block_size, 4 * num_blocks, cache=cache)
         self.scheduler = InformedScheduler(self.memory, NO_LIMIT, NO_LIMIT, preemption)
@@ -131,7 +140,7 @@ class Paged:
 
     def plan(self) -> Work | None:
         clock, prompts, moved = self._clock, 0, 0
-        due = [group for group in self._due.pop(clock, ()) if group.due == clock]
+        due = [group for group in self._due.pop(clock, ()) if group.due == clock and group.left == NEVER]
         for group in due:
             self._next_block(group)
         old = self._rows
@@ -139,7 +148,7 @@ class Paged:
             requests = [group.request for group in (*due, *self._late)]
             self.scheduler.due, self.scheduler.num_seqs = sorted(requests, key=arrival), self._rows
             plan = self.scheduler.schedule()
-            self.scheduler.update(plan, _first_tokens(plan))
+            self.scheduler.update(plan, self._first_tokens(plan))
             prompts = self._carry_out(plan)
             moved = len(plan.swap_out) + len(plan.swap_in)
             old = self._rows - len(plan.admitted)
@@ -187,6 +196,13 @@ class Paged:
                 self._return(group)
         return sum(self._begin(self._groups[name]) for name in plan.admitted)
 
+    def _first_tokens(self, plan: StepPlan) -> StepOutput:
+        """What the model says: only the first tokens of samples matter, since with them the prompt is forked."""
+        if self._samples == 1:
+            return StepOutput()
+        first = [self._groups[name].request.live[0].seq_id for name in plan.admitted]
+        return StepOutput({seq_id: [SampledToken(0)] * self._samples for seq_id in first})
+
     def _begin(self, group: Group) -> int:
         """Its prompt is computed in this iteration, and what it had of its answer. Returns how many tokens that is."""
         clock, there = self._clock, group.job.prompt + group.had
@@ -219,7 +235,7 @@ class Paged:
 
     def _return(self, group: Group) -> None:
         """It was swapped in, and goes on in this iteration where it was."""
-        away = self._clock - group.left
+        away, group.left = self._clock - group.left, NEVER
         group.came, group.end = group.came + away, group.end + away
         group.due = group.due + away if group.due != NEVER else NEVER
         self._note(group)
@@ -232,7 +248,7 @@ class Paged:
         self._clock += iterations
         self._stored += self._rows * (iterations - 1)
         last = self._clock - 1
-        done = [group for group in self._ends.pop(last, ()) if group.end == last]
+        done = [group for group in self._ends.pop(last, ()) if group.end == last and group.left == NEVER]
         for group in done:
             for seq in group.request.live:
                 self.scheduler.finish(group.request, seq, "length")
@@ -253,9 +269,3 @@ class Paged:
             usage = self.memory.usage()
             tokens, held = usage.tokens_stored - (self._booked - self._stored), usage.used * size
         return Account(tokens, held - tokens - self._surplus, self._surplus, free + self._num_slots % size)
-
-
-def _first_tokens(plan: StepPlan) -> StepOutput:
-    """What the model says: only the first tokens of samples matter, since with them the prompt is forked."""
-    first = [s for s in plan.sequences if s.draw and s.draw.num_draws > 1]
-    return StepOutput({s.seq_id: [SampledToken(0)] * s.draw.num_draws for s in first if s.draw})

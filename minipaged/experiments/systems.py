@@ -95,25 +95,25 @@ RESERVATIONS: dict[str, Callable[[Job], int]] = {
 
 @dataclass(slots=True)
 class Running:
-    """A request in the batch of a contiguous system."""
+    """A request in Orca's batch."""
 
     job: Job
-    piece: tuple[int, int]
-    asked: int  # slots that it reserved; the allocator may have rounded them up
-    end: int  # the iteration after which it is done
+    pieces: list[tuple[int, int]]  # (start, slots) of each of its samples
+    asked: int  # slots that it reserved for each; the allocator may have rounded them up
 
 
 class Orca:
     """Iteration-level scheduling; a contiguous piece for each request, by first come, first served.
 
-    reserve: "max", "pow2" or "oracle": how many slots a request asks for.
+    reserve: "max", "pow2" or "oracle": how many slots a request asks for. samples: sequences of a request; they are
+    equally long, the prompt is computed for one of them and copied to the others at no cost, and nothing is shared.
     """
 
     block_size = None
 
-    def __init__(self, num_slots: int, reserve: str):
+    def __init__(self, num_slots: int, reserve: str, samples: int = 1):
         self._memory = Buddy(num_slots)
-        self._reserve = RESERVATIONS[reserve]
+        self._reserve, self._samples = RESERVATIONS[reserve], samples
         self._waiting: deque[Job] = deque()
         self._running: list[tuple[int, int, Running]] = []  # a heap: who ends first
         self._order = count()
@@ -133,13 +133,13 @@ class Orca:
         return len(self._running)
 
     def plan(self) -> Work | None:
-        old, context = len(self._running), self._stored
+        old, context = len(self._running) * self._samples, self._stored
         prompts = self._admit()
         if not self._running:
             return None
         iterations = 1 if prompts else self._running[0][0] - self._clock
         self._stored += old  # who came in has stored its prompt, and nothing else in its first iteration
-        size = len(self._running)
+        size = len(self._running) * self._samples
         return Work(iterations, size, old + prompts, context + old, growth=size, stored=size)
 
     def _admit(self) -> int:
@@ -148,31 +148,44 @@ class Orca:
         while self._waiting:
             job = self._waiting[0]
             asked = self._reserve(job)
-            piece = self._memory.allocate(asked)
-            if piece is None:
+            pieces = self._allocate(asked)
+            if pieces is None:
                 break
             self._waiting.popleft()
-            one = Running(job, piece, asked, self._clock + job.output)
-            heappush(self._running, (one.end, next(self._order), one))
+            one = Running(job, pieces, asked)
+            heappush(self._running, (self._clock + job.output, next(self._order), one))
             self._count(one, +1)
-            self._stored += job.prompt
+            self._stored += self._samples * job.prompt
             prompts += job.prompt
         return prompts
 
+    def _allocate(self, asked: int) -> list[tuple[int, int]] | None:
+        """A piece for each sample, or none at all."""
+        pieces: list[tuple[int, int]] = []
+        while len(pieces) < self._samples:
+            piece = self._memory.allocate(asked)
+            if piece is None:
+                for taken in pieces:
+                    self._memory.release(taken)
+                return None
+            pieces.append(piece)
+        return pieces
+
     def _count(self, one: Running, sign: int) -> None:
-        self._kept += sign * kept(one.job)
-        self._asked += sign * one.asked
-        self._given += sign * one.piece[1]
+        self._kept += sign * self._samples * kept(one.job)
+        self._asked += sign * self._samples * one.asked
+        self._given += sign * sum(slots for _, slots in one.pieces)
 
     def finish(self, iterations: int) -> list[Job]:
         self._clock += iterations
-        self._stored += len(self._running) * (iterations - 1)
+        self._stored += len(self._running) * self._samples * (iterations - 1)
         done = []
         while self._running and self._running[0][0] <= self._clock:
             one = heappop(self._running)[2]
-            self._memory.release(one.piece)
+            for piece in one.pieces:
+                self._memory.release(piece)
             self._count(one, -1)
-            self._stored -= kept(one.job)
+            self._stored -= self._samples * kept(one.job)
             done.append(one.job)
         return done
 
