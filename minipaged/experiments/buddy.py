@@ -43,7 +43,7 @@ class Buddy:
                 start += 1 << bit
 
     def allocate(self, size: int) -> tuple[int, int] | None:
-        """A piece (start, slots) of the next power of two, the lowest that there is; None if no hole is large enough."""
+        """A piece (start, slots) of the next power of two, the lowest; None if no hole is large enough."""
         want = (size - 1).bit_length()
         have = next((bit for bit in range(want, len(self._holes)) if self._holes[bit]), None)
         if have is None:

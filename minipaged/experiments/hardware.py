@@ -23,9 +23,9 @@ ALL_REDUCE = 25e-6  # seconds for one small all-reduce over NVLink; a layer of a
 # Seconds of host work for each sequence in a step. Calibrated: with it, paging has about as many requests in its batch
 # at 30 requests a second on Alpaca (OPT-13B) as the paper's Figure 13 prints, 132.44. Nothing else is fitted.
 HOST_PER_SEQUENCE = 0.25e-3
-# Moving blocks to CPU memory and back. One copy for each block and layer, keys and values apart (vLLM's first release).
+# Moving blocks to CPU memory and back: a copy for each block and layer, keys and values apart (vLLM's first release),
+# started as a kernel is.
 PCIE = 25e9  # bytes a second, PCIe 4.0 x16 in practice
-COPY_LAUNCH = 6e-6  # seconds to start one copy
 # What attention through page tables pays for each block that it reads: see `block_seconds`.
 DRAM_LATENCY = 0.6e-6  # seconds until a load from global memory arrives, on an A100
 DEPENDENT_LOADS = 3  # for each block one after another: its number, its keys, its values
@@ -63,7 +63,8 @@ class Server:
 
     @property
     def name(self) -> str:
-        return f"{self.model} on {self.num_gpus} x {self.gpu.name}" if self.num_gpus > 1 else f"{self.model} on {self.gpu.name}"
+        many = f"{self.num_gpus} x " if self.num_gpus > 1 else ""
+        return f"{self.model} on {many}{self.gpu.name}"
 
     @property
     def kv_bytes(self) -> int:
@@ -107,7 +108,7 @@ class Server:
     def swap_seconds(self, blocks: int, block_size: int) -> float:
         """Moving so many blocks one way. Each GPU moves its heads' share, at the same time."""
         share = block_size * self.kv_bytes / (2 * self.layers) / self.num_gpus
-        return blocks * 2 * self.layers * (COPY_LAUNCH + share / PCIE)
+        return blocks * 2 * self.layers * (LAUNCH + share / PCIE)
 
 
 SERVERS = {

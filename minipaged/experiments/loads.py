@@ -24,6 +24,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
@@ -75,6 +76,8 @@ def jobs(load: str, rate: float, seconds: float, seed: int = 0) -> list[Job]:
     >>> [job[1:] for job in two] == [job[1:] for job in four], round(len(two), -2)
     (True, 2000)
     """
+    if load not in NAMES:
+        return _from_trace(read_trace(Path(load)), rate, seconds, seed)
     drawn: list[Job] = []
     for chunk in range(math.ceil(2 * rate * seconds / CHUNK) + 1):
         for job in _chunk(load, seed, chunk):
@@ -86,6 +89,27 @@ def jobs(load: str, rate: float, seconds: float, seed: int = 0) -> list[Job]:
 
 
 CHUNK = 4096
+
+
+def _from_trace(found: list[Job], rate: float, seconds: float, seed: int) -> list[Job]:
+    """The requests of a trace, again and again from the start; its own times are stretched to the wanted rate."""
+    random = Random(seed)
+    drawn: list[Job] = []
+    timed = found[0].arrival >= 0
+    length = found[-1].arrival * (1 + 1 / len(found))  # and after as long as usual it begins anew
+    if timed and length == 0:
+        raise TraceError("the arrivals of the trace are all 0, so they have no rate")
+    now = 0.0
+    for number in count():
+        job = found[number % len(found)]
+        if timed:
+            now = (number // len(found) + job.arrival / length) * len(found) / rate
+        else:
+            now += random.expovariate(rate)
+        if now > seconds:
+            return drawn
+        drawn.append(job._replace(arrival=now))
+    raise AssertionError("time stands still")
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,6 @@
-"""Many simulations: what one is made of, all at once on all processors, and none twice.
+"""Many simulations: what one is made of, all of them on all processors, and none twice.
 
-A `Run` says everything that goes into a simulation, so its result can be kept: by a hash of the run and of the
+A `Run` says everything that goes into a simulation, so its result can be kept: under a hash of the run and of the
 package's own source. When neither has changed, it is read instead of computed.
 """
 
@@ -9,13 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from math import exp, log
+from math import log
 from pathlib import Path
 
 from minipaged.experiments.hardware import SERVERS
@@ -39,7 +36,7 @@ class Run:
 
     system: str
     server: str
-    load: str
+    load: str  # of loads.NAMES, or a file with a trace
     rate: float
     seconds: float
     seed: int = 0
@@ -47,6 +44,7 @@ class Run:
     samples: int = 1
     prefix: int = 0  # tokens that stand before every prompt, the same in all
     preemption: str = "auto"
+    beams: bool = False  # `samples` beams instead of samples
 
     def jobs(self) -> list[Job]:
         """At least one request comes."""
@@ -71,7 +69,7 @@ class Result:
     p99: float
     mean_batch: float
     shares: dict[str, float]
-    throughput: float  # requests a second, until the last was done
+    throughput: float  # requests a second
     num_requests: int
     num_preemptions: int
 
@@ -82,7 +80,7 @@ class Result:
         preempted = sum(system.scheduler.num_preemptions.values()) if isinstance(system, Paged) else 0
         return cls(
             outcome.normalized_latency, ordered[count // 2], ordered[min(count - 1, count * 99 // 100)],
-            outcome.mean_batch, outcome.shares, count / outcome.seconds, count, preempted,
+            outcome.mean_batch, outcome.shares, outcome.throughput, count, preempted,
         )  # fmt: skip
 
 
@@ -101,44 +99,44 @@ def execute(run: Run, folder: Path | None) -> Result:
 
 
 def _key(run: Run) -> str:
-    return hashlib.sha256(f"{_source()} {run}".encode()).hexdigest()[:32]
+    trace = Path(run.load).read_bytes() if run.load.endswith(".jsonl") else b""
+    return hashlib.sha256(f"{_source()} {run}".encode() + trace).hexdigest()[:32]
 
 
 @cache
 def _source() -> str:
     """A hash of all code that a simulation can depend on."""
     root = Path(__file__).parents[1]
-    files = [*sorted(root.glob("*.py")), *sorted(root.glob("memory/*.py")), *sorted(root.glob("experiments/*.py"))]
+    files = [file for pattern in ("*.py", "memory/*.py", "experiments/*.py") for file in sorted(root.glob(pattern))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 # --- finding where a system gives up --------------------------------------------------------------------------------
 
-LATENCY = 1.0  # seconds per token: where we say that a system is overloaded; the paper's plots end there
-FRACTIONS = (0.4, 0.7, 0.9, 1.0, 1.06, 1.13, 1.2, 1.3, 1.5, 1.8, 2.2)  # of the estimated capacity
+LATENCY = 1.0  # seconds per token: where a system counts as overloaded; about where the paper's plots end
+FRACTIONS = (0.4, 0.7, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.2, 3.0)  # of what it can answer when there is always a queue
+Points = list[tuple[float, Result]]  # by rate
 
 
-def capacity(run: Run, num_requests: int = 1500) -> float:
-    """Requests a second that a system answers when there is always a queue: from the first part of the load."""
-    rate = 1000.0
-    system, server = run.build(), SERVERS[run.server]
-    some = replace(run, rate=rate, seconds=num_requests / rate).jobs()
-    return len(some) / simulate(system, some, server).seconds
+def sweep(run: Run, limit: float = LATENCY) -> Generator[Run, Result, Points]:
+    """Rising rates, from little load to the first at which the latency is beyond the limit.
 
-
-def sweep(run: Run, folder: Path | None, limit: float = LATENCY) -> list[tuple[float, Result]]:
-    """(rate, result) for rising rates, from little load to the first at which the latency is beyond the limit."""
-    most, points = capacity(run), []
+    Yields the next run, wants its result, and returns the points.
+    """
+    crowd = yield replace(run, rate=1000.0, seconds=2.0)
+    points = []
     for fraction in FRACTIONS:
-        rate = round(fraction * most, 3)
-        points.append((rate, execute(replace(run, rate=rate), folder)))
+        rate = float(f"{fraction * crowd.throughput:.3g}")
+        points.append((rate, (yield replace(run, rate=rate))))
         if points[-1][1].latency > limit:
             break
     return points
 
 
-def crossing(points: Iterable[tuple[float, float]], limit: float = LATENCY) -> float | None:
+def crossing(points: Iterable[tuple[float, float]], limit: float = LATENCY) -> float:
     """The rate at which the latency crosses the limit, between the points around it (straight in its logarithm).
+
+    NaN if it never does.
 
     >>> round(crossing([(1.0, 0.1), (2.0, 10.0)]), 3)
     1.5
@@ -149,4 +147,4 @@ def crossing(points: Iterable[tuple[float, float]], limit: float = LATENCY) -> f
             share = log(limit / before[1]) / log(latency / before[1])
             return before[0] + share * (rate - before[0])
         before = (rate, latency)
-    return None
+    return float("nan")

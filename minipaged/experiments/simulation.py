@@ -7,12 +7,13 @@ contexts grow, so they are taken in one stride: a day of serving takes seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from minipaged.experiments.hardware import HOST_PER_SEQUENCE, Server
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import Account, System, Work
+
+KINDS = ("tokens", "reserved", "internal", "external")
 
 
 @dataclass
@@ -22,13 +23,19 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)  # seconds from arrival to the end, by tokens of the answer
     mean_batch: float = 0.0  # requests in the batch
     shares: dict[str, float] = field(default_factory=dict)  # percent of the slots: tokens, reserved, internal, external
-    seconds: float = 0.0  # until all were done
+    ends: list[float] = field(default_factory=list)  # seconds at which requests were done, in their order
     num_iterations: int = 0
 
     @property
     def normalized_latency(self) -> float:
         """Seconds per token of the answer, mean over requests (paper, section 6.1)."""
         return sum(self.latencies) / len(self.latencies)
+
+    @property
+    def throughput(self) -> float:
+        """Requests a second, while the second and third quarter of all were answered: without start and end."""
+        quarter = len(self.ends) // 4
+        return 2 * quarter / max(1e-9, self.ends[3 * quarter] - self.ends[quarter])
 
 
 class Durations:
@@ -75,16 +82,19 @@ def simulate(system: System, jobs: list[Job], server: Server) -> Outcome:
             meter.add(system.account(), system.num_running, work.stored * (k - 1) / 2, seconds)
         now += seconds
         outcome.num_iterations += k
-        outcome.latencies += [(now - job.arrival) / job.output for job in system.finish(k)]
-    outcome.mean_batch, outcome.shares, outcome.seconds = meter.mean_batch(), meter.shares(), now
+        done = system.finish(k)
+        outcome.latencies += [(now - job.arrival) / job.output for job in done]
+        outcome.ends += [now] * len(done)
+    outcome.mean_batch, outcome.shares = meter.mean_batch(), meter.shares()
     return outcome
 
 
 def _until(seconds: float, first: float, growth: float) -> int:
     """The first k for which k iterations take at least so long: k first + growth k (k - 1) / 2 >= seconds."""
     half = growth / 2
-    k = math.ceil((half - first + math.sqrt((first - half) ** 2 + 4 * half * seconds)) / (2 * half) if half else seconds / first)
-    return max(1, k)
+    if half == 0:
+        return max(1, math.ceil(seconds / first))
+    return max(1, math.ceil((half - first + math.sqrt((first - half) ** 2 + 4 * half * seconds)) / (2 * half)))
 
 
 class Meter:
@@ -96,7 +106,7 @@ class Meter:
         self._sums = [0.0, 0.0, 0.0, 0.0]
 
     def add(self, account: Account, batch: int, more: float, seconds: float) -> None:
-        """more: slots that on average hold tokens during these seconds, and are still called reserved in the account."""
+        """more: slots that the account calls reserved, and that on average hold a token during these seconds."""
         account.must_be(self._num_slots)
         self._seconds += seconds
         self._batch += batch * seconds
@@ -112,4 +122,4 @@ class Meter:
     def shares(self) -> dict[str, float]:
         """Percent of all slots."""
         whole = self._num_slots * self._seconds / 100
-        return dict(zip(("tokens", "reserved", "internal", "external"), (part / whole for part in self._sums), strict=True))
+        return {kind: part / whole for kind, part in zip(KINDS, self._sums, strict=True)}

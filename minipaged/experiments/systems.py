@@ -57,7 +57,9 @@ class Account:
 class System(Protocol):
     """One server. A request is known by the Job that came."""
 
-    block_size: int | None  # None: keys and values are contiguous
+    @property
+    def block_size(self) -> int | None:
+        """None: keys and values are contiguous."""
 
     def submit(self, job: Job) -> None: ...
 

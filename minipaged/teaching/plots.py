@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -54,13 +55,24 @@ def figures(*titles: str, size: tuple[float, float] | None = None, alt: str = ""
 
     alt: what the picture says, for those who can't see it; by default the titles.
     """
+    with drawing(*titles, size=size) as (picture, axes):
+        yield axes
+        show(picture, alt or "; ".join(titles))
+
+
+@contextmanager
+def drawing(
+    *titles: str, size: tuple[float, float] | None = None, rows: int = 1
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A picture and its axes, to be shown or saved; row by row, one for each title."""
+    columns = -(-len(titles) // rows)
+    size = size or (3.9 * columns if len(titles) > 1 else 6.8, 3.4 * rows)
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=size or (3.9 * len(titles) if len(titles) > 1 else 6.8, 3.4), layout="constrained")
-        axes = list(drawing.subplots(1, len(titles), squeeze=False)[0])
+        picture = Figure(figsize=size, layout="constrained")
+        axes = list(picture.subplots(rows, columns, squeeze=False).flat)
         for one, title in zip(axes, titles, strict=True):
             one.set_title(title)
-        yield axes
-        _show(drawing, alt or "; ".join(titles))
+        yield picture, axes
 
 
 @contextmanager
@@ -189,9 +201,20 @@ def _kinds(axes: Axes, kinds: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def _show(drawing: Figure, alt: str) -> None:
+def show(picture: Figure, alt: str) -> None:
+    """In a notebook."""
     from IPython.display import Image, display
 
     data = io.BytesIO()
-    drawing.savefig(data, format="png", metadata={"Software": None}, bbox_inches="tight")  # no version, no date
+    with matplotlib.rc_context(STYLE):
+        picture.savefig(data, format="png", metadata={"Software": None}, bbox_inches="tight")  # no version, no date
     display(Image(data.getvalue(), alt=alt))
+
+
+def save(picture: Figure, path: Path) -> list[Path]:
+    """As PNG and as SVG, beside each other: path without its ending. The same picture gives the same bytes."""
+    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    with matplotlib.rc_context(STYLE | {"svg.fonttype": "none"}):
+        picture.savefig(files[0], metadata={"Software": None}, bbox_inches="tight", dpi=160)
+        picture.savefig(files[1], metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    return files

@@ -1,0 +1,17 @@
+"""The paper's evaluation, redone: python -m minipaged.experiments.
+
+A simulation with the package's own scheduler and memory manager beside the systems that the paper compares itself
+with, and a cost model instead of a GPU; and the same comparison live, on the real model. In reading order:
+
+    loads.py         what requests look like, and when they come
+    hardware.py      how long an iteration takes: a roofline
+    systems.py       what a system is; FasterTransformer and Orca (their memory: buddy.py)
+    paged.py         our own system; beams.py: the same for beam search, divergence.py: how beams part
+    simulation.py    the clock
+    runs.py          a simulation as data; its cache; the search for the rate at which a system gives up
+    study.py         all runs of a figure, on all processors
+    paper.py         the paper's numbers
+    figures/         the figures
+    report.py        tables and pictures
+    live.py          the comparison on the real model (live_systems.py, live_client.py, live_report.py)
+"""

@@ -1,0 +1,108 @@
+"""The command: which figures, and where they go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from minipaged.experiments.figures import FIGURES
+from minipaged.experiments.loads import TraceError, read_trace
+from minipaged.experiments.study import Settings, Study
+from minipaged.models.fetch import cache_folder
+
+WITH_TRACE = ("fig2", "fig12", "fig13")  # of which a user's own requests can be asked
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        prog="python -m minipaged.experiments",
+        description="Redo the evaluation of the PagedAttention paper: a simulation with the package's own scheduler\n"
+        "and memory, Orca and FasterTransformer beside it, and a cost model instead of a GPU.\n"
+        "`live` compares static batches, contiguous memory and paging on the real model instead.",
+        epilog="Figures: " + ", ".join(FIGURES) + ".\n"
+        "Each writes NAME.txt, .json, .png and .svg. What was computed once is kept in the cache folder.\n"
+        "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("figures", nargs="*", metavar="FIGURE", help="which ones (default: all but live)")
+    add("--quick", action="store_true", help="traces of a fifteenth of their length: about a minute, less exact")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where files go (default: results)")
+    add("--trace", type=Path, metavar="FILE",
+        help=f"requests of your own for {', '.join(WITH_TRACE)}: one JSON object a line, "
+        '{"prompt": 161, "output": 338}, and "arrival" in seconds if they come at given times')  # fmt: skip
+    add("--seed", type=_seed, default=0, metavar="N", help="of the drawn loads (default: 0)")
+    add("--jobs", type=_count, default=_processors(), metavar="N", help="processes (default: one for each processor)")
+    add("--no-cache", action="store_true", help="compute everything anew, and keep nothing")
+    return flags
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return number
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = parser()
+    args = flags.parse_args(arguments)
+    names = args.figures or list(WITH_TRACE if args.trace else FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        flags.error(f"no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if args.trace:
+        if useless := [name for name in names if name not in WITH_TRACE]:
+            flags.error(f"--trace is for {', '.join(WITH_TRACE)}, not for {', '.join(useless)}")
+        try:
+            read_trace(args.trace)
+        except (OSError, TraceError) as error:
+            flags.error(f"--trace: {error}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        flags.error(f"--out {args.out}: {error.strerror}")
+    folder = None if args.no_cache else cache_folder() / "experiments"
+    try:
+        run(names, Settings(args.quick, args.seed, args.jobs, folder, args.trace), args.out)
+    except KeyboardInterrupt:
+        _say("\ninterrupted; what was finished is kept")
+        return 130
+    return 0
+
+
+def run(names: list[str], settings: Settings, out: Path) -> None:
+    console = Console()
+    with Study(settings) as study:
+        for name in names:
+            start = time.perf_counter()
+            report = FIGURES[name](study)
+            report.show(console)
+            files = report.write(out)
+            _say(f"{name}: {time.perf_counter() - start:.1f} s; {', '.join(str(file) for file in files)}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
