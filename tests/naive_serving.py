@@ -222,7 +222,7 @@ class NaivePaged:
         self.scheduler.update(plan, output)
         self.memory.check()
         self.computing = {s.request_id for s in plan.sequences}
-        context = sum(s.context_len for s in plan.sequences)
+        context = sum(s.context_len for s in plan.sequences if s.request_id not in plan.admitted)
         moved = len(plan.swap_out) + len(plan.swap_in)
         return Work(1, len(plan.sequences), plan.num_tokens, context, moved_blocks=moved)
 
@@ -272,7 +272,7 @@ class Moment:
     done: list[Job]
 
 
-def moments(system: System, jobs: list[Job], limit: int = 100_000) -> list[Moment]:
+def moments(system: System, jobs: list[Job], limit: int = 5000) -> list[Moment]:
     """From the beginning to the end; `arrival` counts iterations here. Each one cuts a stride."""
     result: list[Moment] = []
     coming = list(jobs)

@@ -15,7 +15,7 @@ from naive_serving import NaiveFasterTransformer, NaiveOrca, NaivePaged, moments
 from minipaged.experiments import buddy, hardware, loads, paged, simulation, systems
 from minipaged.experiments.buddy import Buddy, next_power
 from minipaged.experiments.hardware import SERVERS
-from minipaged.experiments.loads import LENGTHS, LONGEST, LONGEST_ANSWER, LONGEST_PROMPT, Job, TraceError, read_trace
+from minipaged.experiments.loads import LENGTHS, LONGEST_ANSWER, LONGEST_PROMPT, Job, TraceError, read_trace
 from minipaged.experiments.paged import Paged
 from minipaged.experiments.simulation import Outcome, simulate
 from minipaged.experiments.systems import Account, FasterTransformer, Orca, Work
@@ -28,13 +28,6 @@ SMALL = 32  # takes the place of 2048 where slots are painted
 )
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
-
-
-@pytest.fixture(scope="module")
-def short():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(systems, "LONGEST", SMALL)
-        yield
 
 
 # --- the buddy allocator ----------------------------------------------------------------------------------------
@@ -70,7 +63,6 @@ def give_back(memory, free, held, rng):
 
 
 def test_the_buddy_allocator_stays_whole_over_a_long_time():
-    """Its heaps name holes that are gone, and must be cleaned up at times."""
     rng, memory, held = random.Random(1), Buddy(1000), []
     for _ in range(20_000):
         if held and rng.random() < 0.5:
@@ -78,9 +70,9 @@ def test_the_buddy_allocator_stays_whole_over_a_long_time():
         elif piece := memory.allocate(rng.randint(1, 60)):
             held.append(piece)
             assert sum(slots for _, slots in held) + memory.num_free == 1000
-    taken = sorted(slot for start, slots in held for slot in range(start, start + slots))
-    assert len(taken) == len(set(taken)) and naive_holes([slot not in set(taken) for slot in range(1000)]) == memory.holes()
-    assert max(map(len, memory._first)) < 1000
+    taken = [slot for start, slots in held for slot in range(start, start + slots)]
+    assert len(taken) == len(set(taken))
+    assert memory.holes() == naive_holes([slot not in taken for slot in range(1000)])
     for piece in held:
         memory.release(piece)
     assert memory.holes() == {8: [992], 32: [960], 64: [896], 128: [768], 256: [512], 512: [0]}
@@ -102,8 +94,8 @@ def test_loads_have_the_means_of_the_paper_and_keep_the_limits(load):
     prompts, outputs = [job.prompt for job in found], [job.output for job in found]
     assert statistics.mean(prompts) == pytest.approx(LENGTHS[load].prompt, rel=0.02)
     assert statistics.mean(outputs) == pytest.approx(LENGTHS[load].output, rel=0.02)
-    assert 1 <= min(prompts) and max(prompts) <= 1024
-    assert 1 <= min(outputs) and max(job.prompt + job.output for job in found) <= 2048
+    assert min(prompts) >= 1 and max(prompts) <= 1024
+    assert min(outputs) >= 1 and max(job.prompt + job.output for job in found) <= 2048
     assert abs(statistics.correlation(prompts, outputs)) < 0.05
 
 
@@ -143,7 +135,7 @@ def test_a_seed_says_it_all_and_a_rate_only_hurries():
 def test_arrivals_are_a_poisson_process(rate):
     seconds = 20_000 / rate
     times = [job.arrival for job in loads.jobs("alpaca", rate, seconds, seed=2)]
-    assert times == sorted(times) and 0 < times[0] and times[-1] <= seconds
+    assert times == sorted(times) and times[0] > 0 and times[-1] <= seconds
     assert len(times) == pytest.approx(20_000, abs=600)
     gaps = [after - before for before, after in zip([0.0, *times], times, strict=False)]
     assert statistics.mean(gaps) == pytest.approx(1 / rate, rel=0.03)
@@ -219,7 +211,8 @@ def test_more_work_takes_longer_and_more_gpus_less_long(server):
     doubled = replace(server, num_gpus=2 * server.num_gpus)
     times = [server.matrix_seconds(tokens) for tokens in (1, 64, 128, 256, 512, 1024, 4096)]
     assert times == sorted(times) and times[0] == times[1] < times[-2] < times[-1]
-    assert times[-1] - times[-2] == pytest.approx(2 * server.weight_bytes / 2 * 3072 / (server.num_gpus * server.gpu.peak * 0.6))
+    operations = 2 * (server.weight_bytes / 2) * 3072  # a product and a sum for each parameter and token
+    assert times[-1] - times[-2] == pytest.approx(operations / (server.num_gpus * server.gpu.peak * 0.6))
     reduces = server.layers * 2 * hardware.ALL_REDUCE * (server.num_gpus == 1)
     for tokens, seconds in zip((1, 1024), (times[0], times[-2]), strict=True):
         assert doubled.matrix_seconds(tokens) - reduces < seconds
@@ -242,8 +235,12 @@ def test_moving_larger_blocks_takes_less_time_for_the_same_tokens():
     assert times == sorted(times, reverse=True)
     assert times[-1] > 1024 * server.kv_bytes / hardware.PCIE
     assert server.swap_seconds(6, 16) == pytest.approx(3 * server.swap_seconds(2, 16))
-    copies = 2 * server.layers * hardware.COPY_LAUNCH
-    assert server.swap_seconds(1, 16) == pytest.approx(copies + 16 * server.kv_bytes / hardware.PCIE)
+    more = server.swap_seconds(1, 32) - server.swap_seconds(1, 16)  # to start the copies takes as long
+    assert more == pytest.approx(16 * server.kv_bytes / hardware.PCIE)
+    assert server.swap_seconds(1, 16) > 2 * server.layers * 1e-6 + more
+    shared = SERVERS["175b"]  # among eight
+    more = shared.swap_seconds(1, 32) - shared.swap_seconds(1, 16)
+    assert more == pytest.approx(16 * shared.kv_bytes / 8 / hardware.PCIE)
 
 
 # --- systems against the naive ones ------------------------------------------------------------------------------
@@ -260,7 +257,7 @@ def come(draw, job, most=10):
 
 @st.composite
 def contiguous_loads(draw):
-    lengths = st.tuples(st.integers(1, 16), st.integers(1, 16))
+    lengths = st.integers(1, 16).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, SMALL - n)))
     return draw(st.integers(SMALL, 150)), come(draw, lengths)
 
 
@@ -278,16 +275,20 @@ def must_agree(fast, naive, jobs, but=()):
 
 @pytest.mark.parametrize("reserve", ["max", "pow2", "oracle"])
 @given(case=contiguous_loads(), samples=st.integers(1, 3))
-def test_orca_is_as_the_naive_one(short, reserve, case, samples):
+def test_orca_is_as_the_naive_one(reserve, case, samples):
     num_slots, jobs = case
     num_slots = max(num_slots, samples * SMALL)
-    must_agree(Orca(num_slots, reserve, samples), NaiveOrca(num_slots, reserve, samples), jobs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(systems, "LONGEST", SMALL)
+        must_agree(Orca(num_slots, reserve, samples), NaiveOrca(num_slots, reserve, samples), jobs)
 
 
 @given(case=contiguous_loads())
-def test_faster_transformer_is_as_the_naive_one(short, case):
+def test_faster_transformer_is_as_the_naive_one(case):
     num_slots, jobs = case
-    must_agree(FasterTransformer(num_slots), NaiveFasterTransformer(num_slots), jobs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(systems, "LONGEST", SMALL)
+        must_agree(FasterTransformer(num_slots), NaiveFasterTransformer(num_slots), jobs)
 
 
 @st.composite
@@ -377,7 +378,7 @@ MANY = [Job(job.arrival, job.prompt + 40, job.output) for job in loads.jobs("alp
 
 def must_be_alike(one: Outcome, other: Outcome):
     assert one.num_iterations == other.num_iterations
-    assert one.seconds == pytest.approx(other.seconds, rel=1e-9)
+    assert one.ends == pytest.approx(other.ends, rel=1e-9)
     assert sorted(one.latencies) == pytest.approx(sorted(other.latencies), rel=1e-9)
 
 
@@ -392,7 +393,7 @@ def test_strides_take_as_long_as_their_iterations(name, num_slots):
     assert len(strides.latencies) == len(MANY) and sum(strides.shares.values()) == pytest.approx(100)
     if num_slots == 20_000 and name not in ("ft", "max"):
         assert strides.mean_batch == pytest.approx(steps.mean_batch, rel=1e-9)
-        assert strides.shares == pytest.approx(steps.shares, rel=1e-9)
+        assert strides.shares == pytest.approx(steps.shares, rel=1e-4)  # later iterations of a stride are longer
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -408,7 +409,7 @@ def test_one_request_alone_takes_what_the_roofline_says():
     job, size = Job(3.0, 100, 5), 16
     outcome = simulate(Paged(SERVER.num_slots), [job, Job(1000.0, 1, 1)], SERVER)
     matrices = SERVER.matrix_seconds(100) + 4 * SERVER.matrix_seconds(1)
-    reading = SERVER.context_seconds(size) * (100 + 101 + 102 + 103 + 104)
+    reading = SERVER.context_seconds(size) * (101 + 102 + 103 + 104)  # a prompt reads what it has just made
     seconds = matrices + reading + 5 * hardware.HOST_PER_SEQUENCE
     assert outcome.latencies[0] == pytest.approx(seconds / 5) and outcome.num_iterations == 6
 
@@ -428,28 +429,37 @@ def test_a_request_that_comes_during_a_stride_joins_at_the_next_iteration():
     assert outcome.latencies[0] < 2 * step  # what is left of the iteration under way, and its own
 
 
+class Watched:
+    """A system whose requests are told apart, and must have had an iteration for each token."""
+
+    def __init__(self, system):
+        self.system, self.clock = system, 0
+        self.came, self.done = {}, []
+
+    def __getattr__(self, name):
+        return getattr(self.system, name)
+
+    def submit(self, job):
+        self.came[job] = self.clock
+        self.system.submit(job)
+
+    def finish(self, iterations):
+        self.clock += iterations
+        done = self.system.finish(iterations)
+        assert all(self.clock - self.came[job] >= job.output for job in done)
+        self.done += done
+        return done
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_nobody_is_done_before_the_fastest_possible_end(name):
-    """With the lengths all different, the answers can be told apart."""
-    jobs = [Job(i / 4, 41 + i, 1 + 3 * i) for i in range(40)]
-    ends = []
-
-    class Noted(OneByOne):
-        def finish(self, iterations):
-            ends.extend(self.system.finish(iterations))
-            return ends[len(ends) - len(ends) :] if False else ends[-1:] if False else self.last()
-
-        def last(self):
-            done, ends_now = ends[self.told :], len(ends)
-            self.told = ends_now
-            return done
-
-        told = 0
-
-    outcome = simulate(Noted(SYSTEMS[name](8000)), jobs, small_server(8000))
-    assert sorted(ends) == jobs
-    fastest = SERVER.matrix_seconds(1) + hardware.HOST_PER_SEQUENCE
-    assert all(latency >= fastest * (1 - 1e-9) for latency in outcome.latencies)
+@pytest.mark.parametrize("num_slots", [2100, 20_000])
+def test_every_request_is_done_once_and_none_before_it_can_be(name, num_slots):
+    system = Watched(SYSTEMS[name](num_slots))
+    outcome = simulate(system, MANY, small_server(num_slots))
+    assert sorted(system.done) == MANY and len(set(MANY)) == len(MANY)
+    assert system.clock == outcome.num_iterations and system.num_running == system.num_waiting == 0
+    step = SERVER.matrix_seconds(1) + hardware.HOST_PER_SEQUENCE
+    assert min(outcome.latencies) > step and outcome.ends[-1] > MANY[-1].arrival
 
 
 @given(st.floats(1e-4, 50), st.floats(1e-3, 0.1), st.just(0.0) | st.floats(1e-9, 1e-4))
@@ -472,28 +482,34 @@ def test_an_account_that_does_not_add_up_stops_the_simulation():
     Account(5, 1, 0, 2).must_be(8)
 
 
+class Fixed:
+    """One job after the other, in iterations that are all as long."""
+
+    block_size, num_waiting, num_running = None, 0, 1
+
+    def __init__(self, moved_blocks=0):
+        self.jobs, self.moved_blocks = [], moved_blocks
+
+    def submit(self, job):
+        self.jobs.append(job)
+
+    def plan(self):
+        return Work(self.jobs[0].output, 1, 1, 0, moved_blocks=self.moved_blocks) if self.jobs else None
+
+    def finish(self, iterations):
+        assert iterations == self.jobs[0].output
+        return [self.jobs.pop(0)]
+
+    def account(self):
+        return Account(8, 0, 0, 0) if self.jobs[0].output == 1 else Account(0, 4, 2, 2)
+
+
 def test_means_are_weighted_by_time():
-    class Fixed:
-        """Two jobs one after the other: alone for 1 and 3 iterations, each as long as the other."""
+    outcome = simulate(Fixed(), [Job(0.0, 1, 1), Job(0.0, 1, 3), Job(99.0, 1, 1)], small_server(8))
+    assert outcome.mean_batch == pytest.approx(1)
+    assert outcome.shares == pytest.approx({"tokens": 40, "reserved": 30, "internal": 15, "external": 15})
 
-        block_size, num_waiting, num_running = None, 0, 1
 
-        def __init__(self):
-            self.jobs = []
-
-        def submit(self, job):
-            self.jobs.append(job)
-
-        def plan(self):
-            return Work(self.jobs[0].output, 1, 1, 0) if self.jobs else None
-
-        def finish(self, iterations):
-            assert iterations == self.jobs[0].output
-            return [self.jobs.pop(0)]
-
-        def account(self):
-            return Account(8, 0, 0, 0) if self.jobs[0].output == 1 else Account(0, 4, 2, 2)
-
-    outcome = simulate(Fixed(), [Job(0.0, 1, 1), Job(0.0, 1, 3), Job(0.0, 1, 1)], small_server(8))
-    assert outcome.mean_batch == 1
-    assert outcome.shares == {"tokens": 100.0, "reserved": 0.0, "internal": 0.0, "external": 0.0}
+def test_blocks_are_moved_once_in_a_stride():
+    [plain], [moving] = [simulate(Fixed(moved), [Job(0.0, 1, 50)], small_server(8)).latencies for moved in (0, 7)]
+    assert 50 * (moving - plain) == pytest.approx(SERVER.swap_seconds(7, 1))

@@ -27,14 +27,14 @@ FEW = [Job(0.0, 3, 4), Job(0.0, 5, 2), Job(0.0, 2, 7), Job(0.0, 4, 3), Job(0.0, 
 
 
 class Engine:
-    """What the client needs of `LLM`, over the recall model: every step takes a second of a clock that stands else."""
+    """What the client needs of `LLM`, over the recall model: a step takes a second of a clock that else stands."""
 
-    def __init__(self, num_blocks=BLOCKS, block_size=SIZE):
+    def __init__(self, num_blocks=BLOCKS, block_size=SIZE, budget=64):
         self.memory = KVCacheManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.memory, 32, 64)
+        self.scheduler = Scheduler(self.memory, 8, budget)
         self.runner = RecallRunner(num_blocks, block_size, 0)
         self.observers, self.requests, self.plans, self.now = [], {}, [], 0.0
-        self.interrupt_at = math.inf
+        self.step_seconds, self.interrupt_at = 1.0, math.inf
 
     def add_request(self, prompt, params, request_id):
         request = Request(request_id, len(self.requests), prompt, params, params.max_tokens, frozenset({0}))
@@ -49,12 +49,13 @@ class Engine:
         if len(self.plans) >= self.interrupt_at:
             raise KeyboardInterrupt
         plan = self.scheduler.schedule()
+        assert plan.sequences, "nothing to do, and work is left"
         self.memory.check()
         output = self.runner.execute(plan)
         changed = self.scheduler.update(plan, output)
         self.memory.check()
         self.plans.append(plan)
-        self.now += 1.0
+        self.now += self.step_seconds
         for observer in self.observers:
             observer(plan, output)
         return [self._output(request) for request in changed]
@@ -229,11 +230,11 @@ def test_requests_leave_and_join_contiguous_memory_at_every_step():
     assert [plan.admitted for plan in client.llm.plans[:3]] == [["0", "1", "2", "3"], [], ["4"]] and ended == [1]
 
 
-@pytest.mark.parametrize("name,first", [("contiguous", 4), ("contiguous-pow2", 8), ("contiguous-oracle", 8)])
-def test_smaller_reservations_let_more_in(name, first):
-    jobs = [Job(0.0, 3, 5)] * 10  # 16 slots at the most, 3 + 8 to the next power of two: 4 blocks; 7 in truth: 2 blocks
-    jobs = [Job(0.0, 3, 4)] * 10 if name == "contiguous-pow2" else jobs
-    assert len(serve(name, jobs).llm.plans[0].sequences) == first
+@pytest.mark.parametrize("name,tokens,first", [("", 16, 2), ("-pow2", 1 + 4, 4), ("-oracle", 1 + 3 - 1, 8)])
+def test_smaller_reservations_let_more_in(name, tokens, first):
+    jobs = [Job(0.0, 1, 3)] * 10
+    assert SYSTEMS["contiguous" + name].reserve(jobs[0], LONGEST) == tokens
+    assert len(serve("contiguous" + name, jobs, Engine(num_blocks=8)).llm.plans[0].sequences) == first
 
 
 # ---- padded batches ------------------------------------------------------------------------------------------
@@ -273,6 +274,11 @@ def test_padded_batches_never_mix(jobs):
     assert sum(moment.computed for moment in client.moments) == cost
 
 
+def test_a_padded_batch_is_computed_in_one_step_however_small_steps_are():
+    client = serve("static", [Job(0.0, 12, 2)] * 4, Engine(budget=8))
+    assert [plan.num_tokens for plan in client.llm.plans] == [48, 4]
+
+
 def test_padding_never_takes_a_request_beyond_the_longest():
     jobs = [Job(0.0, 12, 2), Job(0.0, 2, 12), Job(0.0, 2, 2)]
     client = serve("static", jobs)
@@ -293,6 +299,14 @@ def test_requests_are_sent_when_they_are_due_and_time_counts_from_then():
     row = live_report.summarize("paged", 0.5, client, None)
     assert row.mean_running == pytest.approx(6 / 51) and row.waiting == 0 and row.account_waiting is None
     assert row.latency == {"p50": 1.0, "p90": 3.5 / 3, "p99": 3.5 / 3}
+
+
+def test_means_are_weighted_by_time():
+    engine = Engine()
+    engine.step_seconds = 0.5
+    row = live_report.summarize("paged", 1.0, serve("paged", [Job(1.0, 4, 3), Job(1.5, 4, 1)], engine), None)
+    assert row.seconds == 2.5 and row.mean_running == (1.0 * 0 + 0.5 * 1 + 0.5 * 2 + 0.5 * 1) / 2.5
+    assert row.account["tokens"] == pytest.approx(100 * 0.5 * (4 + (5 + 4) + 6) / 2.5 / (BLOCKS * SIZE))
 
 
 def test_a_run_that_is_interrupted_leaves_nothing_behind_and_a_busy_engine_keeps_its_memory():
@@ -355,14 +369,15 @@ def test_a_result_is_plain_data(result):
 def test_tables_and_pictures(result):
     from matplotlib.figure import Figure
 
-    speed, memory = live.tables(result)
+    speed, memory = live_report.tables(result)
     for table in (speed, memory):
         assert {len(row) for row in table.rows} == {len(table.header)} and len(table.rows) == 6
     for row, cells in zip(result.rows, memory.rows, strict=True):
-        assert sum(float(cell) for cell in cells[2:6]) == pytest.approx(100, abs=0.3)
-        assert [*cells[:2]] == ["200" if row.rate else "all at once", row.system]
+        assert sum(float(cell) for cell in cells[1:5]) == pytest.approx(100, abs=0.3)
+        assert cells[0] == f"{'200' if row.rate else 'all at once'}, {row.system}"
+    assert max(len(line) for line in live.report(result).text().splitlines()) <= 120
     median, tail, bars = Figure().subplots(1, 3)
-    live.draw(result, median, tail, bars)
+    live_report.draw(result, median, tail, bars)
     assert [list(line.get_xdata()) for line in median.lines] == [[200.0]] * 3
     assert [line.get_ydata()[0] for line in tail.lines] == [1000 * row.latency["p90"] for row in result.rows[3:]]
     assert {"static", "contiguous", "paged"} <= {text.get_text() for text in bars.texts}

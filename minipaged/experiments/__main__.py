@@ -13,7 +13,8 @@ from rich.console import Console
 
 from minipaged.experiments.figures import FIGURES
 from minipaged.experiments.loads import TraceError, read_trace
-from minipaged.experiments.study import Settings, Study
+from minipaged.experiments.report import Report
+from minipaged.experiments.study import Settings, Study, progress
 from minipaged.models.fetch import cache_folder
 
 WITH_TRACE = ("fig2", "fig12", "fig13")  # of which a user's own requests can be asked
@@ -66,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser()
     args = flags.parse_args(arguments)
     names = args.figures or list(WITH_TRACE if args.trace else FIGURES)
-    if unknown := [name for name in names if name not in FIGURES]:
-        flags.error(f"no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if unknown := [name for name in names if name not in (*FIGURES, "live")]:
+        flags.error(f"no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}, and live")
     if args.trace:
         if useless := [name for name in names if name not in WITH_TRACE]:
             flags.error(f"--trace is for {', '.join(WITH_TRACE)}, not for {', '.join(useless)}")
@@ -93,10 +94,20 @@ def run(names: list[str], settings: Settings, out: Path) -> None:
     with Study(settings) as study:
         for name in names:
             start = time.perf_counter()
-            report = FIGURES[name](study)
+            report = FIGURES[name](study) if name in FIGURES else live(settings)
             report.show(console)
             files = report.write(out)
             _say(f"{name}: {time.perf_counter() - start:.1f} s; {', '.join(str(file) for file in files)}")
+
+
+def live(settings: Settings) -> Report:
+    """The comparison on the real model, which simulations need not load."""
+    from minipaged.experiments import live as real
+
+    with progress("live") as advance:
+        chosen = real.QUICK if settings.quick else real.LiveSettings()
+        result = real.run(chosen, lambda what, share: advance(round(100 * share), 100, f"live, {what}"))
+    return real.report(result)
 
 
 def _say(line: str) -> None:

@@ -71,14 +71,15 @@ class Buddy:
         return {1 << bit: sorted(starts) for bit, starts in enumerate(self._holes) if starts}
 
     def _add(self, bit: int, start: int) -> None:
-        self._holes[bit].add(start)
-        heappush(self._first[bit], start)
-
-    def _pop(self, bit: int) -> int:
         holes, first = self._holes[bit], self._first[bit]
+        holes.add(start)
+        heappush(first, start)
         if len(first) > 4 * len(holes) + 64:  # mostly names of holes that were joined
             first[:] = holes
             heapify(first)
+
+    def _pop(self, bit: int) -> int:
+        holes, first = self._holes[bit], self._first[bit]
         while (start := heappop(first)) not in holes:
             pass
         holes.remove(start)

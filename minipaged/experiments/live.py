@@ -15,11 +15,11 @@ import torch
 from minipaged.bench.report import machine
 from minipaged.engine import LLM
 from minipaged.experiments.live_client import Client
-from minipaged.experiments.live_report import LiveResult, LiveRow, draw, summarize, tables
+from minipaged.experiments.live_report import LiveResult, LiveRow, report, summarize
 from minipaged.experiments.live_systems import SYSTEMS, batch_size
 from minipaged.experiments.loads import LONGEST, Job, jobs
 
-__all__ = ["QUICK", "LiveResult", "LiveRow", "LiveSettings", "draw", "run", "scaled_jobs", "tables"]
+__all__ = ["QUICK", "LiveSettings", "report", "run", "scaled_jobs"]
 
 Progress = Callable[[str, float], None]  # called with: what is going on, and the share that is done, 0 to 1
 MAX_NUM_SEQS = 256  # more than memory holds: it alone sets the limit
@@ -81,7 +81,7 @@ class LiveSettings:
             )
 
 
-QUICK = LiveSettings(num_requests=16, shares=(1.0,))
+QUICK = LiveSettings(num_requests=12, shares=(1.0,))
 
 
 def scaled_jobs(settings: LiveSettings, rate: float) -> list[Job]:

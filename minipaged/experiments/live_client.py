@@ -54,7 +54,7 @@ class Tenant:
         """
         own = capacity if self.reservation is None else min(capacity, self.reservation)
         tokens = min(max(0, num_tokens - self.pads), self.stored)
-        reserved = min(self.stored, own - self.pads) - tokens
+        reserved = min(self.stored, own) - tokens
         return Account(tokens, reserved, own - tokens - reserved, capacity - own)
 
 

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from minipaged.experiments.live_client import PARTS, Client, Moment
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from minipaged.experiments.report import Report, Table
+from minipaged.teaching import plots
 
 
 @dataclass(frozen=True)
@@ -93,54 +95,44 @@ def percentiles(numbers: Sequence[float], *wanted: int) -> dict[str, float]:
 # --- for eyes ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LiveTable:
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-def tables(result: LiveResult) -> list[LiveTable]:
+def tables(result: LiveResult) -> list[Table]:
     """How fast, and what became of the memory."""
-    speed = ["rate", "system", "tok/s", "running", "most", "p50", "p90", "p99", "first p50", "first p99", "computed"]
-    memory = ["rate", "system", *PARTS, "waiting", *(f"{name}, waiting" for name in PARTS)]
+    speed = ["requests/s, system", "tok/s", "batch", "most", "p50", "p90", "p99", "first", "computed"]
+    memory = ["requests/s, system", *PARTS, "waiting"]
     return [
-        LiveTable("Speed", speed, [[*_name(row), *_speed(row)] for row in result.rows]),
-        LiveTable("Memory, in percent of it", memory, [[*_name(row), *_memory(row)] for row in result.rows]),
+        Table("Speed", speed, [[_name(row), *_speed(row)] for row in result.rows]),
+        Table("Percent of the memory", memory, [[_name(row), *_memory(row)] for row in result.rows]),
     ]
 
 
 NOTES = """\
-tok/s: useful output tokens a second. running: requests in a step, the mean over time; most: the most of them.
-p50, p90, p99: milliseconds from arrival to the end for each token of the answer. first: seconds to the first token.
-computed: tokens computed for one useful output token: prompts, pads and surplus are in it.
-waiting: percent of the time in which a request waited for memory; the account of that time alone stands behind it."""
+tok/s: useful output tokens a second. batch: requests in it, the mean over time; most: the most of them.
+p50, p90, p99: milliseconds from arrival to the end, for each token of the answer. first: seconds to the first
+token, median. computed: tokens computed for one useful output token, with prompts, pads and surplus.
+waiting: percent of the time in which a request waited. If there was such a time, the account is of it alone."""
 
 
-def _name(row: LiveRow) -> list[str]:
-    return ["all at once" if row.rate is None else f"{row.rate:g}", row.system]
+def _name(row: LiveRow) -> str:
+    return f"{'all at once' if row.rate is None else f'{row.rate:g}'}, {row.system}"
 
 
 def _speed(row: LiveRow) -> list[str]:
     latency = [f"{1000 * value:.0f}" for value in row.latency.values()]
-    first = [f"{value:.2f}" for value in row.first_token.values()]
     running = [f"{row.mean_running:.1f}", f"{row.peak_running}"]
     computed = f"{row.computed_tokens / row.output_tokens:.1f}"
-    return [f"{row.tokens_per_second:.1f}", *running, *latency, *first, computed]
+    return [f"{row.tokens_per_second:.1f}", *running, *latency, f"{row.first_token['p50']:.2f}", computed]
 
 
 def _memory(row: LiveRow) -> list[str]:
-    waiting = [f"{row.account_waiting[name]:.1f}" if row.account_waiting else "" for name in PARTS]
-    return [*(f"{row.account[name]:.1f}" for name in PARTS), f"{100 * row.waiting:.0f}", *waiting]
+    account = row.account_waiting or row.account
+    return [*(f"{account[name]:.1f}" for name in PARTS), f"{100 * row.waiting:.0f}"]
 
 
-def draw(result: LiveResult, median: "Axes", tail: "Axes", memory: "Axes") -> None:
+def draw(result: LiveResult, median: Axes, tail: Axes, memory: Axes) -> None:
     """Normalized latency over the rate, its median and p90; and the account while requests wait, at the highest rate.
 
     All at once has no rate: it stands in the third picture only.
     """
-    from minipaged.teaching import plots
-
     systems = list(dict.fromkeys(row.system for row in result.rows))
     for axes, part in ((median, "p50"), (tail, "p90")):
         for name in systems:
@@ -153,3 +145,25 @@ def draw(result: LiveResult, median: "Axes", tail: "Axes", memory: "Axes") -> No
     last = [row for row in result.rows if (math.inf if row.rate is None else row.rate) == highest]
     plots.bars(memory, {row.system: row.account_waiting or row.account for row in last})
     plots.label(memory, "percent of the memory while requests wait", "")
+
+
+def report(result: LiveResult) -> Report:
+    """Tables and pictures of a comparison."""
+    machine, settings = result.machine, result.settings
+    slots = settings["num_blocks"] * settings["block_size"]
+    about = (
+        f"{settings['model']} in {settings['dtype']} on {machine['cpu']}, {machine['threads']} threads, kernels "
+        f"{machine['kernels']};\n{settings['num_requests']} requests, prompts of {result.mean_prompt:.0f} and answers "
+        f"of {result.mean_output:.0f} tokens on\naverage; memory for {slots} tokens, that is, {result.most_contiguous} "
+        f"requests of {settings['max_model_len']}."
+    )
+
+    def picture() -> Figure:
+        names = ("Median", "90th percentile", "Memory, while requests wait")
+        with plots.drawing(*names, size=(12.5, 3.4)) as (drawing, axes):
+            draw(result, *axes)
+        return drawing
+
+    alt = "Latency over request rate, of static batches, contiguous memory and paging; and what is in the memory"
+    title = "Live: three memories, one engine"
+    return Report("live", title, asdict(result), tables(result), [NOTES, about], picture, alt)

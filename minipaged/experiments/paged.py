@@ -94,7 +94,6 @@ class Paged:
         self._groups: dict[str, Group] = {}
         self._due: dict[int, list[Group]] = defaultdict(list)  # who may be due and end when; some were put off
         self._ends: dict[int, list[Group]] = defaultdict(list)
-        self._late: list[Group] = []  # came back, and there was no room for their next block
         self._stirred = False  # somebody came or went since the scheduler looked at those who wait
         self._clock = self._arrivals = 0
         # Of all in the batch, kept up to date: requests, sequences, and slots: those that store a token, that are
@@ -110,7 +109,7 @@ class Paged:
     def submit(self, job: Job) -> None:
         name = str(self._arrivals)
         prompt = [*range(-self._prefix, 0), *[self._arrivals] * (job.prompt - self._prefix)]
-        request = Request(name, self._arrivals, prompt, self._params, job.output + 1)  # it ends when we say so
+        request = Request(name, self._arrivals, prompt, self._params, max(2, job.output))  # it ends when we say so
         self._arrivals += 1
         self.scheduler.add(request)
         self._groups[name] = group = Group(job, request)
@@ -127,7 +126,7 @@ class Paged:
     def _tell(self, group: Group, length: int) -> None:
         """Its sequences learn (or forget) tokens, so that they have so many together with the prompt."""
         for seq in group.request.live:
-            seq.output_token_ids = [0] * (length - group.job.prompt)
+            seq.output_token_ids = [seq.index] * (length - group.job.prompt)  # each sample says something else
 
     def _count(self, group: Group, sign: int) -> None:
         blocks = blocks_for(group.length, self.block_size)
@@ -139,29 +138,27 @@ class Paged:
     # --- iterations ---------------------------------------------------------------------------------------------
 
     def plan(self) -> Work | None:
-        clock, prompts, moved = self._clock, 0, 0
+        clock, prompts, fresh, moved = self._clock, 0, 0, 0
         due = [group for group in self._due.pop(clock, ()) if group.due == clock and group.left == NEVER]
         for group in due:
             self._next_block(group)
         old = self._rows
-        if due or self._late or (self._stirred and self.num_waiting):
-            requests = [group.request for group in (*due, *self._late)]
-            self.scheduler.due, self.scheduler.num_seqs = sorted(requests, key=arrival), self._rows
+        if due or (self._stirred and self.num_waiting):
+            self.scheduler.due = sorted((group.request for group in due), key=arrival)
+            self.scheduler.num_seqs = self._rows
             plan = self.scheduler.schedule()
             self.scheduler.update(plan, self._first_tokens(plan))
-            prompts = self._carry_out(plan)
+            prompts, fresh = self._carry_out(plan)
             moved = len(plan.swap_out) + len(plan.swap_in)
             old = self._rows - len(plan.admitted)
-        self._stirred = False
+        self._stirred = bool(prompts and self._prefix)  # others may find now what these have published
         if not self._rows:
             return None
         self._stored += old
         iterations = 1
-        while not prompts and not self._late and clock + iterations not in self._due:
-            if clock + iterations - 1 in self._ends:
-                break
+        while not prompts and clock + iterations not in self._due and clock + iterations - 1 not in self._ends:
             iterations += 1
-        return Work(iterations, self._rows, old + prompts, self._stored, self._rows, self._rows, moved)
+        return Work(iterations, self._rows, old + prompts, self._stored - fresh, self._rows, self._rows, moved)
 
     def _next_block(self, group: Group) -> None:
         """Its last block is full: its sequences learn the tokens of the next one."""
@@ -185,26 +182,25 @@ class Paged:
         if group.due != NEVER:
             self._due[group.due].append(group)
 
-    def _carry_out(self, plan: StepPlan) -> int:
-        """What the scheduler decided about who runs. Returns the tokens of prompts to be computed."""
+    def _carry_out(self, plan: StepPlan) -> tuple[int, int]:
+        """What the scheduler decided about who runs. Returns the tokens of prompts: to be computed, and in all."""
         for name, mode in plan.preempted:
             self._leave(self._groups[name], mode)
-        back = self._late + [self._groups[name] for name in plan.resumed]
-        self._late = [group for group in back if group.request.live[0].num_uncomputed]
-        for group in back:
-            if group not in self._late:
-                self._return(group)
-        return sum(self._begin(self._groups[name]) for name in plan.admitted)
+        for name in plan.resumed:
+            self._return(self._groups[name])
+        found = sum(s.start for s in plan.sequences if s.request_id in plan.admitted) if self._prefix else 0
+        fresh = sum(self._begin(self._groups[name]) for name in plan.admitted)
+        return fresh - found, fresh
 
     def _first_tokens(self, plan: StepPlan) -> StepOutput:
         """What the model says: only the first tokens of samples matter, since with them the prompt is forked."""
         if self._samples == 1:
             return StepOutput()
         first = [self._groups[name].request.live[0].seq_id for name in plan.admitted]
-        return StepOutput({seq_id: [SampledToken(0)] * self._samples for seq_id in first})
+        return StepOutput({seq_id: [SampledToken(index) for index in range(self._samples)] for seq_id in first})
 
     def _begin(self, group: Group) -> int:
-        """Its prompt is computed in this iteration, and what it had of its answer. Returns how many tokens that is."""
+        """Its prompt is there after this iteration, and what it had of its answer. Returns how many tokens that is."""
         clock, there = self._clock, group.job.prompt + group.had
         group.came, group.rows = clock, 1
         group.end = clock + group.job.output - group.had - 1
@@ -213,13 +209,10 @@ class Paged:
         self._count(group, +1)
         self.num_running += 1
         self._stored += there
-        return there - group.request.metrics.num_cached_tokens
+        return there
 
     def _leave(self, group: Group, mode: str) -> None:
         """It was preempted: swapped out, or its memory was dropped."""
-        if group in self._late:
-            self._late.remove(group)
-            return
         clock = self._clock
         self._count(group, -1)
         self._stored -= group.rows * group.stored(clock)
@@ -235,6 +228,8 @@ class Paged:
 
     def _return(self, group: Group) -> None:
         """It was swapped in, and goes on in this iteration where it was."""
+        if group.request.live[0].num_uncomputed:
+            raise AssertionError("who comes back has room for the next tokens: the scheduler keeps it free")
         away, group.left = self._clock - group.left, NEVER
         group.came, group.end = group.came + away, group.end + away
         group.due = group.due + away if group.due != NEVER else NEVER

@@ -15,6 +15,7 @@ from functools import cache
 from math import log
 from pathlib import Path
 
+from minipaged.experiments.beams import PagedBeams
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.loads import Job, jobs
 from minipaged.experiments.paged import Paged
@@ -53,6 +54,8 @@ class Run:
 
     def build(self) -> System:
         num_slots = SERVERS[self.server].num_slots
+        if self.system == "paged" and self.beams:
+            return PagedBeams(num_slots, self.block_size, self.samples, self.preemption, self.seed)
         if self.system == "paged":
             return Paged(num_slots, self.block_size, self.samples, self.prefix, self.preemption)
         if self.system == "ft":
@@ -77,7 +80,7 @@ class Result:
     def of(cls, outcome: Outcome, system: System) -> Result:
         ordered = sorted(outcome.latencies)
         count = len(ordered)
-        preempted = sum(system.scheduler.num_preemptions.values()) if isinstance(system, Paged) else 0
+        preempted = sum(system.scheduler.num_preemptions.values()) if isinstance(system, (Paged, PagedBeams)) else 0
         return cls(
             outcome.normalized_latency, ordered[count // 2], ordered[min(count - 1, count * 99 // 100)],
             outcome.mean_batch, outcome.shares, outcome.throughput, count, preempted,

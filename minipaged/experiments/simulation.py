@@ -34,8 +34,9 @@ class Outcome:
     @property
     def throughput(self) -> float:
         """Requests a second, while the second and third quarter of all were answered: without start and end."""
-        quarter = len(self.ends) // 4
-        return 2 * quarter / max(1e-9, self.ends[3 * quarter] - self.ends[quarter])
+        count, quarter = len(self.ends), len(self.ends) // 4
+        seconds = self.ends[3 * quarter] - self.ends[quarter]
+        return 2 * quarter / seconds if seconds else count / self.ends[-1]  # so few that they end at once
 
 
 class Durations:
@@ -49,10 +50,11 @@ class Durations:
     def first(self, work: Work) -> float:
         if work.tokens not in self._fixed:
             self._fixed[work.tokens] = self._server.matrix_seconds(work.tokens)
-        seconds = self._fixed[work.tokens] + work.sequences * HOST_PER_SEQUENCE + work.context * self._per_context
-        if work.moved_blocks:
-            seconds += self._server.swap_seconds(work.moved_blocks, self._block_size or 1)
-        return seconds
+        return self._fixed[work.tokens] + work.sequences * HOST_PER_SEQUENCE + work.context * self._per_context
+
+    def moving(self, work: Work) -> float:
+        """Before the first iteration."""
+        return self._server.swap_seconds(work.moved_blocks, self._block_size or 1) if work.moved_blocks else 0.0
 
     def growth(self, work: Work) -> float:
         """By how much each iteration is longer than the one before."""
@@ -71,13 +73,16 @@ def simulate(system: System, jobs: list[Job], server: Server) -> Outcome:
         work = system.plan()
         if work is None:
             if coming == len(jobs):
+                if system.num_waiting:
+                    raise ValueError(f"{system.num_waiting} requests can never fit into {server.num_slots} slots")
                 break
             now = jobs[coming].arrival
             continue
-        first, growth, k = durations.first(work), durations.growth(work), work.iterations
+        moving, first, growth = durations.moving(work), durations.first(work), durations.growth(work)
+        k = work.iterations
         if k > 1 and coming < len(jobs) and not system.num_waiting:
-            k = min(k, _until(jobs[coming].arrival - now, first, growth))  # it may join then
-        seconds = k * first + growth * k * (k - 1) / 2
+            k = min(k, _until(jobs[coming].arrival - now - moving, first, growth))  # it may join then
+        seconds = moving + k * first + growth * k * (k - 1) / 2
         if now <= last:
             meter.add(system.account(), system.num_running, work.stored * (k - 1) / 2, seconds)
         now += seconds
@@ -91,7 +96,7 @@ def simulate(system: System, jobs: list[Job], server: Server) -> Outcome:
 
 def _until(seconds: float, first: float, growth: float) -> int:
     """The first k for which k iterations take at least so long: k first + growth k (k - 1) / 2 >= seconds."""
-    half = growth / 2
+    half, seconds = growth / 2, max(0.0, seconds)
     if half == 0:
         return max(1, math.ceil(seconds / first))
     return max(1, math.ceil((half - first + math.sqrt((first - half) ** 2 + 4 * half * seconds)) / (2 * half)))

@@ -85,7 +85,7 @@ class Study:
                 error_callback=lambda error: answers.put((index, None, error)),
             )  # fmt: skip
 
-        with _progress(title) as advance:
+        with progress(title) as advance:
             done = 0
             for index in range(len(asking)):
                 step(index, None)
@@ -105,15 +105,16 @@ def _once(wanted: Any) -> Generator[Any, Any, Any]:
 
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it ends them
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, if that is a terminal. Yields a function (done, of)."""
+def progress(title: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, if that is a terminal. Yields a function (done, of, and a new title or none)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"))
     bar = Progress(
         *columns, TimeElapsedColumn(), console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
     )
     with bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, now=title: bar.update(task, completed=done, total=total, description=now)

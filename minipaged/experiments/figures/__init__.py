@@ -1,7 +1,7 @@
 """The figures of the paper, each a function: what a Study computes -> Report."""
 
 from minipaged.experiments.figures.blocks import figure18, figure19
-from minipaged.experiments.figures.memory import figure2, figure13, table1
+from minipaged.experiments.figures.memory import figure2, figure13, figure15, table1
 from minipaged.experiments.figures.rates import figure12, figure14, figure16, figure17
 
 FIGURES = {
@@ -10,6 +10,7 @@ FIGURES = {
     "fig12": figure12,
     "fig13": figure13,
     "fig14": figure14,
+    "fig15": figure15,
     "fig16": figure16,
     "fig17": figure17,
     "fig18": figure18,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from minipaged.experiments import paper
 from minipaged.experiments.figures.rates import LOADS
@@ -63,6 +64,8 @@ def _draw_sizes(title: str, lines: Mapping[str, Mapping[int, float]], y: str) ->
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(SIZES, list(map(str, SIZES)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.minorticks_off()
         plots.label(axes, "block size (tokens)", y)
     return picture

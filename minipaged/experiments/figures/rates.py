@@ -36,7 +36,7 @@ def figure12(study: Study) -> Report:
     ]  # fmt: skip  # the longest first
     points = dict(zip(runs, study.sweeps("Figure 12", runs), strict=True))
     panels = {
-        (server, load): {run.system: points[run] for run in reversed(runs) if (run.server, run.load) == (server, load)}
+        (server, Path(load).name): {r.system: points[r] for r in reversed(runs) if (r.server, r.load) == (server, load)}
         for load in loads for server in TRACES
     }  # fmt: skip
     tables = [_rates(panels)]
@@ -66,7 +66,7 @@ def _rates(panels: Mapping[tuple[str, str], Curves]) -> Table:
         rates = walls(curves)
         ratios = [rates["paged"] / rates[system] for system in rates if system != "paged"]
         rows.append([
-            f"{SERVERS[server].model}, {LOADS.get(load, Path(load).name)}",
+            f"{SERVERS[server].model}, {LOADS.get(load, load)}",
             *(f"{rate:.2f}" for rate in rates.values()), *(f"{ratio:.1f}x" for ratio in reversed(ratios)),
         ])  # fmt: skip
     header = ["req/s at 1 s/token", "FT", "Max", "Pow2", "Oracle", "ours", "/Oracle", "/Pow2", "/Max", "/FT"]
@@ -99,14 +99,14 @@ def _data(panels: Mapping[tuple[Any, ...], Curves]) -> dict[str, Any]:
 
 
 def draw_curves(
-    panels: Mapping[tuple[str, str], Curves], theirs: Mapping[tuple[str, str], Mapping[str, float]], rows: int = 2
+    panels: Mapping[tuple[str, str], Curves], theirs: Mapping[tuple[str, str], Mapping[str, float]]
 ) -> Figure:
     """A panel for each (server, load). theirs: the paper's crossings, as hollow marks on the upper edge."""
-    titles = [f"{SERVERS[server].model}, {LOADS.get(load, 'trace')}" for server, load in panels]
-    rows = rows if len(panels) > 3 else 1
-    with plots.drawing(*titles, rows=rows) as (picture, axes):
+    titles = [f"{SERVERS[server].model}, {LOADS.get(load, load)}" for server, load in panels]
+    with plots.drawing(*titles, rows=2 if len(panels) > 3 else 1) as (picture, axes):
         for one, (panel, curves) in zip(axes, panels.items(), strict=True):
-            for place, (system, points) in enumerate(curves.items()):
+            for system, points in curves.items():
+                place = list(SYSTEMS).index(system)
                 look: Any = dict(color=plots.COLORS[place], marker=plots.MARKERS[place])
                 line = dict(look, linestyle=plots.DASHES[place], label=SYSTEMS[system])
                 one.plot([rate for rate, _ in points], [result.latency for _, result in points], **line)
@@ -122,32 +122,38 @@ def draw_curves(
 # --- Figure 14: several answers to a prompt -------------------------------------------------------------------------
 
 
+CROWD = {"samples": 2000, "beams": 300}  # requests that all come at once; beams cost the simulation a lot
+
+
 def figure14(study: Study) -> Report:
     """Parallel sampling and beam search on Alpaca: what sharing is worth."""
-    seconds, seed = study.seconds(600), study.settings.seed
+    systems = ("max", "pow2", "oracle", "paged")
+    kinds = [("samples", 1), *((kind, n) for kind in CROWD for n in (2, 4, 6))]
     runs = [
-        Run(system, "13b", "alpaca", 0, seconds / (4 if beams else 1), seed, samples=samples, beams=beams)
-        for beams in (True, False) for samples in (6, 4, 2) for system in ("paged", "oracle", "pow2", "max")
-    ] + [Run(system, "13b", "alpaca", 0, seconds, seed) for system in ("paged", "oracle", "pow2", "max")]  # fmt: skip
-    points = dict(zip(runs, study.sweeps("Figure 14", runs), strict=True))
-    rows: dict[tuple[str, int], dict[str, float]] = {}
-    for run in sorted(runs, key=lambda run: (run.beams, run.samples)):
-        rows.setdefault(("beams" if run.beams else "samples", run.samples), {}).update(walls({run.system: points[run]}))
-    header = ["req/s at 1 s/token", "Max", "Pow2", "Oracle", "ours", "/Oracle"]
+        Run(system, "13b", "alpaca", 1000.0, study.seconds(CROWD[kind] / 1000), study.settings.seed, samples=n,
+            beams=kind == "beams")
+        for kind, n in reversed(kinds) for system in reversed(systems)
+    ]  # fmt: skip
+    found = {(run.beams, run.samples, run.system): result.throughput
+             for run, result in zip(runs, study.results("Figure 14", runs), strict=True)}  # fmt: skip
+    rates = {(kind, n): {system: found[kind == "beams", n, system] for system in systems} for kind, n in kinds}
     cells = [
-        [f"{n} {kind}"] + [f"{rates[name]:.2f}" for name in ("max", "pow2", "oracle", "paged")]
-        + [f"{rates['paged'] / rates['oracle']:.2f}x"] for (kind, n), rates in rows.items()
+        [f"{n} {kind}", *(f"{rate[system]:.2f}" for system in systems), f"{rate['paged'] / rate['oracle']:.2f}x"]
+        for (kind, n), rate in rates.items()
     ]  # fmt: skip
     compared = [
-        Point(f"{n} {kind}", rows[kind, n]["paged"] / rows[kind, n]["oracle"], theirs, "recalled")
+        Point(f"{n} {kind}", rates[kind, n]["paged"] / rates[kind, n]["oracle"], theirs, "recalled")
         for (kind, n), theirs in paper.OVER_ORACLE.items()
     ]
     return Report(
         "fig14", "Figure 14: several answers to a prompt (OPT-13B, Alpaca)",
-        {f"{n} {kind}": rates for (kind, n), rates in rows.items()},
-        [Table("What each system can take", header, cells), compare("Ours by Orca (Oracle)", compared)],
-        ["The baselines share nothing, and copy beams for nothing: that flatters them. " + "Traces are shorter here."],
-        lambda: _draw14(rows), "Two panels: the more answers to a prompt, the larger our lead over Orca (Oracle)",
+        {f"{n} {kind}": rate for (kind, n), rate in rates.items()},
+        [
+            Table("Requests a second, always a queue", ["", "Max", "Pow2", "Oracle", "ours", "/Oracle"], cells),
+            compare("Ours by Orca (Oracle)", compared),
+        ],
+        ["The baselines share nothing, and copy beams for nothing: that flatters them."],
+        lambda: _draw14(rates), "Two panels: the more answers to a prompt, the larger our lead over Orca",
     )  # fmt: skip
 
 
@@ -157,8 +163,8 @@ def _draw14(rows: Mapping[tuple[str, int], Mapping[str, float]]) -> Figure:
             counts = [n for name, n in rows if name == kind]
             for system in ("max", "pow2", "oracle"):
                 ratios = [rows[kind, n]["paged"] / rows[kind, n][system] for n in counts]
-                plots.line(one, counts, ratios, f"by {SYSTEMS[system]}")
-            plots.label(one, kind, "ours by theirs, at 1 s/token")
+                plots.line(one, counts, ratios, SYSTEMS[system])
+            plots.label(one, kind, "our throughput by theirs")
             one.set(ylim=(0, None), xticks=counts)
     return picture
 
@@ -190,19 +196,9 @@ def figure16(study: Study) -> Report:
             compare("Throughput, ours by Orca (Oracle)", compared),
         ],
         ["LLaMA-13B has the sizes of OPT-13B. Lengths of sentences are our guess: see loads.py."],
-        lambda: _draw16(panels), "Two panels: with a shared prefix minipaged takes several times as many requests",
+        lambda: draw_curves({("13b", f"{prefix} tokens in common"): curves for prefix, curves in panels.items()}, {}),
+        "Two panels: with a shared prefix minipaged takes several times as many requests",
     )  # fmt: skip
-
-
-def _draw16(panels: Mapping[int, Curves]) -> Figure:
-    with plots.drawing(*(f"{prefix} tokens in common" for prefix in panels)) as (picture, axes):
-        for one, curves in zip(axes, panels.values(), strict=True):
-            for system, points in reversed(list(curves.items())):
-                shown = [(rate, result.latency) for rate, result in points if result.latency <= LATENCY]
-                plots.line(one, [rate for rate, _ in shown], [latency for _, latency in shown], SYSTEMS[system])
-            one.set(ylim=(0, None), xlim=(0, None))
-            plots.label(one, "requests a second", "seconds per token")
-    return picture
 
 
 # --- Figure 17: chats ------------------------------------------------------------------------------------------------
