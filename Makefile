@@ -1,16 +1,17 @@
-# make run       set up, then let the real model answer a few prompts from paged memory
-# make test      set up, then run all tests
-# make lab       set up, then open the chapters in JupyterLab
-# make chapters  run all chapters anew and write their notebooks
-# make bench     this engine beside others on the same weights (long: half an hour on two cores)
-# make lint      style and types
+# make run          set up, then let the real model answer a few prompts from paged memory
+# make test         set up, then run all tests
+# make lab          set up, then open the chapters in JupyterLab
+# make chapters     run all chapters anew and write their notebooks
+# make bench        this engine beside others on the same weights (long: half an hour on two cores)
+# make experiments  the paper's evaluation, redone (ten minutes on two cores)
+# make lint         style and types
 
 PYTHON ?= python3
 VENV   ?= .venv
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: run test lab chapters bench lint clean
+.PHONY: run test lab chapters bench experiments lint clean
 
 run: $(READY)
 	$(RUN) minipaged.generate --n 2 --temperature 0.3 --seed 1 --max-tokens 48 --num-blocks 24 --stats \
@@ -27,6 +28,9 @@ chapters: $(READY)
 
 bench: $(READY)
 	$(RUN) minipaged.bench
+
+experiments: $(READY)
+	$(RUN) minipaged.experiments
 
 lint: $(READY)
 	$(RUN) ruff check .

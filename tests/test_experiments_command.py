@@ -115,8 +115,8 @@ def test_a_sweep_ends_behind_the_wall():
     with pytest.raises(StopIteration) as end:
         while True:
             wanted.append(asking.send(answer(wanted[-1])))
-    assert [run.rate for run in wanted[1:]] == [2.0, 3.5, 4.5, 5.0] and wanted[0].rate == 1000.0
-    assert [rate for rate, _ in end.value.value] == [2.0, 3.5, 4.5, 5.0]
+    assert [run.rate for run in wanted[1:]] == [2.0, 3.5, 4.5, 5.0, 4.84] and wanted[0].rate == 1000.0
+    assert [rate for rate, _ in end.value.value] == [2.0, 3.5, 4.5, 4.84, 5.0]
 
 
 def test_crossing():

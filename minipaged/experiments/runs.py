@@ -122,17 +122,21 @@ Points = list[tuple[float, Result]]  # by rate
 
 
 def sweep(run: Run, limit: float = LATENCY) -> Generator[Run, Result, Points]:
-    """Rising rates, from little load to the first at which the latency is beyond the limit.
+    """Rising rates, from little load to the first at which the latency is beyond the limit; then where it crosses it.
 
-    Yields the next run, wants its result, and returns the points.
+    Yields the next run, wants its result, and returns the points by rate.
     """
     crowd = yield replace(run, rate=1000.0, seconds=2.0)
-    points = []
+    points: Points = []
     for fraction in FRACTIONS:
         rate = float(f"{fraction * crowd.throughput:.3g}")
         points.append((rate, (yield replace(run, rate=rate))))
         if points[-1][1].latency > limit:
             break
+    guess = crossing((rate, result.latency) for rate, result in points)
+    if guess == guess and len(points) > 1:  # it is there, so a run there tells where exactly
+        rate = float(f"{guess:.3g}")
+        points.insert(-1, (rate, (yield replace(run, rate=rate))))
     return points
 
 

@@ -2,7 +2,7 @@
 
 from minipaged.experiments.figures.blocks import figure18, figure19
 from minipaged.experiments.figures.memory import figure2, figure13, figure15, table1
-from minipaged.experiments.figures.rates import figure12, figure14, figure16, figure17
+from minipaged.experiments.figures.rates import figure12, figure14, figure16, figure17, today
 
 FIGURES = {
     "table1": table1,
@@ -15,4 +15,5 @@ FIGURES = {
     "fig17": figure17,
     "fig18": figure18,
     "fig19": figure19,
+    "today": today,
 }
