@@ -10,27 +10,12 @@ from dataclasses import dataclass, field
 from minipaged.engine import LLM
 from minipaged.experiments.live_systems import System, batch_size, install
 from minipaged.experiments.loads import Job
+from minipaged.experiments.systems import KINDS, Account
 from minipaged.outputs import RequestOutput
 from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.sampling_params import SamplingParams
 
-PARTS = ("tokens", "reserved", "internal", "external")
 PAD = 0  # any token will do: only speed is of interest where there are pads
-
-
-@dataclass(frozen=True)
-class Account:
-    """The slots of all blocks, each in exactly one part (the parts of the paper's Figure 2).
-
-    tokens: of a prompt or an answer. reserved: empty, and this request is going to fill it. internal: it is this
-    request's, and never of use to it: pads and surplus tokens are here too. external: nobody's. Either what the buddy
-    allocator rounds up by, or holes that are too small, or free and not wanted.
-    """
-
-    tokens: int = 0
-    reserved: int = 0
-    internal: int = 0
-    external: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +48,8 @@ def account(plan: StepPlan, tenants: Sequence[Tenant], num_blocks: int, block_si
     held = [block for s in plan.sequences for block in s.block_table]
     parts = [_of(s, tenants, block_size) for s in plan.sequences]
     free = Account(external=(num_blocks - len(set(held))) * block_size)
-    whole = Account(*(sum(getattr(part, name) for part in [*parts, free]) for name in PARTS))
-    values = [getattr(whole, name) for name in PARTS]
+    whole = Account(*(sum(getattr(part, name) for part in [*parts, free]) for name in KINDS))
+    values = [getattr(whole, name) for name in KINDS]
     if sum(values) != num_blocks * block_size or min(values) < 0:
         raise RuntimeError(f"{whole} of {num_blocks} blocks of {block_size}: a mistake in minipaged")
     return whole

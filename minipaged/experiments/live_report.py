@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minipaged.experiments.live_client import PARTS, Client, Moment
+from minipaged.experiments.live_client import Client, Moment
 from minipaged.experiments.report import Report, Table
+from minipaged.experiments.systems import KINDS
 from minipaged.teaching import plots
 
 
@@ -78,7 +79,7 @@ def summarize(name: str, rate: float, client: Client, paged: Client | None) -> L
 
 def percent(moments: Sequence[Moment]) -> dict[str, float]:
     """The mean account over time, in percent of the memory."""
-    sums = {name: sum(getattr(moment.account, name) * moment.seconds for moment in moments) for name in PARTS}
+    sums = {name: sum(getattr(moment.account, name) * moment.seconds for moment in moments) for name in KINDS}
     return {name: 100 * value / sum(sums.values()) for name, value in sums.items()}
 
 
@@ -98,7 +99,7 @@ def percentiles(numbers: Sequence[float], *wanted: int) -> dict[str, float]:
 def tables(result: LiveResult) -> list[Table]:
     """How fast, and what became of the memory."""
     speed = ["requests/s, system", "tok/s", "batch", "most", "p50", "p90", "p99", "first", "computed"]
-    memory = ["requests/s, system", *PARTS, "waiting"]
+    memory = ["requests/s, system", *KINDS, "waiting"]
     return [
         Table("Speed", speed, [[_name(row), *_speed(row)] for row in result.rows]),
         Table("Percent of the memory", memory, [[_name(row), *_memory(row)] for row in result.rows]),
@@ -125,7 +126,7 @@ def _speed(row: LiveRow) -> list[str]:
 
 def _memory(row: LiveRow) -> list[str]:
     account = row.account_waiting or row.account
-    return [*(f"{account[name]:.1f}" for name in PARTS), f"{100 * row.waiting:.0f}"]
+    return [*(f"{account[name]:.1f}" for name in KINDS), f"{100 * row.waiting:.0f}"]
 
 
 def draw(result: LiveResult, median: Axes, tail: Axes, memory: Axes) -> None:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 
 from minipaged.experiments.hardware import HOST_PER_SEQUENCE, Server
 from minipaged.experiments.loads import Job
-from minipaged.experiments.systems import Account, System, Work
-
-KINDS = ("tokens", "reserved", "internal", "external")
+from minipaged.experiments.systems import KINDS, Account, System, Work
 
 
 @dataclass

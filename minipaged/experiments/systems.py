@@ -35,18 +35,21 @@ class Work:
     moved_blocks: int = 0  # to CPU memory or back, before the first
 
 
+KINDS = ("tokens", "reserved", "internal", "external")
+
+
 @dataclass(frozen=True)
 class Account:
     """Every slot of the memory under one name (paper, Figure 2); what they mean in bytes is one factor for all.
 
     tokens: hold a key and a value. reserved: empty, and this request will use it. internal: kept for a request that
-    will not use it. external: of use to nobody, because it is rounded up or in a hole, or nobody asked for it.
+    will not use it; pads too. external: of use to nobody: rounded up, in a hole that is too small, or not asked for.
     """
 
-    tokens: float
-    reserved: float
-    internal: float
-    external: float
+    tokens: float = 0
+    reserved: float = 0
+    internal: float = 0
+    external: float = 0
 
     def must_be(self, total: int) -> None:
         parts = (self.tokens, self.reserved, self.internal, self.external)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -14,8 +15,8 @@ from minipaged.experiments.figures.rates import HOUR, LOADS
 from minipaged.experiments.hardware import GIB, SERVERS
 from minipaged.experiments.report import Point, Report, Table, compare, verdict
 from minipaged.experiments.runs import SYSTEMS, Result, Run
-from minipaged.experiments.simulation import KINDS
 from minipaged.experiments.study import Study
+from minipaged.experiments.systems import KINDS
 from minipaged.teaching import plots
 
 CONTINUOUS = ("max", "pow2", "oracle", "paged")  # the systems that schedule by iteration
@@ -116,7 +117,8 @@ def _bars(axes, names: Sequence[str], ours: Sequence[float], theirs: Sequence[fl
     """Bars, and the paper's numbers as hollow diamonds."""
     axes.bar(range(len(names)), ours, color=plots.COLORS[0], width=0.6, label="ours")
     for place, value in enumerate(ours):
-        axes.text(place, value, f"{value:.1f}", ha="center", va="bottom", fontsize=9)
+        above = max(value, theirs[place] if theirs else 0) + 0.03 * max(ours)
+        axes.text(place, above, f"{value:.1f}", ha="center", va="bottom", fontsize=9)
     if theirs:
         axes.plot(range(len(theirs)), theirs, "D", color=plots.INK, markerfacecolor="white", label="paper")
         axes.legend(frameon=False, loc="upper left")
@@ -163,7 +165,8 @@ def _draw15(saved: Mapping[tuple[str, str, int], float]) -> Figure:
             for method, name in METHODS.items():
                 plots.line(one, (2, 4, 6), [saved[load, method, n] for n in (2, 4, 6)], name, at=1, dy=12)
                 if theirs := paper.SAVED.get((method, load)):
-                    one.plot(list(theirs), list(theirs.values()), "D", color=plots.INK, markerfacecolor="white")
+                    look: Any = dict(marker="D", facecolors="white", edgecolors=plots.INK, zorder=3)
+                    one.scatter(list(theirs), list(theirs.values()), **look)
             one.set(ylim=(0, 100), xlim=(1.5, 6.5), xticks=(2, 4, 6))
             plots.label(one, "samples or beams (diamonds: paper)", "percent of blocks saved")
     return picture
