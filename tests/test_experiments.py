@@ -410,12 +410,12 @@ def test_one_request_alone_takes_what_the_roofline_says():
     outcome = simulate(Paged(SERVER.num_slots), [job, Job(1000.0, 1, 1)], SERVER)
     matrices = SERVER.matrix_seconds(100) + 4 * SERVER.matrix_seconds(1)
     reading = SERVER.context_seconds(size) * (101 + 102 + 103 + 104)  # a prompt reads what it has just made
-    seconds = matrices + reading + 5 * hardware.HOST_PER_SEQUENCE
+    seconds = matrices + reading + 5 * hardware.HOST_PER_REQUEST
     assert outcome.latencies[0] == pytest.approx(seconds / 5) and outcome.num_iterations == 6
 
 
 def test_a_request_that_comes_during_a_stride_joins_at_the_next_iteration():
-    step = SERVER.matrix_seconds(1) + hardware.HOST_PER_SEQUENCE  # a bit less than an iteration
+    step = SERVER.matrix_seconds(1) + hardware.HOST_PER_REQUEST  # a bit less than an iteration
     jobs = [Job(0.0, 1, 1000), Job(20.5 * step, 1, 1)]
     plans = []
 
@@ -458,7 +458,7 @@ def test_every_request_is_done_once_and_none_before_it_can_be(name, num_slots):
     outcome = simulate(system, MANY, small_server(num_slots))
     assert sorted(system.done) == MANY and len(set(MANY)) == len(MANY)
     assert system.clock == outcome.num_iterations and system.num_running == system.num_waiting == 0
-    step = SERVER.matrix_seconds(1) + hardware.HOST_PER_SEQUENCE
+    step = SERVER.matrix_seconds(1) + hardware.HOST_PER_REQUEST
     assert min(outcome.latencies) > step and outcome.ends[-1] > MANY[-1].arrival
 
 

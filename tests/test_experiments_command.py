@@ -93,6 +93,9 @@ def test_a_run_is_read_the_second_time(tmp_path, monkeypatch):
         with pytest.raises(TypeError):  # and so is any other code
             execute(run, tmp_path)
     assert execute(run, None) == first and len(list(tmp_path.iterdir())) == 1
+    (kept,) = tmp_path.iterdir()
+    kept.write_text(kept.read_text()[:50])
+    assert execute(run, tmp_path) == first == execute(run, tmp_path)
 
 
 def test_a_trace_is_known_by_what_is_in_it(tmp_path):

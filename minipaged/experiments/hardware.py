@@ -1,28 +1,31 @@
 """How long an iteration takes on a GPU that we don't have: a roofline.
 
 A step reads all weights once, and the keys and values of every token before it; it multiplies; and the host has work
-for the step and for each of its sequences. Bytes go over a bandwidth, operations over a peak:
+for the step and for each of its requests. Bytes go over a bandwidth, operations over a peak:
 
     seconds = max(weight bytes / bandwidth, 2 * parameters * tokens / peak)      the matrix products
             + bytes of keys and values read / bandwidth                          attention
             + layers * (kernels * launch + all-reduces)                          starting them
-            + sequences * HOST_PER_SEQUENCE                                      sampling, text, bookkeeping
+            + requests * HOST_PER_REQUEST                                       sampling, text, bookkeeping
 
-Everything but the last constant comes from data sheets or from what is commonly reached. HOST_PER_SEQUENCE is
+Everything but the last constant comes from data sheets or from what is commonly reached. HOST_PER_REQUEST is
 calibrated by one number that the paper prints, see there.
 """
 
 from dataclasses import dataclass
 
 GIB = 2**30
-REACHED_BANDWIDTH = 0.67  # of the data sheet
+# Of the data sheet's bandwidth. A plain copy reaches 0.8 or more, which was our first guess; with it small batches came
+# out a third faster than in the paper. Matrix products of few rows, and whole decoding steps, reach about two thirds.
+REACHED_BANDWIDTH = 0.67
 REACHED_COMPUTE = 0.6  # of the data sheet's: about what large fp16 matrix products reach inside a model
 KERNELS_PER_LAYER = 12  # norms, products, attention, cache write, activation, additions: an eager PyTorch layer
 LAUNCH = 10e-6  # seconds that Python and the driver need to start a kernel
 ALL_REDUCE = 25e-6  # seconds for one small all-reduce over NVLink; a layer of a model that is split needs two
-# Seconds of host work for each sequence in a step. Calibrated: with it, paging has about as many requests in its batch
-# at 30 requests a second on Alpaca (OPT-13B) as the paper's Figure 13 prints, 132.44. Nothing else is fitted.
-HOST_PER_SEQUENCE = 0.25e-3
+# Seconds of host work for each request in a step. Calibrated: with it, paging has about as many requests in its batch
+# at 30 requests a second on Alpaca (OPT-13B) as the paper's Figure 13 prints, 132.44. Nothing else is fitted. For each
+# request and not for each sequence, since vLLM's first release drew the tokens of all its samples or beams together.
+HOST_PER_REQUEST = 0.25e-3
 # Moving blocks to CPU memory and back: a copy for each block and layer, keys and values apart (vLLM's first release),
 # started as a kernel is.
 PCIE = 25e9  # bytes a second, PCIe 4.0 x16 in practice

@@ -90,8 +90,8 @@ class Result:
 def execute(run: Run, folder: Path | None) -> Result:
     """The result of a run: from the folder if it is there, else computed and put there."""
     file = folder / f"{_key(run)}.json" if folder else None
-    if file and file.exists():
-        return Result(**json.loads(file.read_text()))
+    if file and (known := _read(file)):
+        return known
     system = run.build()
     result = Result.of(simulate(system, run.jobs(), SERVERS[run.server]), system)
     if file:
@@ -99,6 +99,14 @@ def execute(run: Run, folder: Path | None) -> Result:
         scratch.write_text(json.dumps(asdict(result)))
         scratch.replace(file)  # whole or not at all, whoever else is writing
     return result
+
+
+def _read(file: Path) -> Result | None:
+    """None if it isn't there, or is damaged: then it is written again."""
+    try:
+        return Result(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _key(run: Run) -> str:
@@ -150,7 +158,9 @@ def crossing(points: Iterable[tuple[float, float]], limit: float = LATENCY) -> f
     """
     before = None
     for rate, latency in points:
-        if latency >= limit and before:
+        if latency >= limit:
+            if before is None:
+                break
             share = log(limit / before[1]) / log(latency / before[1])
             return before[0] + share * (rate - before[0])
         before = (rate, latency)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from minipaged.experiments.hardware import HOST_PER_SEQUENCE, Server
+from minipaged.experiments.hardware import HOST_PER_REQUEST, Server
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import KINDS, Account, System, Work
 
@@ -45,10 +45,10 @@ class Durations:
         self._per_context = server.context_seconds(block_size)
         self._fixed: dict[int, float] = {}
 
-    def first(self, work: Work) -> float:
+    def first(self, work: Work, num_requests: int) -> float:
         if work.tokens not in self._fixed:
             self._fixed[work.tokens] = self._server.matrix_seconds(work.tokens)
-        return self._fixed[work.tokens] + work.sequences * HOST_PER_SEQUENCE + work.context * self._per_context
+        return self._fixed[work.tokens] + num_requests * HOST_PER_REQUEST + work.context * self._per_context
 
     def moving(self, work: Work) -> float:
         """Before the first iteration."""
@@ -76,8 +76,8 @@ def simulate(system: System, jobs: list[Job], server: Server) -> Outcome:
                 break
             now = jobs[coming].arrival
             continue
-        moving, first, growth = durations.moving(work), durations.first(work), durations.growth(work)
-        k = work.iterations
+        first = durations.first(work, system.num_running)
+        moving, growth, k = durations.moving(work), durations.growth(work), work.iterations
         if k > 1 and coming < len(jobs) and not system.num_waiting:
             k = min(k, _until(jobs[coming].arrival - now - moving, first, growth))  # it may join then
         seconds = moving + k * first + growth * k * (k - 1) / 2
