@@ -114,6 +114,7 @@ class Request:
 
     @property
     def live(self) -> list[Sequence]:
+        """Those that have not ended; not to be changed, since it may be `sequences` itself."""
         sequences = self.sequences
         if len(sequences) == 1 and sequences[0].finish_reason is None:  # asked for in every step, by far most often
             return sequences

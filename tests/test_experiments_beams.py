@@ -257,9 +257,9 @@ def test_samples_share_the_full_blocks_of_their_prompt(samples):
     simulate(system, some, SERVERS["13b"])
     for job in some:
         for step in range(job.output):
-            shared = job.prompt // 16 if step else -(-job.prompt // 16)
-            saved += (samples - 1) * shared
-            without += samples * -(-(job.prompt + step) // 16)
+            rows = samples if step else 1
+            saved += (rows - 1) * (job.prompt // 16)
+            without += rows * -(-(job.prompt + step) // 16)
     assert system.sharing == Sharing(saved, without)
 
 

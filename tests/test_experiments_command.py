@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,7 +153,7 @@ def test_a_table_as_text_and_on_a_terminal(capsys):
     assert capsys.readouterr().out == "=== Report\n\nTitle\n      a  long\nrow   1     2\nx    10   met\n\na [note]\n\n"
     Report.show(report, Console(width=80, force_terminal=True))
     shown = capsys.readouterr().out
-    assert "\x1b[32mmet" in shown and "a [note]" in shown
+    assert "\x1b[32m met" in shown and "a [note]" in shown
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -172,7 +173,9 @@ def run_main(capsys, *arguments):
     [
         (["fig3"], "no figure fig3; there are table1, fig2"),
         (["--jobs", "0"], "0 is not a number from 1 on"),
+        (["--jobs", "two"], "two is not a number from 1 on"),
         (["--seed", "-1"], "-1 is not a number from 0 on"),
+        (["--trace", "."], "Is a directory"),
         (["--trace", "missing.jsonl"], "missing.jsonl"),
         (["--quik"], "unrecognized arguments: --quik"),
     ],
@@ -192,6 +195,71 @@ def test_a_bad_trace_is_named_by_its_line(capsys, tmp_path):
     trace.write_text(LINE)
     code, out, err = run_main(capsys, "fig18", "--trace", trace, "--out", tmp_path / "out")
     assert code == 2 and "--trace is for fig2, fig12, fig13, not for fig18" in err
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "no requests"),
+        (b"\xff\xfe\x00", "is no text"),
+        (b'{"prompt": 9, "output": 9, "arrival": 0}', "arrivals are all 0"),
+        (b'{"prompt": 9, "output": 9, "arrival": 1' + b"0" * 400 + b"}", "line 1"),
+        (b"[" * 100_000, "line 1"),
+        (b'{"prompt": 2000, "output": 49}', "more than 2048 tokens"),
+        (b'{"prompt": 9}', "is wanted, not"),
+        (b'{"prompt": 9, "output": 9, "priority": 1}', "unknown priority"),
+    ],
+)
+def test_odd_traces(content, words, capsys, tmp_path):
+    trace = tmp_path / "t.jsonl"
+    trace.write_bytes(content)
+    code, out, err = run_main(capsys, "fig2", "--trace", trace, "--out", tmp_path / "out")
+    assert code == 2 and words in err and not out
+
+
+def test_a_folder_that_stands_where_a_file_goes(capsys, tmp_path):
+    (tmp_path / "table1.txt").mkdir()
+    code, out, err = run_main(capsys, "table1", "--out", tmp_path)
+    assert code == 2 and "table1.txt" in err
+
+
+def test_without_a_place_to_keep_results(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINIPAGED_CACHE", str(tmp_path / "file"))
+    code, out, err = run_main(capsys, "table1", "--out", tmp_path)
+    assert code == 0 and "15.7K" in out
+
+
+def test_a_process_that_is_killed_is_told(tmp_path):
+    line = [sys.executable, "-m", "minipaged.experiments", "fig12", "--no-cache", "--jobs", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("no /proc to find the worker in")
+    while not children.read_text().split():
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "a process was killed" in err and "Traceback" not in err
+
+
+def test_quick_says_so_and_has_no_goals(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Study, "seconds", lambda self, full: full / 150)
+    code, out, err = run_main(capsys, "fig2", "--quick", "--out", tmp_path, "--no-cache")
+    assert code == 0 and "(quick)" in out and "goal" not in out
+
+
+def test_names_that_mean_something_elsewhere(capsys, tmp_path, monkeypatch):
+    """A trace may be called like a load, and a file is known by its contents."""
+    monkeypatch.chdir(tmp_path)
+    shares = []
+    for line in (LINE, '{"prompt": 500, "output": 1000}\n'):
+        (tmp_path / "sharegpt").write_text(line)
+        assert run_main(capsys, "fig2", "--trace", "sharegpt")[0] == 0
+        shares.append((tmp_path / "results" / "fig2.json").read_text())
+    assert shares[0] != shares[1]
 
 
 def test_out_must_be_a_folder(capsys, tmp_path):

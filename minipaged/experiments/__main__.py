@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,34 +31,31 @@ def parser() -> argparse.ArgumentParser:
         "`live` compares static batches, contiguous memory and paging on the real model instead.",
         epilog="Figures: " + ", ".join(FIGURES) + ".\n"
         "Each writes NAME.txt, .json, .png and .svg. What was computed once is kept in the cache folder.\n"
-        "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C.",
+        "Exit status: 0 fine, 1 a process died, 2 bad input, 130 interrupted by Ctrl-C.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = flags.add_argument
     add("figures", nargs="*", metavar="FIGURE", help="which ones (default: all but live)")
-    add("--quick", action="store_true", help="traces of a fifteenth of their length: about a minute, less exact")
+    add("--quick", action="store_true",
+        help="traces of a fifteenth: overload has no time to show, so rates come out too high")  # fmt: skip
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where files go (default: results)")
     add("--trace", type=Path, metavar="FILE",
         help=f"requests of your own for {', '.join(WITH_TRACE)}: one JSON object a line, "
         '{"prompt": 161, "output": 338}, and "arrival" in seconds if they come at given times')  # fmt: skip
-    add("--seed", type=_seed, default=0, metavar="N", help="of the drawn loads (default: 0)")
-    add("--jobs", type=_count, default=_processors(), metavar="N", help="processes (default: one for each processor)")
+    add("--seed", type=_at_least(0), metavar="N", help="of the drawn loads (default: 0; live: 1)")
+    add("--jobs", type=_at_least(1), default=_processors(), metavar="N",
+        help="processes (default: one for each processor)")
     add("--no-cache", action="store_true", help="compute everything anew, and keep nothing")
     return flags
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return number
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return int(text)
 
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
     return number
 
 
@@ -80,21 +80,38 @@ def main(arguments: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         flags.error(f"--out {args.out}: {error.strerror}")
-    folder = None if args.no_cache else cache_folder() / "experiments"
+    trace = args.trace.resolve() if args.trace else None
+    settings = Settings(args.quick, args.seed, args.jobs, None if args.no_cache else _kept(), trace)
     try:
-        run(names, Settings(args.quick, args.seed, args.jobs, folder, args.trace), args.out)
+        run(names, settings, args.out)
     except KeyboardInterrupt:
         _say("\ninterrupted; what was finished is kept")
         return 130
+    except (OSError, ValueError) as error:  # no model, no space, no requests that fit
+        flags.error(str(error))
+    except BrokenProcessPool:
+        _say("a process was killed, perhaps because memory ran out; what was finished is kept: try --jobs 1")
+        return 1
     return 0
+
+
+def _kept() -> Path | None:
+    """Where results are kept; None if they can't be."""
+    folder = cache_folder() / "experiments"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder if os.access(folder, os.W_OK) else None
+    except OSError:
+        return None
 
 
 def run(names: list[str], settings: Settings, out: Path) -> None:
     console = Console()
     with Study(settings) as study:
-        for name in names:
+        for name in dict.fromkeys(names):
             start = time.perf_counter()
             report = FIGURES[name](study) if name in FIGURES else live(settings)
+            report.title += " (quick)" if settings.quick else ""
             report.show(console)
             files = report.write(out)
             _say(f"{name}: {time.perf_counter() - start:.1f} s; {', '.join(str(file) for file in files)}")
@@ -106,6 +123,7 @@ def live(settings: Settings) -> Report:
 
     with progress("live") as advance:
         chosen = real.QUICK if settings.quick else real.LiveSettings()
+        chosen = chosen if settings.seed is None else replace(chosen, seed=settings.seed)
         result = real.run(chosen, lambda what, share: advance(round(100 * share), 100, f"live, {what}"))
     return real.report(result)
 

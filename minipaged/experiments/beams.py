@@ -159,6 +159,11 @@ class CountedPaged(Paged):
 
     def finish(self, iterations: int) -> list[Job]:
         self.sharing.add(self.memory.usage(), iterations)  # a stride ends before anybody needs another block
+        for group in self._groups.values():
+            if group.came == self._clock:  # its prompt has just been forked, for the next iteration
+                early = (self._samples - 1) * blocks_for(group.length, self.block_size)
+                self.sharing.saved -= early
+                self.sharing.without -= early
         return super().finish(iterations)
 
 

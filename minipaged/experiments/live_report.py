@@ -106,11 +106,12 @@ def tables(result: LiveResult) -> list[Table]:
     ]
 
 
-NOTES = """\
-tok/s: useful output tokens a second. batch: requests in it, the mean over time; most: the most of them.
-p50, p90, p99: milliseconds from arrival to the end, for each token of the answer. first: seconds to the first
-token, median. computed: tokens computed for one useful output token, with prompts, pads and surplus.
-waiting: percent of the time in which a request waited. If there was such a time, the account is of it alone."""
+NOTES = (
+    "tok/s: useful output tokens a second. batch: requests in it, the mean over time; most: the most of them. p50, p90 "
+    "and p99: milliseconds from arrival to the end, for each token of the answer. first: seconds to the first token, "
+    "median. computed: tokens computed for one useful output token, with prompts, pads and surplus.",
+    "waiting: percent of the time in which a request waited. If there was such a time, the account is of it alone.",
+)
 
 
 def _name(row: LiveRow) -> str:
@@ -140,12 +141,11 @@ def draw(result: LiveResult, median: Axes, tail: Axes, memory: Axes) -> None:
             points = sorted((row.rate, row.latency[part]) for row in result.rows if row.system == name and row.rate)
             if points:
                 plots.line(axes, [rate for rate, _ in points], [1000 * value for _, value in points], name)
-        axes.set_yscale("log")
-        plots.label(axes, "requests a second", f"normalized latency, {part}, ms for each token")
+        plots.logarithmic(axes)
+        plots.label(axes, "requests a second", "ms for each token")
     highest = max(math.inf if row.rate is None else row.rate for row in result.rows)
     last = [row for row in result.rows if (math.inf if row.rate is None else row.rate) == highest]
     plots.bars(memory, {row.system: row.account_waiting or row.account for row in last})
-    plots.label(memory, "percent of the memory while requests wait", "")
 
 
 def report(result: LiveResult) -> Report:
@@ -154,17 +154,17 @@ def report(result: LiveResult) -> Report:
     slots = settings["num_blocks"] * settings["block_size"]
     about = (
         f"{settings['model']} in {settings['dtype']} on {machine['cpu']}, {machine['threads']} threads, kernels "
-        f"{machine['kernels']};\n{settings['num_requests']} requests, prompts of {result.mean_prompt:.0f} and answers "
-        f"of {result.mean_output:.0f} tokens on\naverage; memory for {slots} tokens, that is, {result.most_contiguous} "
+        f"{machine['kernels']}; {settings['num_requests']} requests, prompts of {result.mean_prompt:.0f} and answers "
+        f"of {result.mean_output:.0f} tokens on average; memory for {slots} tokens, that is, {result.most_contiguous} "
         f"requests of {settings['max_model_len']}."
     )
 
     def picture() -> Figure:
-        names = ("Median", "90th percentile", "Memory, while requests wait")
+        names = ("Latency, median", "Latency, 90th percentile", "Memory, while requests wait")
         with plots.drawing(*names, size=(12.5, 3.4)) as (drawing, axes):
             draw(result, *axes)
         return drawing
 
     alt = "Latency over request rate, of static batches, contiguous memory and paging; and what is in the memory"
     title = "Live: three memories, one engine"
-    return Report("live", title, asdict(result), tables(result), [NOTES, about], picture, alt)
+    return Report("live", title, asdict(result), tables(result), [*NOTES, about], picture, alt)

@@ -34,8 +34,8 @@ import numpy as np
 
 LONGEST = 2048  # tokens of prompt and answer together
 LONGEST_PROMPT = LONGEST_ANSWER = 1024  # the latter in chats only
-# Chats: a question comes after so many rounds on average, as many again in one chat of two, and so on (geometric).
-# Of all that was said the last 1024 tokens are the prompt, and the answer ends at 1024 (paper, section 6.4).
+# Chats: a question comes after so many rounds on average (geometric; our guess). Of all that was said the last 1024
+# tokens are the prompt, and the answer ends at 1024 (paper, section 6.4).
 CHAT_ROUNDS = 3.5
 
 
@@ -97,8 +97,6 @@ def _from_trace(found: list[Job], rate: float, seconds: float, seed: int) -> lis
     drawn: list[Job] = []
     timed = found[0].arrival >= 0
     length = found[-1].arrival * (1 + 1 / len(found))  # and after as long as usual it begins anew
-    if timed and length == 0:
-        raise TraceError("the arrivals of the trace are all 0, so they have no rate")
     now = 0.0
     for number in count():
         job = found[number % len(found)]
@@ -166,17 +164,23 @@ def read_trace(path: Path) -> list[Job]:
     random, as drawn loads do.
     """
     found: list[Job] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise TraceError(f"{path} is no text; one JSON object a line is wanted, {EXAMPLE}") from None
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 found.append(_read_job(json.loads(line)))
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, OverflowError, RecursionError) as error:
                 raise TraceError(f"{path}, line {number}: {error}") from None
     if not found:
         raise TraceError(f"{path}: no requests; one JSON object a line is wanted, {EXAMPLE}")
     timed = [job.arrival for job in found if job.arrival >= 0]
     if timed and (len(timed) < len(found) or timed != sorted(timed)):
         raise TraceError(f"{path}: either all lines or none must have an arrival, and arrivals must not fall")
+    if timed and timed[-1] == 0:
+        raise TraceError(f"{path}: the arrivals are all 0, so they have no rate; leave them out")
     return found
 
 

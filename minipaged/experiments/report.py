@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from minipaged.teaching import plots
 
@@ -37,16 +39,16 @@ class Table:
         return "\n".join([self.title, *aligned])
 
     def rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left", title_style="bold", header_style="bold")
+        table = RichTable(title=Text(self.title), title_justify="left", title_style="bold", header_style="bold")
         for column, name in enumerate(self.header):
-            table.add_column(name, justify="right" if column else "left")
+            table.add_column(Text(name), justify="right" if column else "left")
         for row in self.rows:
-            table.add_row(*(_coloured(cell) for cell in row))
+            table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
         return table
 
 
-def _coloured(cell: str) -> str:
-    return {"met": "[green]met[/]", "missed": "[red]missed[/]"}.get(cell, cell)
+COLOURS = {"met": "green", "missed": "red"}
+WIDTH = 90  # of notes in a pipe and in files
 
 
 @dataclass
@@ -62,14 +64,15 @@ class Report:
     alt: str = ""
 
     def text(self) -> str:
-        return "\n\n".join([f"=== {self.title}", *(table.text() for table in self.tables), *self.notes]) + "\n"
+        notes = ["\n".join(textwrap.fill(line, WIDTH) for line in note.splitlines()) for note in self.notes]
+        return "\n\n".join([f"=== {self.title}", *(table.text() for table in self.tables), *notes]) + "\n"
 
     def show(self, console: Console) -> None:
         """On a terminal with colour and lines, else as text."""
         if not console.is_terminal:
             console.print(self.text(), markup=False, highlight=False, soft_wrap=True)
             return
-        console.rule(f"[bold]{self.title}", align="left")
+        console.rule(Text(self.title, style="bold"), align="left")
         for table in self.tables:
             console.print(table.rich())
         for note in self.notes:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from math import log
 from pathlib import Path
 
 from minipaged.experiments.beams import PagedBeams
 from minipaged.experiments.hardware import SERVERS
-from minipaged.experiments.loads import Job, jobs
+from minipaged.experiments.loads import NAMES, Job, jobs
 from minipaged.experiments.paged import Paged
 from minipaged.experiments.simulation import Outcome, simulate
 from minipaged.experiments.systems import FasterTransformer, Orca, System
@@ -37,7 +37,7 @@ class Run:
 
     system: str
     server: str
-    load: str  # of loads.NAMES, or a file with a trace
+    load: str  # of loads.NAMES, or the path of a trace
     rate: float
     seconds: float
     seed: int = 0
@@ -110,7 +110,7 @@ def _read(file: Path) -> Result | None:
 
 
 def _key(run: Run) -> str:
-    trace = Path(run.load).read_bytes() if run.load.endswith(".jsonl") else b""
+    trace = b"" if run.load in NAMES else Path(run.load).read_bytes()
     return hashlib.sha256(f"{_source()} {run}".encode() + trace).hexdigest()[:32]
 
 
@@ -125,27 +125,37 @@ def _source() -> str:
 # --- finding where a system gives up --------------------------------------------------------------------------------
 
 LATENCY = 1.0  # seconds per token: where a system counts as overloaded; about where the paper's plots end
-FRACTIONS = (0.4, 0.7, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.2, 3.0)  # of what it can answer when there is always a queue
+FRACTIONS = (0.4, 0.7, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.2, 3, 4, 6, 9)  # of what it answers if there is always a queue
+NEAR = 1.06  # rates around the crossing: so far apart at most, or one between them is tried
 Points = list[tuple[float, Result]]  # by rate
 
 
 def sweep(run: Run, limit: float = LATENCY) -> Generator[Run, Result, Points]:
-    """Rising rates, from little load to the first at which the latency is beyond the limit; then where it crosses it.
+    """Rising rates, from little load to the first at which the latency is beyond the limit; then nearer to it.
 
     Yields the next run, wants its result, and returns the points by rate.
     """
     crowd = yield replace(run, rate=1000.0, seconds=2.0)
     points: Points = []
     for fraction in FRACTIONS:
-        rate = float(f"{fraction * crowd.throughput:.3g}")
+        rate = _rounded(fraction * crowd.throughput)
         points.append((rate, (yield replace(run, rate=rate))))
         if points[-1][1].latency > limit:
             break
-    guess = crossing((rate, result.latency) for rate, result in points)
-    if guess == guess and len(points) > 1:  # it is there, so a run there tells where exactly
-        rate = float(f"{guess:.3g}")
-        points.insert(-1, (rate, (yield replace(run, rate=rate))))
+    for _ in range(2):
+        guess = crossing(((rate, result.latency) for rate, result in points), limit)
+        if math.isnan(guess):
+            break
+        place = next(i for i, (_, result) in enumerate(points) if result.latency >= limit)
+        if points[place][0] < NEAR * points[place - 1][0]:
+            break
+        rate = _rounded(guess)
+        points.insert(place, (rate, (yield replace(run, rate=rate))))
     return points
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def crossing(points: Iterable[tuple[float, float]], limit: float = LATENCY) -> float:
@@ -161,7 +171,7 @@ def crossing(points: Iterable[tuple[float, float]], limit: float = LATENCY) -> f
         if latency >= limit:
             if before is None:
                 break
-            share = log(limit / before[1]) / log(latency / before[1])
+            share = math.log(limit / before[1]) / math.log(latency / before[1])
             return before[0] + share * (rate - before[0])
         before = (rate, latency)
     return float("nan")

@@ -16,7 +16,7 @@ from minipaged.experiments.systems import KINDS, Account, System, Work
 
 @dataclass
 class Outcome:
-    """What came of a run. Means over time are taken until the last request came, when the queue starts to empty."""
+    """What came of a run. Means are over the time in which something runs, until the last request has come."""
 
     latencies: list[float] = field(default_factory=list)  # seconds from arrival to the end, by tokens of the answer
     mean_batch: float = 0.0  # requests in the batch

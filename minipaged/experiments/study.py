@@ -7,6 +7,7 @@ import queue
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,11 @@ from minipaged.experiments.runs import Points, Result, Run, execute, sweep
 class Settings:
     """What the user chose. quick: traces of a fifteenth. folder: where results are kept; None: nowhere.
 
-    load: instead of a figure's own one, a file with a trace (Figures 2, 12 and 13).
+    trace: a file with requests, instead of a figure's own (Figures 2, 12 and 13).
     """
 
     quick: bool = False
-    seed: int = 0
+    seed: int | None = None
     workers: int = 1
     folder: Path | None = None
     trace: Path | None = None
@@ -37,21 +38,24 @@ class Study:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.num_runs = 0  # that were asked for, whether they were computed or read
-        if settings.folder:
-            settings.folder.mkdir(parents=True, exist_ok=True)
+        self.seed = settings.seed or 0
 
     def __enter__(self) -> Study:
-        self._pool = multiprocessing.Pool(self.settings.workers, _leave_interrupts_to_the_parent)
+        self._pool = ProcessPoolExecutor(self.settings.workers, initializer=_leave_interrupts_to_the_parent)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._pool.terminate()
-        self._pool.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():  # what they were at is of no use any more
+            worker.terminate()
 
     def seconds(self, full: float) -> float:
         """How long a trace is: the paper's length, or a part of it."""
         return full / 15 if self.settings.quick else full
+
+    def goal(self, allowed: float) -> float | None:
+        """How far a number may be off: it is said of whole traces only."""
+        return None if self.settings.quick else allowed
 
     def results(self, title: str, runs: Iterable[Run]) -> list[Result]:
         return self._drive(title, [_once(run) for run in runs], 1)
@@ -66,7 +70,7 @@ class Study:
 
     def _drive(self, title: str, asking: list[Generator[Any, Any, Any]], usual: int) -> list[Any]:
         """Feed generators with the results of what they yield, as these come. usual: how many each is going to want."""
-        answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
         returned: list[Any] = [None] * len(asking)
         asked = [0] * len(asking)
 
@@ -77,13 +81,8 @@ class Study:
                 returned[index], asked[index] = end.value, -1
                 return
             asked[index] += 1
-            self.num_runs += 1
             function, arguments = wanted if isinstance(wanted, tuple) else (execute, (wanted, self.settings.folder))
-            self._pool.apply_async(
-                function, arguments,
-                callback=lambda result: answers.put((index, result, None)),
-                error_callback=lambda error: answers.put((index, None, error)),
-            )  # fmt: skip
+            self._pool.submit(function, *arguments).add_done_callback(lambda future: answers.put((index, future)))
 
         with progress(title) as advance:
             done = 0
@@ -91,11 +90,9 @@ class Study:
                 step(index, None)
             while any(count > 0 for count in asked):
                 advance(done, done + sum(max(usual - count + 1, 1) for count in asked if count > 0))
-                index, result, error = answers.get()
-                if error:
-                    raise error
+                index, future = answers.get()
                 done += 1
-                step(index, result)
+                step(index, future.result())
         return returned
 
 

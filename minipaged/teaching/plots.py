@@ -21,6 +21,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 INK, GREY, PAPER = "#222222", "#8a8a8a", "#ffffff"
 # Okabe and Ito's colours, those that stand out on white; a dash and a marker for each.
@@ -88,6 +89,14 @@ def figure(
 def label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def logarithmic(axes: Axes) -> None:
+    """The y axis, with plain numbers at 1, 2, 5, 10, ..."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.minorticks_off()
 
 
 def line(

@@ -1,8 +1,9 @@
 """The figures of the paper, each a function: what a Study computes -> Report."""
 
 from minipaged.experiments.figures.blocks import figure18, figure19
-from minipaged.experiments.figures.memory import figure2, figure13, figure15, table1
-from minipaged.experiments.figures.rates import figure12, figure14, figure16, figure17, today
+from minipaged.experiments.figures.memory import figure2, figure13, table1
+from minipaged.experiments.figures.rates import figure12, figure17, today
+from minipaged.experiments.figures.sharing import figure14, figure15, figure16
 
 FIGURES = {
     "table1": table1,

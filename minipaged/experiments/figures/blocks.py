@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from minipaged.experiments import paper
 from minipaged.experiments.figures.rates import LOADS
@@ -25,7 +24,7 @@ CONTEXT = 256  # tokens that are swapped or recomputed in Figure 19a
 def figure18(study: Study) -> Report:
     """Latency over the size of a block."""
     runs = [
-        Run("paged", "13b", load, rate, study.seconds(seconds), study.settings.seed, block_size=size,
+        Run("paged", "13b", load, rate, study.seconds(seconds), study.seed, block_size=size,
             preemption="recompute")
         for load, (rate, seconds) in BUSY.items() for size in SIZES
     ]  # fmt: skip
@@ -63,11 +62,8 @@ def _draw_sizes(title: str, lines: Mapping[str, Mapping[int, float]], y: str) ->
         for name, line in lines.items():
             plots.line(axes, list(line), list(line.values()), name)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks(SIZES, list(map(str, SIZES)))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.minorticks_off()
+        plots.logarithmic(axes)
         plots.label(axes, "block size (tokens)", y)
     return picture
 
@@ -85,7 +81,7 @@ def costs() -> dict[str, dict[int, float]]:
 def figure19(study: Study) -> Report:
     """Swapping and recomputing: what one of them costs, and what a server's users notice."""
     runs = [
-        Run("paged", "13b", load, rate, study.seconds(seconds), study.settings.seed, block_size=size, preemption=mode)
+        Run("paged", "13b", load, rate, study.seconds(seconds), study.seed, block_size=size, preemption=mode)
         for load, (rate, seconds) in BUSY.items() for mode in ("swap", "recompute") for size in SIZES
     ]  # fmt: skip
     found = study.results("Figure 19", runs)

@@ -32,7 +32,7 @@ def figure12(study: Study) -> Report:
     trace = study.settings.trace
     loads = [str(trace)] if trace else ["sharegpt", "alpaca"]
     runs = [
-        Run(system, server, load, 0, study.seconds(TRACES[server]), study.settings.seed)
+        Run(system, server, load, 0, study.seconds(TRACES[server]), study.seed)
         for load in reversed(loads) for server in TRACES for system in reversed(SYSTEMS)
     ]  # fmt: skip  # the longest first
     points = dict(zip(runs, study.sweeps("Figure 12", runs), strict=True))
@@ -42,16 +42,16 @@ def figure12(study: Study) -> Report:
     }  # fmt: skip
     tables = [_rates(panels)]
     if not trace:
-        tables += [_crossings(panels["13b", load], load) for load in loads] + [_order(panels)]
+        tables += [_crossings(study, panels["13b", load], load) for load in loads] + [_order(panels)]
     return Report(
-        "fig12", "Figure 12: latency over request rate", _data(panels), tables, [THRESHOLD],
+        "fig12", "Figure 12: latency over request rate", curves_data(panels), tables, [THRESHOLD],
         lambda: draw_curves(panels, {("13b", load): paper.CROSSINGS.get(load, {}) for load in loads}),
         "Six panels: latency stays low, and then rises like a wall; minipaged's wall is furthest to the right",
     )  # fmt: skip
 
 
 THRESHOLD = (
-    f"Rates are those at which the normalized latency crosses {LATENCY:g} second per token, over the whole trace. An\n"
+    f"Rates are those at which the normalized latency crosses {LATENCY:g} second per token, over the whole trace. An "
     "overloaded system's latency depends on how long the trace is, so the threshold is part of the number."
 )
 
@@ -74,9 +74,9 @@ def _rates(panels: Mapping[tuple[str, str], Curves]) -> Table:
     return Table("What each system can take, and ours by theirs", header, rows)
 
 
-def _crossings(curves: Curves, load: str) -> Table:
+def _crossings(study: Study, curves: Curves, load: str) -> Table:
     rates, theirs = walls(curves), paper.CROSSINGS[load]
-    allowed = 25 if load == "sharegpt" else None
+    allowed = study.goal(25) if load == "sharegpt" else None
     points = [Point(SYSTEMS[system], rates[system], theirs[system], "read", allowed) for system in theirs]
     return compare(f"OPT-13B, {LOADS[load]}: requests a second at 1 s/token", points)
 
@@ -90,7 +90,7 @@ def _order(panels: Mapping[tuple[str, str], Curves]) -> Table:
     return Table("The order of the systems", ["panel", "goal"], rows)
 
 
-def _data(panels: Mapping[tuple[Any, ...], Curves]) -> dict[str, Any]:
+def curves_data(panels: Mapping[tuple[Any, ...], Curves]) -> dict[str, Any]:
     return {
         " ".join(map(str, panel)): {
             system: [{"rate": rate, **asdict(result)} for rate, result in points] for system, points in curves.items()
@@ -125,98 +125,13 @@ def draw_curves(
     return picture
 
 
-# --- Figure 14: several answers to a prompt -------------------------------------------------------------------------
-
-
-CROWD = {"samples": 2000, "beams": 300}  # requests that all come at once; beams cost the simulation a lot
-
-
-def figure14(study: Study) -> Report:
-    """Parallel sampling and beam search on Alpaca: what sharing is worth."""
-    systems = ("max", "pow2", "oracle", "paged")
-    kinds = [("samples", 1), *((kind, n) for kind in CROWD for n in (2, 4, 6))]
-    runs = [
-        Run(system, "13b", "alpaca", 1000.0, study.seconds(CROWD[kind] / 1000), study.settings.seed, samples=n,
-            beams=kind == "beams")
-        for kind, n in reversed(kinds) for system in reversed(systems)
-    ]  # fmt: skip
-    found = {(run.beams, run.samples, run.system): result.throughput
-             for run, result in zip(runs, study.results("Figure 14", runs), strict=True)}  # fmt: skip
-    rates = {(kind, n): {system: found[kind == "beams", n, system] for system in systems} for kind, n in kinds}
-    cells = [
-        [f"{n} {kind}", *(f"{rate[system]:.2f}" for system in systems), f"{rate['paged'] / rate['oracle']:.2f}x"]
-        for (kind, n), rate in rates.items()
-    ]  # fmt: skip
-    compared = [
-        Point(f"{n} {kind}", rates[kind, n]["paged"] / rates[kind, n]["oracle"], theirs, "recalled")
-        for (kind, n), theirs in paper.OVER_ORACLE.items()
-    ]
-    return Report(
-        "fig14", "Figure 14: several answers to a prompt (OPT-13B, Alpaca)",
-        {f"{n} {kind}": rate for (kind, n), rate in rates.items()},
-        [
-            Table("Requests a second, always a queue", ["", "Max", "Pow2", "Oracle", "ours", "/Oracle"], cells),
-            compare("Ours by Orca (Oracle)", compared),
-        ],
-        ["The baselines share nothing, and copy beams for nothing: that flatters them."],
-        lambda: _draw14(rates), "Two panels: the more answers to a prompt, the larger our lead over Orca",
-    )  # fmt: skip
-
-
-def _draw14(rows: Mapping[tuple[str, int], Mapping[str, float]]) -> Figure:
-    with plots.drawing("Parallel sampling", "Beam search") as (picture, axes):
-        for one, kind in zip(axes, ("samples", "beams"), strict=True):
-            counts = [n for name, n in rows if name == kind]
-            for system in ("max", "pow2", "oracle"):
-                ratios = [rows[kind, n]["paged"] / rows[kind, n][system] for n in counts]
-                plots.line(one, counts, ratios, SYSTEMS[system])
-            plots.label(one, kind, "our throughput by theirs")
-            one.set_yscale("log")
-            one.set_yticks((1, 2, 5, 10, 20), list(map(str, (1, 2, 5, 10, 20))))
-            one.minorticks_off()
-            one.set_xticks(counts)
-    return picture
-
-
-# --- Figure 16: prompts that begin alike ----------------------------------------------------------------------------
-
-
-def figure16(study: Study) -> Report:
-    """Translation with one or five examples before every sentence: 80 or 341 tokens that all prompts share."""
-    runs = [
-        Run(system, "13b", "translation", 0, study.seconds(600), study.settings.seed, prefix=prefix)
-        for prefix in paper.PREFIX_SPEEDUP for system in ("paged", "oracle")
-    ]  # fmt: skip
-    points = dict(zip(runs, study.sweeps("Figure 16", runs), strict=True))
-    panels = {
-        prefix: {run.system: points[run] for run in runs if run.prefix == prefix} for prefix in paper.PREFIX_SPEEDUP
-    }
-    rates = {prefix: walls(curves) for prefix, curves in panels.items()}
-    compared = [
-        Point(f"{prefix} tokens in common", rates[prefix]["paged"] / rates[prefix]["oracle"], theirs, "said")
-        for prefix, theirs in paper.PREFIX_SPEEDUP.items()
-    ]
-    cells = [[f"{prefix} tokens", f"{rate['oracle']:.2f}", f"{rate['paged']:.2f}"] for prefix, rate in rates.items()]
-    return Report(
-        "fig16", "Figure 16: prompts that begin alike (LLaMA-13B, translation)",
-        _data({(prefix,): curves for prefix, curves in panels.items()}),
-        [
-            Table("Requests a second at 1 s/token", ["in common", "Orca (Oracle)", "ours"], cells),
-            compare("Throughput, ours by Orca (Oracle)", compared),
-        ],
-        ["LLaMA-13B has the sizes of OPT-13B. Lengths of sentences are our guess: see loads.py."],
-        lambda: draw_curves({("13b", f"{prefix} tokens in common"): curves for prefix, curves in panels.items()}, {}),
-        "Two panels: with a shared prefix minipaged takes several times as many requests",
-    )  # fmt: skip
-
-
 # --- Figure 17: chats ------------------------------------------------------------------------------------------------
 
 
 def figure17(study: Study) -> Report:
     """Chats: the prompt is the last 1024 tokens of what was said, so most prompts are long."""
     runs = [
-        Run(system, "13b", "chat", 0, study.seconds(HOUR), study.settings.seed)
+        Run(system, "13b", "chat", 0, study.seconds(HOUR), study.seed)
         for system in ("paged", "oracle", "pow2", "max")
     ]  # fmt: skip
     points = study.sweeps("Figure 17", runs)
@@ -228,7 +143,7 @@ def figure17(study: Study) -> Report:
     ]
     cells = [[SYSTEMS[name], f"{rate:.2f}"] for name, rate in rates.items()]
     return Report(
-        "fig17", "Figure 17: chats of several rounds (OPT-13B)", _data({("13b", "chat"): curves}),
+        "fig17", "Figure 17: chats of several rounds (OPT-13B)", curves_data({("13b", "chat"): curves}),
         [Table("Requests a second at 1 s/token", ["", "req/s"], cells), compare("Our rate", compared)],
         ["More than half of the prompts have 1024 tokens, so with any answer a buddy allocator gives 2048."],
         lambda: draw_curves({("13b", "chat"): curves}, {}), "The three Orcas lie on each other; minipaged takes more",
@@ -241,7 +156,7 @@ def figure17(study: Study) -> Report:
 def today(study: Study) -> Report:
     """A model and a GPU of today under the paper's loads: four times fewer keys and values, four times the memory."""
     runs = [
-        Run(system, "llama", load, 0, study.seconds(HOUR / 4), study.settings.seed)
+        Run(system, "llama", load, 0, study.seconds(HOUR / 4), study.seed)
         for load in ("alpaca", "sharegpt") for system in reversed(SYSTEMS)
     ]  # fmt: skip
     points = dict(zip(runs, study.sweeps("Today", runs), strict=True))
@@ -250,8 +165,8 @@ def today(study: Study) -> Report:
         for load in ("sharegpt", "alpaca")
     }
     return Report(
-        "today", "Today: Llama-3-8B on an H100", _data(panels), [_rates(panels)],
-        ["Hundreds of requests fit, even with Orca (Max), and the host's work for each of them, which is that of 2023\n"
+        "today", "Today: Llama-3-8B on an H100", curves_data(panels), [_rates(panels)],
+        ["Hundreds of requests fit, even with Orca (Max), and the host's work for each of them, which is that of 2023 "
          "here, takes longer than the GPU's: memory is no longer what limits. Engines of today overlap the two."],
         lambda: draw_curves(panels, {}), "Two panels: all systems that schedule by iteration lie close together",
     )  # fmt: skip
