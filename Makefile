@@ -3,7 +3,7 @@
 # make lab          set up, then open the chapters in JupyterLab
 # make chapters     run all chapters anew and write their notebooks
 # make bench        this engine beside others on the same weights (long: half an hour on two cores)
-# make experiments  the paper's evaluation, redone (ten minutes on two cores)
+# make experiments  the paper's evaluation, redone (a quarter of an hour on two cores)
 # make lint         style and types
 
 PYTHON ?= python3

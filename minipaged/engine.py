@@ -18,10 +18,10 @@ from itertools import count
 
 from kernels import load as load_kernels
 from minipaged.beam_search import BeamSearchParams
+from minipaged.cache import cache_folder
 from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.models import load
-from minipaged.models.fetch import cache_folder
 from minipaged.outputs import RequestOutput, Texts, beam_outputs
 from minipaged.plan import StepOutput, StepPlan
 from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve

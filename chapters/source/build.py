@@ -35,8 +35,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kernels import load as load_kernels
+from minipaged.cache import cache_folder
 from minipaged.models import ModelError
-from minipaged.models.fetch import cache_folder, fetch_smollm2
+from minipaged.models.fetch import fetch_smollm2
 
 SOURCES = Path(__file__).resolve().parent
 CHAPTERS = SOURCES.parent

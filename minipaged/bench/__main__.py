@@ -21,9 +21,9 @@ from minipaged.bench.loads import Load, Run, make_load
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
+from minipaged.cache import cache_folder
 from minipaged.engine import LLM
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
-from minipaged.models.fetch import cache_folder
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.runner import DTYPES, kv_bytes_per_token, resolve
 

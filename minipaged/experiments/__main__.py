@@ -14,11 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minipaged.cache import cache_folder
 from minipaged.experiments.figures import FIGURES
 from minipaged.experiments.loads import TraceError, read_trace
 from minipaged.experiments.report import Report
 from minipaged.experiments.study import Settings, Study, progress
-from minipaged.models.fetch import cache_folder
 
 WITH_TRACE = ("fig2", "fig12", "fig13")  # of which a user's own requests can be asked
 

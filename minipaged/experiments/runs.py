@@ -126,23 +126,24 @@ def _source() -> str:
 
 LATENCY = 1.0  # seconds per token: where a system counts as overloaded; about where the paper's plots end
 FRACTIONS = (0.4, 0.7, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.2, 3, 4, 6, 9)  # of what it answers if there is always a queue
+COARSE = (0.5, 1, 2, 5)  # for a quick look
 NEAR = 1.06  # rates around the crossing: so far apart at most, or one between them is tried
 Points = list[tuple[float, Result]]  # by rate
 
 
-def sweep(run: Run, limit: float = LATENCY) -> Generator[Run, Result, Points]:
+def sweep(run: Run, limit: float = LATENCY, coarse: bool = False) -> Generator[Run, Result, Points]:
     """Rising rates, from little load to the first at which the latency is beyond the limit; then nearer to it.
 
     Yields the next run, wants its result, and returns the points by rate.
     """
-    crowd = yield replace(run, rate=1000.0, seconds=2.0)
+    crowd = yield replace(run, rate=1000.0, seconds=min(2.0, run.seconds / 300))
     points: Points = []
-    for fraction in FRACTIONS:
+    for fraction in COARSE if coarse else FRACTIONS:
         rate = _rounded(fraction * crowd.throughput)
         points.append((rate, (yield replace(run, rate=rate))))
         if points[-1][1].latency > limit:
             break
-    for _ in range(2):
+    for _ in range(0 if coarse else 2):
         guess = crossing(((rate, result.latency) for rate, result in points), limit)
         if math.isnan(guess):
             break

@@ -42,6 +42,8 @@ class Study:
 
     def __enter__(self) -> Study:
         self._pool = ProcessPoolExecutor(self.settings.workers, initializer=_leave_interrupts_to_the_parent)
+        with _interrupts_later():
+            self._pool.submit(int)  # starts all workers
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -62,7 +64,7 @@ class Study:
 
     def sweeps(self, title: str, runs: Iterable[Run]) -> list[Points]:
         """For each run the points from little load to too much; its own rate does not matter."""
-        return self._drive(title, [sweep(run) for run in runs], 6)
+        return self._drive(title, [sweep(run, coarse=self.settings.quick) for run in runs], 6)
 
     def each(self, title: str, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> list[Any]:
         """[function(*item) for item in items], on all processors. A function of a module, so that it can be sent."""
@@ -98,6 +100,19 @@ class Study:
 
 def _once(wanted: Any) -> Generator[Any, Any, Any]:
     return (yield wanted)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Python loses a Ctrl-C that comes while it forks, so it waits until that is done."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _leave_interrupts_to_the_parent() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import kernels
+from minipaged.cache import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
-from minipaged.models.fetch import INSTEAD, cache_folder, fetch_from_hub, fetch_smollm2
+from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama

@@ -14,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 
+from minipaged.cache import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint
 from minipaged.models.config import ModelError
 
@@ -24,15 +25,6 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_FILES = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors", "model.safetensors.index.json"]
 INSTEAD = "pass a folder in Hugging Face layout or a .gguf file"
-
-
-def cache_folder() -> Path:
-    """MINIPAGED_CACHE, else ``minipaged`` in the user's cache directory as the operating system has it."""
-    if os.environ.get("MINIPAGED_CACHE"):
-        return Path(os.environ["MINIPAGED_CACHE"]).expanduser()
-    system = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
-    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return Path(base or Path.home() / system) / "minipaged"
 
 
 def fetch_smollm2() -> Path:

@@ -6,6 +6,7 @@ one second. A multiple of one system's rate to another's means little without th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +43,8 @@ def figure12(study: Study) -> Report:
     }  # fmt: skip
     tables = [_rates(panels)]
     if not trace:
-        tables += [_crossings(study, panels["13b", load], load) for load in loads] + [_order(panels)]
+        tables += [_crossings(study, panels["13b", load], load) for load in loads]
+        tables += [] if study.settings.quick else [_order(panels)]
     return Report(
         "fig12", "Figure 12: latency over request rate", curves_data(panels), tables, [THRESHOLD],
         lambda: draw_curves(panels, {("13b", load): paper.CROSSINGS.get(load, {}) for load in loads}),
@@ -68,10 +70,15 @@ def _rates(panels: Mapping[tuple[str, str], Curves]) -> Table:
         ratios = [rates["paged"] / rates[system] for system in rates if system != "paged"]
         rows.append([
             f"{SERVERS[server].model}, {LOADS.get(load, load)}",
-            *(f"{rate:.2f}" for rate in rates.values()), *(f"{ratio:.1f}x" for ratio in reversed(ratios)),
+            *(_number(rate, "{:.2f}") for rate in rates.values()),
+            *(_number(ratio, "{:.1f}x") for ratio in reversed(ratios)),
         ])  # fmt: skip
     header = ["req/s at 1 s/token", "FT", "Max", "Pow2", "Oracle", "ours", "/Oracle", "/Pow2", "/Max", "/FT"]
-    return Table("What each system can take, and ours by theirs", header, rows)
+    return Table("What each system can take, and ours by theirs (-: the trace is too short to tell)", header, rows)
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
 
 
 def _crossings(study: Study, curves: Curves, load: str) -> Table:
