@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -39,7 +40,8 @@ class Table:
         return "\n".join([self.title, *aligned])
 
     def rich(self) -> RichTable:
-        table = RichTable(title=Text(self.title), title_justify="left", title_style="bold", header_style="bold")
+        look: Any = dict(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left", title_style="bold")
+        table = RichTable(title=Text(self.title), **look)
         for column, name in enumerate(self.header):
             table.add_column(Text(name), justify="right" if column else "left")
         for row in self.rows:
