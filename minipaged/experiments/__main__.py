@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("figures", nargs="*", metavar="FIGURE", help="which ones (default: all but live)")
     add("--quick", action="store_true",
-        help="traces of a fifteenth: overload has no time to show, so rates come out too high")  # fmt: skip
+        help="a look, in a minute: traces of a fifteenth, in which overload has no time to show")  # fmt: skip
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where files go (default: results)")
     add("--trace", type=Path, metavar="FILE",
         help=f"requests of your own for {', '.join(WITH_TRACE)}: one JSON object a line, "
