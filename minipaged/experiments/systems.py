@@ -107,24 +107,14 @@ class Running:
     asked: int  # slots that it reserved for each; the allocator may have rounded them up
 
 
-class Orca:
-    """Iteration-level scheduling; a contiguous piece for each request, by first come, first served.
-
-    reserve: "max", "pow2" or "oracle": how many slots a request asks for. samples: sequences of a request; they are
-    equally long, the prompt is computed for one of them and copied to the others at no cost, and nothing is shared.
-    """
+class Contiguous:
+    """What the two have in common: a queue, and memory that is given out in pieces."""
 
     block_size = None
 
-    def __init__(self, num_slots: int, reserve: str, samples: int = 1):
+    def __init__(self, num_slots: int):
         self._memory = Buddy(num_slots)
-        self._reserve, self._samples = RESERVATIONS[reserve], samples
         self._waiting: deque[Job] = deque()
-        self._running: list[tuple[int, int, Running]] = []  # a heap: who ends first
-        self._order = count()
-        self._clock = 0  # iterations so far
-        # Of all who run, kept up to date: slots that hold tokens, that will, that were asked for, that were given.
-        self._stored = self._kept = self._asked = self._given = 0
 
     def submit(self, job: Job) -> None:
         self._waiting.append(job)
@@ -132,6 +122,23 @@ class Orca:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+
+class Orca(Contiguous):
+    """Iteration-level scheduling; a contiguous piece for each request, by first come, first served.
+
+    reserve: "max", "pow2" or "oracle": how many slots a request asks for. samples: sequences of a request; they are
+    equally long, the prompt is computed for one of them and copied to the others at no cost, and nothing is shared.
+    """
+
+    def __init__(self, num_slots: int, reserve: str, samples: int = 1):
+        super().__init__(num_slots)
+        self._reserve, self._samples = RESERVATIONS[reserve], samples
+        self._running: list[tuple[int, int, Running]] = []  # a heap: who ends first
+        self._order = count()
+        self._clock = 0  # iterations so far
+        # Of all who run, kept up to date: slots that hold tokens, that will, that were asked for, that were given.
+        self._stored = self._kept = self._asked = self._given = 0
 
     @property
     def num_running(self) -> int:
@@ -203,27 +210,17 @@ class Orca:
         )
 
 
-class FasterTransformer:
+class FasterTransformer(Contiguous):
     """Static batches of the earliest requests, each with a piece for the longest that there can be.
 
     Prompts are padded to the longest of the batch, and the batch runs until its longest answer is complete. Then all
     have their answers, and the next batch begins.
     """
 
-    block_size = None
-
     def __init__(self, num_slots: int):
-        self._memory = Buddy(num_slots)
-        self._waiting: deque[Job] = deque()
+        super().__init__(num_slots)
         self._batch: list[tuple[Job, tuple[int, int]]] = []
         self._step = 0  # iterations of this batch so far
-
-    def submit(self, job: Job) -> None:
-        self._waiting.append(job)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def num_running(self) -> int:

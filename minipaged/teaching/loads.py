@@ -3,34 +3,18 @@
 The paper draws them from two data sets of conversations, of which Figure 11 gives the mean lengths. The data sets
 themselves are not here, so lengths are drawn from log-normal distributions, which are what lengths of texts look
 like: many short ones, a few very long. The means are the paper's. The spread is our choice, and stated below.
+
+This is the plain version, for the first chapters. Chapter 15 reads the spread out of one of the paper's figures, and
+draws again what is too long, instead of cutting it: minipaged/experiments/loads.py.
 """
 
 import math
-from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
 
+from minipaged.experiments.loads import Job, Lengths
+
 MAX_LEN = 2048  # tokens of prompt and answer together: the limit of OPT, the paper's model
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request: seconds until it comes, tokens of its prompt, and tokens of the answer it is going to get."""
-
-    arrival: float
-    prompt: int
-    output: int
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens (paper, Figure 11), and the standard deviations of their logarithms (chosen here)."""
-
-    prompt: float
-    output: float
-    prompt_spread: float
-    output_spread: float
-
 
 # Alpaca's instructions are short and alike; what people pasted into ShareGPT's conversations varies most.
 SHAREGPT = Lengths(prompt=161.31, output=337.99, prompt_spread=1.2, output_spread=0.9)
