@@ -3,25 +3,28 @@
 `LLM` runs a model, `SamplingParams` says what is wanted of it.
 """
 
+import os
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minipaged.beam_search import BeamSearchParams
     from minipaged.engine import LLM
-    from minipaged.outputs import CompletionOutput, RequestOutput
-    from minipaged.sampling_params import SamplingParams
-    from minipaged.scheduler import RequestRefused
+    from minipaged.requests.beam_search_params import BeamSearchParams
+    from minipaged.requests.sampling_params import SamplingParams
+    from minipaged.scheduling.scheduler import RequestRefused
+    from minipaged.text.outputs import CompletionOutput, RequestOutput
 
 __all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "RequestRefused", "SamplingParams"]
 
 _HOMES = {
     "LLM": "engine",
-    "BeamSearchParams": "beam_search",
-    "CompletionOutput": "outputs",
-    "RequestOutput": "outputs",
-    "SamplingParams": "sampling_params",
-    "RequestRefused": "scheduler",
+    "BeamSearchParams": "requests.beam_search_params",
+    "CompletionOutput": "text.outputs",
+    "RequestOutput": "text.outputs",
+    "SamplingParams": "requests.sampling_params",
+    "RequestRefused": "scheduling.scheduler",
 }
 
 
@@ -31,3 +34,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"minipaged.{_HOMES[name]}"), name)
     return value
+
+
+def cache_folder() -> Path:
+    """Where things are kept that were fetched, built or computed once.
+
+    MINIPAGED_CACHE, else ``minipaged`` in the user's cache directory as the operating system has it.
+    """
+    if os.environ.get("MINIPAGED_CACHE"):
+        return Path(os.environ["MINIPAGED_CACHE"]).expanduser()
+    system = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    return Path(base or Path.home() / system) / "minipaged"

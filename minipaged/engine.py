@@ -17,18 +17,19 @@ from dataclasses import replace
 from itertools import count
 
 from kernels import load as load_kernels
-from minipaged.beam_search import BeamSearchParams
-from minipaged.cache import cache_folder
-from minipaged.inputs import Params, Prompt, as_list, encode, one_for_each
+from minipaged import cache_folder
+from minipaged.execution.pool_size import choose_num_blocks, choose_num_cpu_blocks
+from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
+from minipaged.execution.stats import EngineStats, Peak
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.models import load
-from minipaged.outputs import RequestOutput, Texts, beam_outputs
-from minipaged.plan import StepOutput, StepPlan
-from minipaged.runner import ModelRunner, kv_bytes_per_token, resolve
-from minipaged.sampling_params import SamplingParams
-from minipaged.scheduler import RequestRefused, Scheduler
-from minipaged.sequence import Request
-from minipaged.stats import EngineStats, Peak, choose_num_blocks, choose_num_cpu_blocks
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.scheduling.plan import StepOutput, StepPlan
+from minipaged.scheduling.scheduler import RequestRefused, Scheduler
+from minipaged.text.inputs import Params, Prompt, as_list, encode, one_for_each
+from minipaged.text.outputs import RequestOutput, Texts, beam_outputs
 
 Outputs = Iterator[RequestOutput]
 # Tokens in a step: enough to keep the processor busy, few enough that nobody waits long for somebody's prompt.

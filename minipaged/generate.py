@@ -13,12 +13,12 @@ from typing import IO, TYPE_CHECKING
 from rich.console import Console
 
 from minipaged.memory import KVCacheManager
-from minipaged.scheduler import Scheduler
+from minipaged.scheduling.scheduler import Scheduler
 from minipaged.terminal.options import HINTS, BadInput, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.terminal.report import Results, ignore_closed_pipe, show_account, show_prefixes
+from minipaged.terminal.trace import TraceError, TraceWriter
 from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
-from minipaged.trace import TraceError, TraceWriter
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.engine import LLM

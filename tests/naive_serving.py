@@ -11,10 +11,10 @@ from minipaged.experiments import systems
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import Account, System, Work
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
-from minipaged.plan import StepOutput
-from minipaged.sampling_params import SampledToken, SamplingParams
-from minipaged.scheduler import Scheduler
-from minipaged.sequence import Request
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SampledToken, SamplingParams
+from minipaged.scheduling.plan import StepOutput
+from minipaged.scheduling.scheduler import Scheduler
 
 NO_LIMIT = 1 << 40
 

@@ -15,13 +15,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from minipaged.admission import SCHEDULES
-from minipaged.beam_search import BeamSearchParams
 from minipaged.memory import PREFIX_CACHES, Allocated, KVCacheManager
-from minipaged.plan import StepPlan
-from minipaged.sampling_params import SamplingParams
-from minipaged.scheduler import RequestRefused, Scheduler
-from minipaged.sequence import Request, Sequence
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.requests.sequence import Sequence
+from minipaged.scheduling.admission import SCHEDULES
+from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.scheduler import RequestRefused, Scheduler
 from tests.recall_model import CUT, END, STOP, WORD, RecallRunner, expected, expected_search
 
 # --- a random schedule ----------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ What a request should give is computed beside it by `expected`, from its true hi
 
 from typing import Any
 
-from minipaged.beam_search import BeamSearch, BeamSearchParams
-from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.sampling_params import SampledToken
-from minipaged.sequence import Request
+from minipaged.decoding.beam_search import BeamSearch
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SampledToken
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 
 Entry = tuple[int, int, int]  # token, position, digest of what it read
 NEVER, FREED = "never written", "freed"

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from minipaged import beam_search
-from minipaged.beam_search import BeamSearch, BeamSearchParams, Continuation, memory_moves
+from minipaged.decoding import beam_search
+from minipaged.decoding.beam_search import BeamSearch, Continuation, memory_moves
+from minipaged.requests.beam_search_params import BeamSearchParams
 
 PENALTIES = [-1.0, 0.0, 0.5, 1.0, 2.0]
 EARLY = [False, True, "never"]

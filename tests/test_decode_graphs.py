@@ -5,7 +5,7 @@ import torch
 from tiny_model import make_folder
 
 from minipaged import LLM, SamplingParams
-from minipaged.decode_graphs import DecodeGraphs, record_cuda
+from minipaged.execution.decode_graphs import DecodeGraphs, record_cuda
 
 PROMPTS = [[1 + (5 * i + 3 * k) % 90 for k in range(n)] for i, n in enumerate((1, 4, 9, 16, 17, 30))]
 GREEDY = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (20, 3, 12, 9, 16, 7)]

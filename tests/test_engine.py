@@ -12,7 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams, stats
+from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams
+from minipaged.execution import pool_size
 from minipaged.models import Llama, ModelConfig, open_checkpoint
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "pages and blocks, blocks and pages", "a b c d e f"]
@@ -189,11 +190,11 @@ def test_greedy_is_the_same_with_any_setting(make, greedy, settings):
 
 
 def test_a_gpu_does_not_pin_all_memory_to_swap_to(monkeypatch):
-    monkeypatch.setattr(stats, "free_memory", {"cpu": 400, "cuda": 9000}.__getitem__)
-    assert stats.choose_num_cpu_blocks(None, 70, 10, "cpu") == 70  # taken only as they are used
-    assert stats.choose_num_cpu_blocks(None, 70, 10, "cuda") == 10  # a quarter of 400 bytes
-    assert stats.choose_num_cpu_blocks(None, 7, 10, "cuda") == 7
-    assert [stats.choose_num_cpu_blocks(n, 70, 10, "cuda") for n in (0, 30, 99)] == [0, 30, 70]
+    monkeypatch.setattr(pool_size, "free_memory", {"cpu": 400, "cuda": 9000}.__getitem__)
+    assert pool_size.choose_num_cpu_blocks(None, 70, 10, "cpu") == 70  # taken only as they are used
+    assert pool_size.choose_num_cpu_blocks(None, 70, 10, "cuda") == 10  # a quarter of 400 bytes
+    assert pool_size.choose_num_cpu_blocks(None, 7, 10, "cuda") == 7
+    assert [pool_size.choose_num_cpu_blocks(n, 70, 10, "cuda") for n in (0, 30, 99)] == [0, 30, 70]
 
 
 def test_the_kv_pool_may_be_given_in_bytes(make, greedy):
@@ -539,7 +540,7 @@ def test_after_a_step_that_failed_all_goes_on(make, greedy, monkeypatch, late):
 def test_a_scheduler_that_finds_nothing_to_do_is_a_mistake(make, monkeypatch):
     llm = make()
     llm.add_request([1], GREEDY)
-    monkeypatch.setattr(llm.scheduler.admission, "let_in", lambda step: None)
+    monkeypatch.setattr(llm.scheduler.admission, "let_in", lambda step, room: None)
     with pytest.raises(RuntimeError, match="has work and found nothing to do"):
         llm.step()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import make_folder
 
-from minipaged.beam_search import BeamSearch, BeamSearchParams
+from minipaged.decoding.beam_search import BeamSearch
 from minipaged.engine import LLM
 from minipaged.experiments import beams, divergence
 from minipaged.experiments.beams import CountedPaged, PagedBeams, Sharing, saving
@@ -27,6 +27,7 @@ from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.loads import Job, jobs
 from minipaged.experiments.simulation import simulate
 from minipaged.experiments.systems import kept
+from minipaged.requests.beam_search_params import BeamSearchParams
 
 
 @pytest.mark.parametrize("module", [beams, divergence])

@@ -16,9 +16,9 @@ from minipaged.experiments.live_client import Client, Tenant, account
 from minipaged.experiments.live_systems import SYSTEMS, ContiguousKVCacheManager, batch_size, install
 from minipaged.experiments.loads import Job
 from minipaged.memory import Allocated, IntegrityError, KVCacheManager, MisuseError, NoSpace
-from minipaged.plan import StepPlan
-from minipaged.scheduler import Scheduler
-from minipaged.sequence import Request
+from minipaged.requests.request import Request
+from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.scheduler import Scheduler
 from tests.recall_model import RecallRunner, expected
 from tests.tiny_model import make_folder
 

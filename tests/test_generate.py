@@ -16,13 +16,13 @@ import torch
 from tiny_model import make_folder
 
 from minipaged import LLM, SamplingParams
-from minipaged.beam_search import BeamSearchParams
 from minipaged.generate import main
-from minipaged.outputs import CompletionOutput, RequestOutput
-from minipaged.sequence import RequestMetrics
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import RequestMetrics
 from minipaged.terminal.options import HINTS, parse_bytes
 from minipaged.terminal.prompts import Job
 from minipaged.terminal.report import Results
+from minipaged.text.outputs import CompletionOutput, RequestOutput
 
 POOL = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "16", "--max-tokens", "8"]
 

@@ -23,7 +23,7 @@ from minipaged.models import ModelError, fetch, load, load_model, open_checkpoin
 from minipaged.models.checkpoint import check_tensors
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf_header import read_gguf
-from minipaged.models.gguf_tokenizer import build_tokenizer
+from minipaged.text.gguf_tokenizer import build_tokenizer
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
@@ -562,7 +562,7 @@ def test_llama3_takes_a_word_that_is_a_token_whole():
     metadata = {"model": "gpt2", "tokens": tokens, "token_type": [1] * 257, "merges": []}
     for pre, length in (("llama-bpe", 1), ("gpt-2", 5)):
         named = {f"tokenizer.ggml.{key}": value for key, value in (metadata | {"pre": pre}).items()}
-        assert len(build_tokenizer(named, Path("x")).encode("hello")) == length
+        assert len(build_tokenizer(named).encode("hello")) == length
 
 
 def test_truncated_gguf_names_the_tensor(tmp_path, backend):

@@ -11,10 +11,10 @@ from test_scheduler import WORD, Engine, computed
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.admission import PATIENCE
 from minipaged.memory import PREFIX_CACHES, Allocated, HashCache, IntegrityError, KVCacheManager, NoSpace, RadixCache
-from minipaged.plan import StepPlan
-from minipaged.scheduler import Step
+from minipaged.scheduling.admission import PATIENCE
+from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.scheduler import Step
 
 both = pytest.mark.parametrize("cache", ["hash", "radix"])
 

@@ -7,9 +7,10 @@ import torch
 import transformers
 from tiny_model import make_folder
 
-from minipaged import LLM, BeamSearchParams, SamplingParams, runner
-from minipaged.admission import Admission
+from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged.execution import runner
 from minipaged.generate import main
+from minipaged.scheduling.admission import Admission
 
 PROMPTS = [[(7 * i + 3 * k * k + k) % 95 for k in range(n)] for i, n in enumerate((1, 2, 17, 40))]
 CHUNKS = [dict(max_num_batched_tokens=1, max_num_seqs=1), *(dict(max_num_batched_tokens=n) for n in (3, 7, 256))]

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from minipaged.admission import Admission
 from minipaged.memory import Appended, BlockAllocator, KVCacheManager, NoSpace
-from minipaged.plan import StepPlan
-from minipaged.sampling_params import SamplingParams
-from minipaged.sequence import Request
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.scheduling.admission import Admission
+from minipaged.scheduling.plan import StepPlan
 from tests import recall
 from tests.recall import Run, Scenario, scenario
 from tests.recall_model import END, RecallRunner
@@ -233,7 +233,9 @@ BROKEN = {
     "heads are evicted before tails": (KVCacheManager, "free", head_first),
     "what was computed before a reset can be found after it": (KVCacheManager, "reset_prefix_cache", forget_the_idle),
     "the first of several rebuilds all": (Request, "target", lambda self, seq: len(seq)),
-    "nobody forks a rebuilt prompt": ("minipaged.scheduler.share_rebuilt_prompt", lambda request, memory: None),
+    "nobody forks a rebuilt prompt": (
+        "minipaged.scheduling.scheduler.share_rebuilt_prompt", lambda request, memory: None
+    ),
     "the worst case is too small": (Request, "most_blocks", lambda self, size: len(self.prompt_token_ids) // size + 1),
 }
 

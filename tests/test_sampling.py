@@ -22,9 +22,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from minipaged import sampling, sampling_params
-from minipaged.sampling import sample, top_candidates, uniform
-from minipaged.sampling_params import Draw, SampledToken, SamplingParams
+from minipaged.decoding import sampling
+from minipaged.decoding.sampling import sample, top_candidates, uniform
+from minipaged.requests import sampling_params
+from minipaged.requests.sampling_params import Draw, SampledToken, SamplingParams
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest random number there can be
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()

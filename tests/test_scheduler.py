@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from minipaged.beam_search import BeamSearchParams
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
-from minipaged.plan import StepOutput
-from minipaged.sampling_params import SampledToken, SamplingParams
-from minipaged.scheduler import RequestRefused, Scheduler
-from minipaged.sequence import Request
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SampledToken, SamplingParams
+from minipaged.scheduling.plan import StepOutput
+from minipaged.scheduling.scheduler import RequestRefused, Scheduler
 
 END = 0  # end of text
 WORD = 7  # what the model says, if nothing else is told

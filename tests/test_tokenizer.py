@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from minipaged.detokenizer import HALF, StreamDecoder
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
-from minipaged.models.tokenizer import Tokenizer
+from minipaged.text.detokenizer import HALF, StreamDecoder
+from minipaged.text.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -297,6 +297,6 @@ def test_work_per_token_does_not_grow(data):
 
 
 def test_regex_of_the_word_rules_compile():
-    from minipaged.models.gguf_tokenizer import WORDS
+    from minipaged.text.gguf_tokenizer import WORDS
 
     assert [Regex(pattern) for patterns in WORDS.values() for pattern in patterns]

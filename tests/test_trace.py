@@ -9,7 +9,8 @@ from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.generate import main as generate
 from minipaged.terminal.draw import picture
 from minipaged.terminal.snapshot import request_of
-from minipaged.trace import TraceError, TraceWriter, main, read_trace
+from minipaged.terminal.trace import TraceError, TraceWriter, read_trace
+from minipaged.trace import main
 
 
 @pytest.fixture(scope="module")

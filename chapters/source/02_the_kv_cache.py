@@ -396,7 +396,7 @@ for name, (_, _, _, context, _) in models.items():
 # %%
 from dataclasses import replace
 
-from minipaged.runner import kv_bytes_per_token
+from minipaged.execution.runner import kv_bytes_per_token
 
 for name, shape in models.items():
     layers, kv_heads, size = shape[:3]
@@ -718,7 +718,8 @@ print("500 random steps agree")
 # every sequence some of the tokens that are missing: one for certain, more if the step's budget allows.
 
 # %%
-from minipaged.scheduler import Scheduler, Step
+from minipaged.scheduling.plan import Step
+from minipaged.scheduling.scheduler import Scheduler
 
 show_source(Step.counts_of, Scheduler._scheduled)
 

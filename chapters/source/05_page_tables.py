@@ -720,7 +720,7 @@ assert seen["copies"] > 300 and seen["refused"] > 300
 # them out:
 
 # %%
-from minipaged.runner import ModelRunner
+from minipaged.execution.runner import ModelRunner
 
 show_source(ModelRunner._batch)
 
@@ -951,7 +951,7 @@ def flat_batch(tables, starts, counts, B):
 
 # %% tags=["test"]
 def test_flat_batch(flat_batch):
-    from minipaged.plan import ScheduledSequence
+    from minipaged.scheduling.plan import ScheduledSequence
 
     for seed in range(30):
         random = Random(seed)

@@ -590,10 +590,10 @@ show_source(Paged.plan, Paged._next_block)
 # %%
 from minipaged.experiments.systems import Account, Work
 from minipaged.memory import KVCacheManager
-from minipaged.plan import StepOutput
-from minipaged.sampling_params import SampledToken, SamplingParams
-from minipaged.scheduler import Scheduler
-from minipaged.sequence import Request
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SampledToken, SamplingParams
+from minipaged.scheduling.plan import StepOutput
+from minipaged.scheduling.scheduler import Scheduler
 
 
 class Plain:

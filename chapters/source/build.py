@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kernels import load as load_kernels
-from minipaged.cache import cache_folder
+from minipaged import cache_folder
 from minipaged.models import ModelError
 from minipaged.models.fetch import fetch_smollm2
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import kernels
+from minipaged import cache_folder
 from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, can_run
 from minipaged.bench.environments import find
 from minipaged.bench.flags import parser
@@ -21,11 +22,10 @@ from minipaged.bench.loads import Load, Run, make_load
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
-from minipaged.cache import cache_folder
 from minipaged.engine import LLM
+from minipaged.execution.runner import DTYPES, kv_bytes_per_token, resolve
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
 from minipaged.models.gguf import GGUFCheckpoint
-from minipaged.runner import DTYPES, kv_bytes_per_token, resolve
 
 
 def main(argv: list[str] | None = None) -> int:

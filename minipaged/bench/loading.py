@@ -11,9 +11,9 @@ from typing import Any
 
 import gguf
 
+from minipaged.execution.runner import DTYPES
 from minipaged.models import load
 from minipaged.models.fetch import fetch_smollm2
-from minipaged.runner import DTYPES
 
 
 def main() -> None:

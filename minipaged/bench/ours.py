@@ -10,9 +10,9 @@ import torch
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
 from minipaged.engine import BUDGET, LLM
-from minipaged.outputs import RequestOutput
-from minipaged.plan import StepOutput, StepPlan
-from minipaged.sampling_params import SamplingParams
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.scheduling.plan import StepOutput, StepPlan
+from minipaged.text.outputs import RequestOutput
 
 
 class Minipaged:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from minipaged.bench.contenders import Options
 from minipaged.bench.loads import Load, Run
-from minipaged.runner import DTYPES
+from minipaged.execution.runner import DTYPES
 
 
 def load_model(options: Options):

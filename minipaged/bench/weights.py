@@ -6,9 +6,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from minipaged.execution.runner import DTYPES
 from minipaged.models import ARCHITECTURES, ModelConfig, ModelError
 from minipaged.models.gguf import GGUFCheckpoint
-from minipaged.runner import DTYPES
 
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

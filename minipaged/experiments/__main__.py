@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minipaged.cache import cache_folder
+from minipaged import cache_folder
 from minipaged.experiments.figures import FIGURES
 from minipaged.experiments.loads import TraceError, read_trace
 from minipaged.experiments.report import Report

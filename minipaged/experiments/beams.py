@@ -7,7 +7,6 @@ the package's, and each beam gets one token an iteration. Only what the model sa
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minipaged.beam_search import BeamSearchParams
 from minipaged.experiments.divergence import MEASURED, Candidates, Divergence
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.loads import Job, jobs
@@ -15,9 +14,10 @@ from minipaged.experiments.paged import NO_LIMIT, Paged
 from minipaged.experiments.simulation import simulate
 from minipaged.experiments.systems import Account, Work, kept
 from minipaged.memory import KVCacheManager, MemoryUsage, blocks_for
-from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.scheduler import Scheduler
-from minipaged.sequence import Request
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import Request
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.scheduling.scheduler import Scheduler
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Search:
 class PagedBeams:
     """Paging with copy-on-write for `width` beams a request; no search ends before the request's length.
 
-    preemption: see minipaged/preemption.py. seed, model: of what the model says.
+    preemption: see minipaged/scheduling/preemption.py. seed, model: of what the model says.
     """
 
     def __init__(

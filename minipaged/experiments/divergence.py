@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from minipaged.beam_search import BeamSearch, BeamSearchParams
-from minipaged.plan import StepOutput, StepPlan
+from minipaged.decoding.beam_search import BeamSearch
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.scheduling.plan import StepOutput, StepPlan
 
 if TYPE_CHECKING:
     from minipaged.engine import LLM

@@ -11,9 +11,9 @@ from minipaged.engine import LLM
 from minipaged.experiments.live_systems import System, batch_size, install
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import KINDS, Account
-from minipaged.outputs import RequestOutput
-from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.sampling_params import SamplingParams
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.text.outputs import RequestOutput
 
 PAD = 0  # any token will do: only speed is of interest where there are pads
 

@@ -18,7 +18,7 @@ from minipaged.experiments.buddy import Buddy, next_power
 from minipaged.experiments.loads import Job
 from minipaged.memory import BlockAllocator, IntegrityError, KVCacheManager, MisuseError, NoSpace, Prefix, Swapped
 from minipaged.memory.kv_manager import Allocated, Appended
-from minipaged.scheduler import Scheduler
+from minipaged.scheduling.scheduler import Scheduler
 
 
 class RunAllocator(BlockAllocator):

@@ -22,39 +22,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
+
+from minipaged.teaching.loads import Job, Lengths
 
 LONGEST = 2048  # tokens of prompt and answer together
 LONGEST_PROMPT = LONGEST_ANSWER = 1024  # the latter in chats only
 # Chats: a question comes after so many rounds on average (geometric; our guess). Of all that was said the last 1024
 # tokens are the prompt, and the answer ends at 1024 (paper, section 6.4).
 CHAT_ROUNDS = 3.5
-
-
-class Job(NamedTuple):
-    """One request: seconds until it comes, tokens of its prompt, and tokens of the answer that it is going to get."""
-
-    arrival: float
-    prompt: int
-    output: int
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens of prompts and answers, and the standard deviations of their logarithms (before the limits)."""
-
-    prompt: float
-    output: float
-    prompt_spread: float
-    output_spread: float
 
 
 LENGTHS = {

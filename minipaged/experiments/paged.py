@@ -20,14 +20,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minipaged.admission import arrival
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import Account, Work, kept
 from minipaged.memory import HashCache, KVCacheManager, blocks_for
-from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.sampling_params import SampledToken, SamplingParams
-from minipaged.scheduler import Scheduler
-from minipaged.sequence import Request
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SampledToken, SamplingParams
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.scheduling.queues import arrival
+from minipaged.scheduling.scheduler import Scheduler
 
 NEVER = -1
 NO_LIMIT = 1 << 40
@@ -79,7 +79,7 @@ class Paged:
     """Paging, with copy-on-write for samples and, if requests begin alike, a prefix cache.
 
     samples: sequences of a request. prefix: so many tokens of every prompt are the same in all. preemption: see
-    minipaged/preemption.py.
+    minipaged/scheduling/preemption.py.
     """
 
     def __init__(

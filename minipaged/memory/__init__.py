@@ -1,7 +1,10 @@
-"""Which token lives where. Integers and lists only: no tensor is ever seen here.
+"""Which token lives where?
 
 Read block_allocator.py, page_table.py, kv_manager.py, swapping.py, accounting.py; and then, where nothing is thrown
 away before it must be, prefix_cache.py and radix_cache.py.
+
+Owns: block numbers, reference counts, page tables, and which blocks can be found again.
+Does not own: tensors, what tokens mean, who goes first. Integers and lists, and nothing but the standard library.
 """
 
 from minipaged.memory.accounting import MemoryUsage

@@ -1,6 +1,10 @@
-"""Models by name: ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
+"""What does the model compute, and where do its weights come from?
 
-Reading order: config.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py, gguf.py, fetch.py.
+Read fields.py and config.py, rope.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py, gguf_header.py,
+gguf.py, fetch.py. Models go by name: ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
+
+Owns: architectures, their configs and weights.
+Does not own: keys and values (execution), or which tokens are computed together: a model sees one flat batch.
 """
 
 import re
@@ -12,14 +16,14 @@ from typing import Any
 import torch
 
 import kernels
-from minipaged.cache import cache_folder
+from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
-from minipaged.models.tokenizer import Tokenizer
+from minipaged.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_model", "open_checkpoint"]
 

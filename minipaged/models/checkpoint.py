@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from minipaged.models.config import ModelError
 from minipaged.models.fields import Fields
-from minipaged.models.tokenizer import Tokenizer
+from minipaged.text.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
 

@@ -14,7 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from minipaged.cache import cache_folder
+from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint
 from minipaged.models.config import ModelError
 

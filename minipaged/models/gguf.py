@@ -12,8 +12,8 @@ import torch
 from minipaged.models.checkpoint import Shape
 from minipaged.models.config import ModelError
 from minipaged.models.gguf_header import read_gguf
-from minipaged.models.gguf_tokenizer import build_tokenizer
-from minipaged.models.tokenizer import Tokenizer
+from minipaged.text.gguf_tokenizer import build_tokenizer
+from minipaged.text.tokenizer import Tokenizer, TokenizerError
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -122,4 +122,7 @@ class GGUFCheckpoint:
         return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self.metadata, self.path)
+        try:
+            return build_tokenizer(self.metadata)
+        except TokenizerError as error:
+            raise ModelError(f"{self.path}: {error}") from error

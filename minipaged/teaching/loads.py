@@ -9,12 +9,31 @@ draws again what is too long, instead of cutting it: minipaged/experiments/loads
 """
 
 import math
+from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
-
-from minipaged.experiments.loads import Job, Lengths
+from typing import NamedTuple
 
 MAX_LEN = 2048  # tokens of prompt and answer together: the limit of OPT, the paper's model
+
+
+class Job(NamedTuple):
+    """One request: seconds until it comes, tokens of its prompt, and tokens of the answer that it is going to get."""
+
+    arrival: float
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of prompts and answers, and the standard deviations of their logarithms (before the limits)."""
+
+    prompt: float
+    output: float
+    prompt_spread: float
+    output_spread: float
+
 
 # Alpaca's instructions are short and alike; what people pasted into ShareGPT's conversations varies most.
 SHAREGPT = Lengths(prompt=161.31, output=337.99, prompt_spread=1.2, output_spread=0.9)

@@ -4,9 +4,9 @@ import argparse
 import re
 from typing import NoReturn
 
-from minipaged.admission import SCHEDULES
 from minipaged.memory import PREFIX_CACHES
-from minipaged.preemption import MODES
+from minipaged.scheduling.admission import SCHEDULES
+from minipaged.scheduling.preemption import MODES
 
 PROGRAM = "python -m minipaged.generate"
 HINTS = """\

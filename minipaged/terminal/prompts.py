@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minipaged.beam_search import BeamSearchParams
-from minipaged.sampling_params import SamplingParams
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.sampling_params import SamplingParams
 from minipaged.terminal.options import MAX_TOKENS, TEMPERATURE, BadInput
 
 T = TypeVar("T")

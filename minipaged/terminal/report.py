@@ -18,9 +18,9 @@ from minipaged.terminal.snapshot import letters
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import
     from minipaged.engine import LLM
-    from minipaged.outputs import CompletionOutput, RequestOutput
-    from minipaged.stats import EngineStats
+    from minipaged.execution.stats import EngineStats
     from minipaged.terminal.prompts import Job
+    from minipaged.text.outputs import CompletionOutput, RequestOutput
 
 MOST_PREFIXES = 30  # lines of the tree of prefixes
 # What a terminal would obey instead of showing it; a model can write anything.

@@ -15,8 +15,8 @@ from minipaged.memory import KVCacheManager, MemoryUsage
 
 if TYPE_CHECKING:  # only to name the types: a trace can be drawn without loading PyTorch
     from minipaged.engine import LLM
-    from minipaged.plan import StepPlan
-    from minipaged.sequence import Request
+    from minipaged.requests.request import Request
+    from minipaged.scheduling.plan import StepPlan
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from minipaged.terminal.snapshot import Observer
 
 if TYPE_CHECKING:  # PyTorch is not needed to wait for PyTorch
     from minipaged.engine import LLM
-    from minipaged.plan import StepOutput, StepPlan
+    from minipaged.scheduling.plan import StepOutput, StepPlan
 
 FRAME_SECONDS = 0.08  # between two drawings; steps may be faster
 NUM_EVENTS = 3  # lines for what happened last

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minipaged.sampling_params import Draw, PromptTargets, SampledToken
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import Draw, PromptTargets, SampledToken
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,31 @@ class StepOutput:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass
+class Step:
+    """The plan of one step while it is being made."""
+
+    plan: StepPlan
+    spare: int  # tokens of the budget that are nobody's yet
+    filled: bool = False  # whether a request got more than one token for each sequence
+    counts: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
+
+    def counts_of(self, request: Request) -> dict[int, int]:
+        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
+        counts, spare = {}, self.spare
+        for seq in request.live:
+            todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
+            if todo > 0:
+                counts[seq.seq_id] = 1 + min(todo - 1, spare)
+                spare -= counts[seq.seq_id] - 1
+        return counts
+
+    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
+        """The request computes so many tokens; one for each of its sequences was set aside before."""
+        extra = sum(counts.values()) - len(counts)
+        self.spare -= extra
+        self.filled |= extra > 0
+        self.plan.copies.extend(copies)
+        self.counts.append((request, counts))

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from minipaged.beam_search import BeamSearchParams
-from minipaged.models.tokenizer import Tokenizer
-from minipaged.sampling_params import SamplingParams
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]  # text, token ids, or chat messages
 Params = SamplingParams | BeamSearchParams

@@ -12,21 +12,16 @@ A new request comes in with what the prefix cache has of its prompt; so does one
 and it finds what it had computed itself, as far as nobody else needed the memory.
 """
 
-from __future__ import annotations
-
 import math
-from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from minipaged.memory import NoSpace, Prefix
-from minipaged.sequence import Request
-
-if TYPE_CHECKING:
-    from minipaged.scheduler import Scheduler, Step
+from minipaged.memory import KVCacheManager, NoSpace, Prefix
+from minipaged.requests.request import Request
+from minipaged.scheduling.plan import Step
+from minipaged.scheduling.queues import Queues, arrival, put
 
 SCHEDULES = ("fcfs", "prefix")
 PATIENCE = 16
@@ -48,40 +43,47 @@ class Admission:
     patience: how many may come in before a request that arrived earlier.
     """
 
-    def __init__(self, scheduler: Scheduler, schedule: str, watermark: float, patience: int = PATIENCE):
+    def __init__(
+        self,
+        memory: KVCacheManager,
+        queues: Queues,
+        schedule: str = "fcfs",
+        watermark: float = 0.01,
+        chunked_prefill: bool = True,
+        patience: int = PATIENCE,
+    ):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark={watermark}: must be at least 0 and less than 1")
-        self._scheduler, self._memory = scheduler, scheduler.memory
-        self.schedule, self.patience = schedule, patience
-        self.watermark_blocks = math.ceil(watermark * scheduler.memory.num_blocks)
+        self._memory, self._queues = memory, queues
+        self.schedule, self.patience, self._chunked_prefill = schedule, patience, chunked_prefill
+        self.watermark_blocks = math.ceil(watermark * memory.num_blocks)
         self.prefixes = PrefixCounts()
 
-    def let_in(self, step: Step) -> None:
+    def let_in(self, step: Step, room: int) -> None:
         """Let requests in, be they new, preempted, or swapped out, until one can't: nobody overtakes that one.
 
+        room: so many sequences may run besides those that do.
         Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
         """
-        scheduler = self._scheduler
-        if step.spare < 1 or not (scheduler.waiting or scheduler.swapped):
+        if step.spare < 1 or not (self._queues.waiting or self._queues.swapped):
             return
-        num_seqs = scheduler.num_promised_seqs()
         for request in self._in_order():
-            num_seqs += request.width
-            if num_seqs > scheduler.max_num_seqs:
+            room -= request.width
+            if room < 0:
                 return
             if self.schedule == "prefix" and not self._may_overtake(request):
                 return
-            come_in = self._resume if request in scheduler.swapped else self._admit
+            come_in = self._resume if request in self._queues.swapped else self._admit
             if not come_in(request, step):
                 return
-            insort(scheduler.running, request, key=arrival)
+            put(self._queues.running, request)
 
     # --- in which order -----------------------------------------------------------------------------------------
 
     def _in_order(self) -> Iterable[Request]:
-        waiting, swapped = self._scheduler.waiting, self._scheduler.swapped
+        waiting, swapped = self._queues.waiting, self._queues.swapped
         requests = merge(waiting.copy(), swapped.copy(), key=arrival)
         if self.schedule == "fcfs":
             return requests
@@ -100,7 +102,7 @@ class Admission:
         return all(other.num_overtaken < self.patience for other in self._earlier(request))
 
     def _earlier(self, request: Request) -> list[Request]:
-        others = self._scheduler.waiting + self._scheduler.swapped
+        others = self._queues.waiting + self._queues.swapped
         return [other for other in others if other.arrival < request.arrival]
 
     # --- whether there is room ----------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ class Admission:
         prefix = self._find(request)
         wanted = request.target(leader) - prefix.num_tokens
         cut = wanted > step.spare
-        if step.spare < 1 or (cut and step.filled and not self._scheduler.chunked_prefill):
+        if step.spare < 1 or (cut and step.filled and not self._chunked_prefill):
             return False  # in the latter case it waits for a step that has room for it
         count = min(wanted, step.spare)
         slots = prefix.num_tokens + count
@@ -121,7 +123,7 @@ class Admission:
         leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
         self._count_hits(request, prefix)
         step.plan.admitted.append(request.request_id)
-        self._leave(self._scheduler.waiting, request)
+        self._leave(self._queues.waiting, request)
         step.spare -= 1
         step.take(request, {leader.seq_id: count}, [])
         return True
@@ -138,7 +140,7 @@ class Admission:
             return False
         step.plan.swap_in.extend(moved.moves)
         step.plan.resumed.append(request.request_id)
-        self._leave(self._scheduler.swapped, request)
+        self._leave(self._queues.swapped, request)
         step.spare -= len(request.live)
         counts = step.counts_of(request)
         if not isinstance(grown := self._memory.append(counts), NoSpace):
@@ -157,7 +159,7 @@ class Admission:
         The rest is what a long prompt needs in later steps, what is yet to be recomputed, or the next block of
         each sequence. Without it, it would be preempted at once. Alone, a request may have the whole pool.
         """
-        return self.watermark_blocks + rest if self._scheduler.running else 0
+        return self.watermark_blocks + rest if self._queues.running else 0
 
     # --- what is there already ----------------------------------------------------------------------------------
 
@@ -174,8 +176,3 @@ class Admission:
             request.metrics.num_cached_tokens = prefix.num_tokens
             self.prefixes.queried += len(request.prompt_token_ids)
             self.prefixes.found += prefix.num_tokens
-
-
-def arrival(request: Request) -> int:
-    """What queues are sorted by."""
-    return request.arrival

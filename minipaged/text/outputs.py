@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minipaged.detokenizer import StreamDecoder
-from minipaged.models.tokenizer import Tokenizer
-from minipaged.sampling_params import SamplingParams
-from minipaged.sequence import Request, RequestMetrics, Sequence
+from minipaged.requests.request import Request, RequestMetrics
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.requests.sequence import Sequence
+from minipaged.text.detokenizer import StreamDecoder
+from minipaged.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -153,7 +154,7 @@ def _sampled_output(seq: Sequence, text: SequenceText) -> CompletionOutput:
 def beam_outputs(request: Request, tokenizer: Tokenizer) -> list[CompletionOutput]:
     """The best hypotheses of a beam search, as far as it got."""
     assert request.search is not None
-    skip = request.search.params.skip_special_tokens
+    skip = request.params.skip_special_tokens
     outputs = []
     for index, h in enumerate(request.search.hypotheses()):
         ids = list(h.token_ids)

@@ -2,14 +2,12 @@
 which text is cut into words, which no merge crosses, is only named.
 """
 
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from minipaged.models.config import ModelError
-from minipaged.models.tokenizer import Tokenizer
+from minipaged.text.tokenizer import Tokenizer, TokenizerError
 
 CONTROL, USER_DEFINED = 3, 4  # token types that are matched whole; control tokens are special, too
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -26,18 +24,18 @@ WORDS = {
 }
 
 
-def build_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
-    """The byte-level BPE tokenizer that the metadata describes. ModelError names what is unknown."""
+def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    """The byte-level BPE tokenizer that the metadata describes. TokenizerError names what is unknown."""
     kind, words = (str(metadata.get(f"tokenizer.ggml.{key}")) for key in ("model", "pre"))
     if kind != "gpt2" or words not in WORDS:
-        raise ModelError(
-            f"{path}: tokenizer.ggml.model={kind:.60} with pre={words:.60} is not supported, only gpt2 with "
+        raise TokenizerError(
+            f"tokenizer.ggml.model={kind:.60} with pre={words:.60} is not supported, only gpt2 with "
             f"{', '.join(WORDS)}; try the model's folder in Hugging Face layout"
         )
     try:
         return _build({key.removeprefix("tokenizer."): value for key, value in metadata.items()}, words)
     except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"{path}: its tokenizer is damaged: {type(error).__name__}: {error}") from error
+        raise TokenizerError(f"its tokenizer is damaged: {type(error).__name__}: {error}") from error
 
 
 def _build(metadata: dict[str, Any], words: str) -> Tokenizer:

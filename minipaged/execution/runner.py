@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from minipaged.decode_graphs import DecodeGraphs
+from minipaged.decoding.sampling import sample, top_candidates, top_logprobs
+from minipaged.execution.decode_graphs import DecodeGraphs
+from minipaged.execution.stats import Times
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
-from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.sampling import sample, top_candidates, top_logprobs
-from minipaged.stats import Times
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,

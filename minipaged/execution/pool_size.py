@@ -1,65 +1,11 @@
-"""The account of the engine: what the memory holds and held, what was done, where the time went."""
+"""How large the pools are: as told, or a share of the memory that is free."""
 
 import os
-from dataclasses import dataclass, field
 
 import torch
 
-from minipaged.admission import PrefixCounts
-from minipaged.memory import MemoryUsage
-
 CPU_SHARE = 0.25  # of the free memory goes to the pool if nothing is said,
 CUDA_SHARE = 0.85  # and most of a GPU's, which nobody else uses
-
-
-@dataclass
-class Peak:
-    """The moment at which most blocks were in use."""
-
-    usage: MemoryUsage | None = None
-    contiguous_blocks: int = 0  # what contiguous reservation would have taken at that moment
-
-    def record(self, usage: MemoryUsage, contiguous_blocks: int) -> None:
-        if self.usage is None or usage.used > self.usage.used:
-            self.usage, self.contiguous_blocks = usage, contiguous_blocks
-
-
-@dataclass
-class Times:
-    """Seconds since the beginning, by what they were spent on."""
-
-    schedule: float = 0.0
-    prepare: float = 0.0  # memory moves and batch building
-    model: float = 0.0
-    sample: float = 0.0
-    update: float = 0.0
-    text: float = 0.0
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What `LLM.stats` says. Memory is counted in blocks of block_bytes bytes."""
-
-    memory: MemoryUsage
-    peak: Peak
-    block_bytes: int
-    contiguous_blocks: int  # what contiguous reservation to the maximum length would take now
-    num_waiting: int
-    num_running: int
-    num_swapped: int
-    num_finished: int
-    num_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_preemptions: dict[str, int] = field(default_factory=dict)
-    prefix_cache: str = "none"
-    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
-    times: Times = field(default_factory=Times)
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        """The share of the prompt tokens looked for that were found in the prefix cache."""
-        return self.prefixes.found / max(1, self.prefixes.queried)
 
 
 def choose_num_blocks(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minipaged.sampling_params import Draw, SampledToken, SamplingParams
+from minipaged.requests.sampling_params import Draw, SampledToken, SamplingParams
 
 RUNGS = (128, 4096)  # for top_k and top_p so many candidates are tried before all are sorted
 BLOCK = 256  # tokens per block of the two-level inverse CDF

@@ -1,9 +1,10 @@
 """What the tokens of a step do to the sequences: they grow, fork and end, and their memory with them."""
 
-from minipaged.beam_search import memory_moves
+from minipaged.decoding.beam_search import memory_moves
 from minipaged.memory import KVCacheManager
-from minipaged.plan import StepOutput
-from minipaged.sequence import Request, Sequence
+from minipaged.requests.request import Request
+from minipaged.requests.sequence import Sequence
+from minipaged.scheduling.plan import StepOutput
 
 
 class LiveSequences:

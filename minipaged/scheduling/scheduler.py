@@ -11,57 +11,24 @@ the earliest request always moves on, and nothing starves.
 Chunked prefill (Sarathi-Serve): a step computes at most so many tokens. Every running sequence gets one; what is
 left goes to prompts under way, then to new ones, and a prompt that doesn't fit is cut: the rest follows in the next
 steps. So nobody's next token waits for somebody's long prompt.
-
-A request is in exactly one of three lists, each in the order of arrival:
-
-    waiting --admit--> running --finish-->
-       ^                |   ^
-       +--- recompute --+   +-- swap in --+
-                        +--- swap out --> swapped
 """
 
-from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
-from minipaged.admission import Admission, arrival
-from minipaged.growth import LiveSequences
+from minipaged.decoding.beam_search import BeamSearch
 from minipaged.memory import KVCacheManager, NoSpace
-from minipaged.plan import ScheduledSequence, StepOutput, StepPlan
-from minipaged.preemption import MODES, preempt, share_rebuilt_prompt
-from minipaged.sequence import Request, Sequence
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.request import Request
+from minipaged.requests.sequence import Sequence
+from minipaged.scheduling.admission import Admission
+from minipaged.scheduling.growth import LiveSequences
+from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepPlan
+from minipaged.scheduling.preemption import MODES, preempt, share_rebuilt_prompt
+from minipaged.scheduling.queues import Queues, put
 
 
 class RequestRefused(ValueError):
     """A request that can never be served; the message has the numbers."""
-
-
-@dataclass
-class Step:
-    """The plan of one step while it is being made."""
-
-    plan: StepPlan
-    spare: int  # tokens of the budget that are nobody's yet
-    filled: bool = False  # whether a request got more than one token for each sequence
-    counts: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
-
-    def counts_of(self, request: Request) -> dict[int, int]:
-        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
-        counts, spare = {}, self.spare
-        for seq in request.live:
-            todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
-            if todo > 0:
-                counts[seq.seq_id] = 1 + min(todo - 1, spare)
-                spare -= counts[seq.seq_id] - 1
-        return counts
-
-    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
-        """The request computes so many tokens; one for each of its sequences was set aside before."""
-        extra = sum(counts.values()) - len(counts)
-        self.spare -= extra
-        self.filled |= extra > 0
-        self.plan.copies.extend(copies)
-        self.counts.append((request, counts))
 
 
 class Scheduler:
@@ -102,10 +69,9 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
         self.preemption = preemption
-        self.admission = Admission(self, schedule, watermark)
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
-        self.swapped: list[Request] = []
+        self.queues = Queues()
+        self.waiting, self.running, self.swapped = self.queues.lists()
+        self.admission = Admission(memory, self.queues, schedule, watermark, chunked_prefill)
         self.num_preemptions = {"recompute": 0, "swap": 0}
         self.sequences = LiveSequences(memory)
         self._num_steps = 0
@@ -127,7 +93,9 @@ class Scheduler:
                 "lower max_tokens, shorten the prompt, or give the pool more blocks"
             )
         request.sequences = [self.sequences.add(Sequence(request.prompt_token_ids))]
-        insort(self.waiting, request, key=arrival)
+        if isinstance(request.params, BeamSearchParams):
+            request.search = BeamSearch(request.params, request.max_tokens, request.eos_token_ids)
+        put(self.waiting, request)
 
     def abort(self, request: Request) -> None:
         """End a request at once, wherever it is, and free everything it holds."""
@@ -141,9 +109,7 @@ class Scheduler:
 
     def _leave_if_finished(self, request: Request) -> None:
         if request.finished:
-            for queue in (self.waiting, self.running, self.swapped):
-                if request in queue:
-                    queue.remove(request)
+            self.queues.remove(request)
 
     @property
     def has_unfinished(self) -> bool:
@@ -157,7 +123,7 @@ class Scheduler:
         step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens)
         self._continue_running(step)
         if not step.plan.preempted:
-            self.admission.let_in(step)
+            self.admission.let_in(step, self.max_num_seqs - self.num_promised_seqs())
         for request, counts in step.counts:
             step.plan.sequences.extend(self._scheduled(request, counts))
         step.plan.freed.extend(self.memory.take_freed())
@@ -210,7 +176,7 @@ class Scheduler:
 
     def _preempt(self, request: Request, step: Step) -> None:
         done = preempt(request, self.memory, self.preemption)
-        insort(self.swapped if done.mode == "swap" else self.waiting, request, key=arrival)
+        put(self.swapped if done.mode == "swap" else self.waiting, request)
         step.spare += len(request.live)
         step.plan.swap_out.extend(done.moves)
         step.plan.preempted.append((request.request_id, done.mode))
@@ -224,7 +190,7 @@ class Scheduler:
             for request in [r for r in queue if queue is self.running or r.request_id in lost]:
                 queue.remove(request)
                 preempt(request, self.memory, "recompute")
-                insort(self.waiting, request, key=arrival)
+                put(self.waiting, request)
 
     # --- learning what came of it -------------------------------------------------------------------------------
 

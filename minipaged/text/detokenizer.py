@@ -8,7 +8,7 @@ at the end of the window's text is the next piece. (The window is how vLLM and T
 
 from collections.abc import Sequence
 
-from minipaged.models.tokenizer import Tokenizer
+from minipaged.text.tokenizer import Tokenizer
 
 HALF = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 LONG = 16  # tokens; a window beyond this length holds broken text, and is cut

@@ -15,6 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Message = dict[str, Any]  # {"role": "user", "content": "Hello"}
 
 
+class TokenizerError(ValueError):
+    """A tokenizer that can't be built from what a checkpoint has; the message says what is wrong."""
+
+
 class Tokenizer:
     """A tokenizer and the model's chat template.
 

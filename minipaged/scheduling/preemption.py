@@ -10,7 +10,7 @@ A request is preempted whole, with all its sequences. When the CPU pool is full,
 from dataclasses import dataclass, field
 
 from minipaged.memory import Allocated, KVCacheManager, Swapped
-from minipaged.sequence import Request
+from minipaged.requests.request import Request
 
 MODES = ("auto", "recompute", "swap")
 

@@ -1,54 +1,27 @@
-"""What is being computed: `Sequence`, one stream of tokens, and `Request`, one prompt with all its sequences.
-
-A sequence has no phase. It knows its tokens and how many of them have been computed, that is, have keys and
-values in memory; the difference is the work to be done. A prompt that just arrived, a chunk of it, one more token,
-and everything again after a preemption are the same thing with other numbers:
-
-    token_ids    |  prompt ...................  |  output ........ |
-    computed     |==============================|=========|        ^ not yet computed: at least the newest token
-"""
+"""One prompt with all its sequences: what was asked for, and how far it got."""
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from minipaged.beam_search import BeamSearch, BeamSearchParams
-from minipaged.sampling_params import Draw, PromptTargets, SampledToken, SamplingParams
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.sampling_params import Draw, PromptTargets, SamplingParams
+from minipaged.requests.sequence import Sequence
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One stream of tokens: a prompt, shared with the other sequences of the request, and its own output."""
+class Search(Protocol):
+    """What a request with beams carries along: see decoding/beam_search.py. running: its beams, best first."""
 
-    prompt_token_ids: list[int]
-    seq_id: int = -1  # given when the scheduler takes it
-    index: int = 0  # which sample of its request
-    output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    in_memory: bool = False  # whether it has a page table, on the GPU or swapped out
-    sampled: list[SampledToken] = field(default_factory=list)  # the output again, with logprobs where asked for
-    finish_reason: str | None = None  # "stop", "length", or "abort"
-    stop_reason: int | str | None = None  # the stop token or the stop string, if one of the request's own ended it
-
-    def __len__(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+    running: list[Any]
 
     @property
-    def num_uncomputed(self) -> int:
-        return len(self) - self.num_computed_tokens
+    def num_candidates(self) -> int: ...
 
-    def tokens(self, start: int, count: int) -> list[int]:
-        """The tokens at positions start .. start + count - 1."""
-        split = len(self.prompt_token_ids)
-        if start >= split:
-            return self.output_token_ids[start - split : start - split + count]
-        end = start + count
-        return self.prompt_token_ids[start:end] + self.output_token_ids[: max(0, end - split)]
+    def advance(self, candidates: Many[Many[tuple[int, float]]]) -> list[Any]: ...
 
-    def child(self, index: int) -> "Sequence":
-        """A second sequence with the same past. Its memory is forked elsewhere."""
-        output, sampled = self.output_token_ids.copy(), self.sampled.copy()
-        return replace(self, seq_id=-1, index=index, output_token_ids=output, sampled=sampled)
+    def hypotheses(self) -> list[Any]: ...
 
 
 @dataclass
@@ -93,12 +66,10 @@ class Request:
     cache_salt: str | None = None  # only requests with the same one share what is cached
     num_overtaken: int = 0  # how many requests came in before it that arrived later; see admission.py
     sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
-    search: BeamSearch | None = None
+    search: Search | None = None  # the scheduler gives it one
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     def __post_init__(self) -> None:
-        if isinstance(self.params, BeamSearchParams):
-            self.search = BeamSearch(self.params, self.max_tokens, self.eos_token_ids)
         asked = isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
         self.prompt_logprobs: list[dict[int, float] | None] | None = [None] if asked else None  # as far as computed
         own = frozenset(self.params.stop_token_ids or ())
@@ -107,9 +78,8 @@ class Request:
     @property
     def width(self) -> int:
         """How many sequences it will have, or has left."""
-        if self.search:
-            return self.search.params.beam_width
-        assert isinstance(self.params, SamplingParams)
+        if isinstance(self.params, BeamSearchParams):
+            return self.params.beam_width
         return len(self.live) if len(self.sequences) > 1 else self.params.n
 
     @property
