@@ -67,9 +67,9 @@ class RecallRunner:
             digest = self._read(s)
             if d := s.draw:
                 output.tokens[s.seq_id] = [
-                    SampledToken(
+                    [SampledToken(
                         next_token(digest, d.seed, d.index + i, d.prompt_token_ids, d.output_token_ids, d.forbidden)
-                    )
+                    )]
                     for i in range(d.num_draws)
                 ]
             if s.num_candidates:

@@ -32,7 +32,7 @@ def test_replayed_steps_give_the_same_tokens(folder, kernels, num_blocks):
     """Also when memory runs out, sequences fork, and blocks are copied and used again between replays."""
     settings = dict(kernels=kernels, block_size=4, num_blocks=num_blocks, max_num_seqs=6, debug=True)
     plain, replayed = LLM(folder, **settings), LLM(folder, **settings)
-    runner = replayed.runner
+    runner = replayed.executor.runner
     graphs = DecodeGraphs(runner.model, runner.cache, 6, 1024, record_by_calling_again)
     runner.graphs = graphs
     samples = SamplingParams(n=3, seed=1, max_tokens=15, ignore_eos=True)
@@ -44,8 +44,8 @@ def test_replayed_steps_give_the_same_tokens(folder, kernels, num_blocks):
 
 def test_what_does_not_fit_is_not_replayed(folder):
     llm = LLM(folder, block_size=4, num_blocks=100, max_num_seqs=6)
-    graphs = DecodeGraphs(llm.runner.model, llm.runner.cache, 2, 5, record_by_calling_again)
-    llm.runner.graphs = graphs
+    graphs = DecodeGraphs(llm.executor.runner.model, llm.executor.runner.cache, 2, 5, record_by_calling_again)
+    llm.executor.runner.graphs = graphs
     seen = []
     graphs.run = lambda ids, *rest: seen.append(len(ids)) or DecodeGraphs.run(graphs, ids, *rest)
     llm.generate(PROMPTS, GREEDY)
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_not_replayed(folder):
 def test_on_a_gpu(folder):
     expected = LLM(folder, device="cuda", dtype="fp32", cuda_graphs=False).generate(PROMPTS, GREEDY)
     llm = LLM(folder, device="cuda", dtype="fp32")
-    assert llm.runner.graphs is not None and llm.runner.graphs.record is record_cuda
+    assert llm.executor.runner.graphs is not None and llm.executor.runner.graphs.record is record_cuda
     outputs = llm.generate(PROMPTS, GREEDY)
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
-    assert llm.runner.graphs.graphs
+    assert llm.executor.runner.graphs.graphs

@@ -108,13 +108,13 @@ def test_a_bad_value_is_refused_by_name(bad):
 
 def test_logits_are_held_in_pieces_of_bounded_size(make, check, monkeypatch):
     llm = make()
-    sizes, logits = [], llm.runner.model.logits
+    sizes, logits = [], llm.executor.runner.model.logits
 
     def counted(hidden):
         sizes.append(len(hidden))
         return logits(hidden)
 
-    monkeypatch.setattr(llm.runner.model, "logits", counted)
+    monkeypatch.setattr(llm.executor.runner.model, "logits", counted)
     prompts = [[(5 * i * i + i + n) % 95 for i in range(n)] for n in (100, 300)]
     outputs = llm.generate(prompts, [wish(1), wish(3)])
     assert max(sizes) == runner.PIECE == 128 and sum(sizes) == 99 + 299 + 3 * 2

@@ -6,10 +6,10 @@ import pytest
 
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.request import Request
+from minipaged.requests.request import Request, RequestRefused
 from minipaged.requests.sampling_params import SampledToken, SamplingParams
 from minipaged.scheduling.plan import StepOutput
-from minipaged.scheduling.scheduler import RequestRefused, Scheduler
+from minipaged.scheduling.scheduler import Scheduler
 
 END = 0  # end of text
 WORD = 7  # what the model says, if nothing else is told
@@ -44,7 +44,7 @@ class Engine:
         self.memory.check()
         for s in plan.sequences:
             if s.draw:
-                output.tokens[s.seq_id] = [SampledToken(self.say.get(s.request_id, WORD))] * s.draw.num_draws
+                output.tokens[s.seq_id] = [[SampledToken(self.say.get(s.request_id, WORD))]] * s.draw.num_draws
             if s.num_candidates:  # the best two come from the best beam, and so on
                 output.candidates[s.seq_id] = [(WORD + rank, -1.0 - rank / 8) for rank in range(s.num_candidates)]
         self.scheduler.update(plan, output)

@@ -22,8 +22,8 @@ from minipaged.bench.loads import Load, Run, make_load
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
-from minipaged.engine import LLM
 from minipaged.execution.runner import DTYPES, kv_bytes_per_token, resolve
+from minipaged.llm import LLM
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
 from minipaged.models.gguf import GGUFCheckpoint
 

@@ -6,7 +6,7 @@ import kernels
 from minipaged.bench.contenders import DEFAULT_PEERS, PEERS, VARIANTS
 from minipaged.bench.environments import APART, how_to_install, peer_python
 from minipaged.bench.loads import DEFAULT_NAMES, NAMES
-from minipaged.engine import BUDGET
+from minipaged.execution.engine_args import BUDGET
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,8 @@ import torch
 
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
-from minipaged.engine import BUDGET, LLM
+from minipaged.execution.engine_args import BUDGET
+from minipaged.llm import LLM
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.text.outputs import RequestOutput
@@ -37,7 +38,7 @@ class Minipaged:
             **settings(options),
         )
         self.about = (
-            f"kernels {self.llm.runner.backend.name}, prefix cache {self.llm.prefix_cache}, at most "
+            f"kernels {self.llm.executor.runner.backend.name}, prefix cache {self.llm.prefix_cache}, at most "
             f"{self.llm.scheduler.max_num_batched_tokens} tokens a step"
         )
         self.llm.observers.append(self._observe)

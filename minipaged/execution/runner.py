@@ -47,6 +47,31 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
 
 
+class TableRows:
+    """The page tables of a step as one tensor [S, M] on the device. A row is written only if its table has changed.
+
+    At long contexts page tables are the largest thing that a step hands to the device: 64 sequences of 32,768
+    tokens have 131,072 blocks, and most of them are where they were. What stands behind the end of a table is
+    some block's number, and nobody reads it.
+    """
+
+    def __init__(self, device: str):
+        self._rows = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self._written: list[list[int]] = []  # which table each row holds: while it is the same list, it is up to date
+
+    def of(self, tables: list[list[int]]) -> Tensor:
+        longest = max(map(len, tables))
+        if len(tables) > self._rows.shape[0] or longest > self._rows.shape[1]:
+            rows, width = max(len(tables), self._rows.shape[0]), max(2 * longest, self._rows.shape[1])
+            self._rows, self._written = self._rows.new_zeros(rows, width), []
+        self._written += [[]] * (len(tables) - len(self._written))
+        for row, table in enumerate(tables):
+            if self._written[row] is not table:
+                self._rows[row, : len(table)] = torch.tensor(table)
+                self._written[row] = table
+        return self._rows[: len(tables), :longest].contiguous()
+
+
 class ModelRunner:
     """Runs `model` over a pool of N = num_blocks blocks of B = block_size slots, in all L layers.
 
@@ -77,6 +102,7 @@ class ModelRunner:
         if debug:
             self.cache.fill_(torch.nan)
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
+        self.tables = TableRows(device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -119,19 +145,18 @@ class ModelRunner:
         """All tokens of the step in one row: input_ids [T], positions [T], and where they live."""
         if self.debug:
             self._check(sequences)
-        starts, longest = [0], max(len(s.block_table) for s in sequences)
+        starts = [0]
         for s in sequences:
             starts.append(starts[-1] + len(s.token_ids))
         context_lens = [s.context_len for s in sequences]
-        input_ids, positions, slots, query_start, contexts, tables = self._tensors(
+        input_ids, positions, slots, query_start, contexts = self._tensors(
             [token for s in sequences for token in s.token_ids],
             [p for s in sequences for p in range(s.start, s.context_len)],
             [slot for s in sequences for slot in s.slots],
             starts,
             context_lens,
-            [block for s in sequences for block in s.block_table + [0] * (longest - len(s.block_table))],
         )
-        batch = kernels.Batch(slots, query_start, contexts, tables.view(-1, longest))
+        batch = kernels.Batch(slots, query_start, contexts, self.tables.of([s.block_table for s in sequences]))
         batch.max_query_len = max(len(s.token_ids) for s in sequences)
         batch.max_context_len = max(context_lens)
         return input_ids, positions, batch
@@ -167,8 +192,8 @@ class ModelRunner:
         draws = [(i, s.draw) for i, s in enumerate(wanted) if s.draw]
         if draws:
             rows = logits if len(draws) == len(wanted) else logits[[i for i, _ in draws]]
-            tokens = sample(rows, [draw for _, draw in draws])
-            output.tokens.update({wanted[i].seq_id: row for (i, _), row in zip(draws, tokens, strict=True)})
+            for (i, _), drawn in zip(draws, sample(rows, [draw for _, draw in draws]), strict=True):
+                output.tokens[wanted[i].seq_id] = [[token] for token in drawn]
         beams = [i for i, s in enumerate(wanted) if s.num_candidates]
         if beams:
             best = top_candidates(logits[beams], max(wanted[i].num_candidates for i in beams))

@@ -4,6 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
+from minipaged.execution.engine_args import bytes_of
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.preemption import MODES
@@ -159,13 +160,7 @@ def _count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """A size with a unit: of KB, MB, GB (thousands), KiB, MiB, GiB (1024s), or none.
-
-    >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
-    (536870912, 1500000000, 4096)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512MiB, 2GB or a number of bytes")
-    power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -17,8 +17,8 @@ from minipaged.memory import RadixCache
 from minipaged.terminal.snapshot import letters
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import
-    from minipaged.engine import LLM
     from minipaged.execution.stats import EngineStats
+    from minipaged.llm import LLM
     from minipaged.terminal.prompts import Job
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 

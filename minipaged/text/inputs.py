@@ -23,8 +23,9 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def one_for_each(params: Params | Sequence[Params], prompts: list[Prompt]) -> list[Params]:
+def one_for_each(params: Params | Sequence[Params] | None, prompts: list[Prompt]) -> list[Params]:
     """The parameters of each prompt. ValueError if there are as many neither as one nor as prompts."""
+    params = SamplingParams() if params is None else params
     each = list(params) if isinstance(params, (list, tuple)) else [cast(Params, params)] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(each)} params: give one for all or one for each")
