@@ -355,7 +355,7 @@ def check_plan(plan: StepPlan, run: Run) -> None:
     running, others = scheduler.running, [*scheduler.waiting, *scheduler.swapped]
     assert all(r.num_overtaken <= scheduler.admission.patience for r in run.given.requests), "overtaken too often"
     if scheduler.admission.schedule == "fcfs":
-        short = scheduler.max_num_batched_tokens // 2 if scheduler.chunked_prefill else 1 << 60
+        short = scheduler.max_num_batched_tokens if scheduler.chunked_prefill else 1 << 60
         passed = [r for r in others if running and r.arrival < running[-1].arrival]
         assert all(r in scheduler.waiting and r.target(r.live[0]) > short for r in passed), "a short one was overtaken"
         run.seen["long ones that were overtaken"] += len(passed)

@@ -202,7 +202,7 @@ def test_preempted_in_the_middle_of_the_prompt(make, check, mode, budget):
 
     def watch(plan, output):
         if plan.preempted:
-            had.append(len(llm._requests["late"].prompt_logprobs))
+            had.append(len(llm._requests["late"][0].prompt_logprobs))
         starts.extend(s.start for s in plan.sequences if s.request_id in plan.admitted)
 
     llm.observers.append(watch)

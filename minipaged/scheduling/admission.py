@@ -133,8 +133,7 @@ class Admission:
         self._count_hits(request, prefix)
         step.plan.admitted.append(request.request_id)
         self._leave(self._queues.waiting, request)
-        step.spare -= 1
-        step.take(request, {leader.seq_id: count}, [])
+        step.take(request, {leader.seq_id: count}, [], set_aside=0)
         return True
 
     def _resume(self, request: Request, step: Step) -> bool:
@@ -153,7 +152,7 @@ class Admission:
         step.spare -= len(request.live)
         counts = step.counts_of(request)
         if not isinstance(grown := self._memory.append(counts), NoSpace):
-            step.take(request, counts, grown.copies)  # otherwise it computes in the next step
+            step.take(request, counts, grown.copies, set_aside=len(counts))  # otherwise it computes in the next step
         return True
 
     def _leave(self, queue: list[Request], request: Request) -> None:

@@ -80,9 +80,9 @@ class StepOutput:
 class Step:
     """The plan of one step while it is being made.
 
-    A prompt is short if what is left of it fits into half a step. Short ones take what they need, in their order. Long
-    ones leave to the short ones what these need, but never more than half: so nobody with a short prompt waits until
-    a very long one is through, and the long one takes twice as long at the worst.
+    A prompt is long if what is left of it would not fit into one step. Long ones leave to the others what these need,
+    but not more than half of what there is: so nobody waits until a very long prompt is through, and that takes twice
+    as long at the worst. Among long ones, and among the others, who came first is first.
     """
 
     plan: StepPlan
@@ -111,13 +111,13 @@ class Step:
             self.for_long = self.spare - min(self.spare // 2, self.wanted_by_short(self))
         return min(self.spare, self.for_long)
 
-    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
-        """The request computes so many tokens; one for each of its sequences was set aside before."""
-        extra = sum(counts.values()) - len(counts)
+    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]], set_aside: int) -> None:
+        """The request computes so many tokens; `set_aside` of them are out of the budget already."""
+        extra = sum(counts.values()) - set_aside
         self.spare -= extra
         if self.for_long is not None and self._is_long(request):
             self.for_long -= extra
-        self.filled |= extra > 0
+        self.filled |= sum(counts.values()) > len(counts)
         self.plan.copies.extend(copies)
         self.counts.append((request, counts))
 

@@ -10,7 +10,7 @@ the earliest request always moves on, and nothing starves.
 
 Chunked prefill (Sarathi-Serve): a step computes at most so many tokens. Every running sequence gets one; what is
 left goes to prompts under way, then to new ones, and a prompt that doesn't fit is cut: the rest follows in the next
-steps. So nobody's next token waits for somebody's long prompt.
+steps. So nobody's next token waits for somebody's long prompt. Nor does a short prompt: see `Step`.
 """
 
 import sys
@@ -126,7 +126,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide on the next step, and book the slots for it."""
         self._num_steps += 1
-        short = self.max_num_batched_tokens // 2 if self.chunked_prefill else sys.maxsize
+        short = self.max_num_batched_tokens if self.chunked_prefill else sys.maxsize
         step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens, short, self._wanted_by_short)
         self._continue_running(step)
         if not step.plan.preempted:
@@ -148,7 +148,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                step.take(request, counts, grown.copies)
+                step.take(request, counts, grown.copies, set_aside=len(counts))
 
     # These three look at every running request in every step; a simulation, which knows the answers, overrides them.
 
