@@ -101,6 +101,7 @@ class LLMEngine:
             self._make_whole()
             if request_id in self._requests:
                 self._abort(*self._requests[request_id])
+            self._mail.drop(request_id)  # it may have ended, and not been handed over yet
 
     def reset_prefix_cache(self) -> None:
         """Nothing that was computed until now is found again. Requests under way go on, and publish nothing more."""
@@ -156,6 +157,7 @@ class LLMEngine:
 
     def _step(self, mailbox: Mailbox) -> list[RequestOutput]:
         """What waits in a mailbox; if there is nothing, a step is computed first."""
+        mailbox.arrived()
         try:
             with self._lock:
                 self._make_whole()
@@ -253,25 +255,33 @@ class LLMEngine:
         self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, mailbox: Mailbox,
         where: str = "",
     ) -> str:  # fmt: skip
-        with self._lock:
-            self._make_whole()
-            try:
-                request = self._intake.request(prompt, params, request_id, cache_salt, self._requests)
-                self.scheduler.check(request)
-            except ValueError as error:
-                error.args = (f"{where}{error}",)
-                raise
-            name = request.request_id
-            try:
+        name = None
+        try:
+            with self._lock:
+                self._make_whole()
+                request = self._checked(prompt, params, request_id, cache_salt, where)
+                name = request.request_id
                 self._unfinished = self._start_over
                 self.scheduler.add(request)
                 self._requests[name] = request, mailbox
                 self._unfinished = None
                 return name
-            except BaseException:  # nobody knows of it: it is gone
+        except BaseException:
+            if name is not None:  # nobody knows of it: it is gone
                 self._requests.pop(name, None)
                 self._unfinished = self._start_over
-                raise
+            raise
+
+    def _checked(
+        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, where: str
+    ) -> Request:
+        try:
+            request = self._intake.request(prompt, params, request_id, cache_salt, self._requests)
+            self.scheduler.check(request)
+            return request
+        except ValueError as error:
+            error.args = (f"{where}{error}",)
+            raise
 
     def _abort(self, request: Request, mailbox: Mailbox) -> None:
         self._unfinished = partial(self._give_up, request, mailbox, broken_off=True)
@@ -280,15 +290,13 @@ class LLMEngine:
         self._unfinished = None
 
     def _give_up(self, request: Request, mailbox: Mailbox, broken_off: bool = False) -> None:
-        """Whoever waits for it is told; who steps by hand has aborted it himself."""
+        """Whoever waits for it is told; who steps by hand knows."""
         self._requests.pop(request.request_id, None)
         if broken_off:
             self._start_over()
             for seq in request.live:
                 seq.finish_reason = "abort"
-        if mailbox is self._mail:
-            mailbox.drop(request.request_id)
-        else:
+        if mailbox is not self._mail:
             mailbox.put(self._say(request))
         self._texts.forget(request)
 

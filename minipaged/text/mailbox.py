@@ -6,8 +6,7 @@ from minipaged.text.outputs import RequestOutput
 class Mailbox:
     """Of each request the newest state, which holds all that was before.
 
-    What was taken counts as delivered at the next `take`. Whoever was interrupted before it arrived says `not_taken`,
-    and finds it again.
+    Whoever takes the answers and is interrupted before they are there says `not_taken`, and finds them again.
     """
 
     def __init__(self) -> None:
@@ -27,15 +26,20 @@ class Mailbox:
 
     def take(self) -> list[RequestOutput]:
         """All that wait, in the order in which the requests first had something to say."""
-        self._told.update((name, answer) for name, answer in self._taken.items() if answer.only_new)
-        for name, answer in self._taken.items():
-            if answer.finished:
-                self._told.pop(name, None)
         self._taken, self._waiting = self._waiting, {}
         return [a.since(self._told.get(name)) if a.only_new else a for name, a in self._taken.items()]
 
     def not_taken(self) -> None:
         self._waiting, self._taken = self._taken | self._waiting, {}
+
+    def arrived(self) -> None:
+        """What was taken last is where it should be."""
+        for name, answer in self._taken.items():
+            if answer.only_new and not answer.finished:
+                self._told[name] = answer
+            else:
+                self._told.pop(name, None)
+        self._taken = {}
 
     def drop(self, request_id: str) -> None:
         for answers in (self._waiting, self._taken, self._told):
