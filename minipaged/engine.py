@@ -142,10 +142,10 @@ class LLMEngine:
     def close(self) -> None:
         """End all requests, and give the memory back. Nothing can be asked afterwards."""
         with self._lock:
-            for request_id in list(self._requests):
+            for request_id in [] if self._closed else list(self._requests):
                 self.abort(request_id)
-            self.executor.close()
             self._closed = True
+            self.executor.close()
 
     def __enter__(self) -> "LLMEngine":
         return self

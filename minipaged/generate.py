@@ -22,7 +22,7 @@ from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, c
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.llm import LLM
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
 OPTIONS = (  # of LLM, that there are flags for
     "dtype", "device", "kernels", "block_size", "num_blocks", "kv_cache_memory", "prefix_cache", "schedule",
     "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "preemption", "debug",
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     except TraceError as error:
         print(f"minipaged.generate: error: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk below standard output, say
         print(f"minipaged.generate: error: {error}", file=sys.stderr)
         ignore_closed_pipe()
-        return 1
+        return FAILED
 
 
 def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:
@@ -140,12 +140,14 @@ def _run(llm: "LLM", jobs: list[Job], args: argparse.Namespace, console: Console
     seconds = time.monotonic() - began
     if interrupts:
         print(f"interrupted: {results.num_finished} of {len(jobs)} prompts were finished", file=sys.stderr)
+    for error in results.errors:
+        print(f"minipaged.generate: error: {error}", file=sys.stderr)
     if results.num_cut and console.file.isatty():
         print(f"({results.num_cut} of {len(jobs)} prompts: cut at max_tokens)", file=sys.stderr)
     if args.stats:
         show_account(llm.stats(), seconds, console)
         show_prefixes(llm, console)
-    return INTERRUPTED if interrupts else 0
+    return INTERRUPTED if interrupts else FAILED if results.errors else 0
 
 
 def _display(llm: "LLM", watch: bool, streaming: bool, console: Console) -> Display:

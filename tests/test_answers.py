@@ -159,6 +159,7 @@ def test_vllms_forms(folder, greedy):
         assert found.sequences[0].cum_logprob == best.cumulative_logprob
         assert llm.get_tokenizer().decode(best.token_ids) == best.text
         llm.add_request(PROMPTS[0], GREEDY)
+    llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate(PROMPTS[0], GREEDY)
 

@@ -44,5 +44,5 @@ class Executor:
         return self.runner.execute(plan)
 
     def close(self) -> None:
-        """Give the memory of weights, keys and values back."""
-        del self.runner
+        """Give the memory of weights, keys and values back. Doing it twice does no harm."""
+        self.__dict__.pop("runner", None)
