@@ -6,16 +6,19 @@ stands in the plan.
 
 import time
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import kernels
-from minipaged.decoding.sampling import sample, top_candidates, top_logprobs
+from minipaged.decoding.logprobs import top_candidates, top_logprobs
+from minipaged.decoding.sampling import sample
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.stats import Times
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
+from minipaged.requests.sampling_params import BadLogits
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 
 DTYPES = {
@@ -24,6 +27,7 @@ DTYPES = {
     "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
 }  # fmt: skip
 
+T = TypeVar("T")
 PIECE = 128  # rows whose logits are held at a time for prompt_logprobs: 25 MB with a vocabulary of 49152
 
 
@@ -168,12 +172,12 @@ class ModelRunner:
         if draws:
             rows = logits if len(draws) == len(wanted) else logits[[i for i, _ in draws]]
             tokens = sample(rows, [draw for _, draw in draws])
-            output.tokens.update({wanted[i].seq_id: row for (i, _), row in zip(draws, tokens, strict=True)})
+            output.tokens.update({wanted[i].seq_id: _good(row) for (i, _), row in zip(draws, tokens, strict=True)})
         beams = [i for i, s in enumerate(wanted) if s.num_candidates]
         if beams:
             best = top_candidates(logits[beams], max(wanted[i].num_candidates for i in beams))
             for i, row in zip(beams, best, strict=True):
-                output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
+                output.candidates[wanted[i].seq_id] = _good(row)[: wanted[i].num_candidates]
         return output
 
     def _add_prompt_logprobs(self, sequences: list[ScheduledSequence], hidden: Tensor, output: StepOutput) -> None:
@@ -190,4 +194,11 @@ class ModelRunner:
             logits = self.model.logits(hidden[[row for _, row, _, _ in piece]])
             found = top_logprobs(logits, [(i, k, token) for i, (_, _, k, token) in enumerate(piece)])
             for (seq_id, *_), logprobs in zip(piece, found, strict=True):
-                output.prompt_logprobs.setdefault(seq_id, []).append(logprobs)
+                output.prompt_logprobs.setdefault(seq_id, []).append(_good(logprobs))
+
+
+def _good(found: T | BadLogits) -> T:
+    """ValueError for a row that nothing can be drawn from."""
+    if isinstance(found, BadLogits):
+        raise ValueError(found.message)
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.sampling_params import Draw, PromptTargets, SamplingParams
+from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, SamplingParams
 from minipaged.requests.sequence import Sequence
 
 
@@ -64,6 +64,7 @@ class Request:
     seed: int = 0
     prompt: str | None = None
     cache_salt: str | None = None  # only requests with the same one share what is cached
+    bad_word_ids: list[list[int]] = field(default_factory=list)  # the tokens of params.bad_words
     num_overtaken: int = 0  # how many requests came in before it that arrived later; see admission.py
     sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
     search: Search | None = None  # the scheduler gives it one
@@ -71,7 +72,7 @@ class Request:
 
     def __post_init__(self) -> None:
         asked = isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
-        self.prompt_logprobs: list[dict[int, float] | None] | None = [None] if asked else None  # as far as computed
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if asked else None  # as far as computed
         own = frozenset(self.params.stop_token_ids or ())
         self.stop_ids = own if self.params.ignore_eos else own | self.eos_token_ids
 
@@ -120,7 +121,7 @@ class Request:
         assert isinstance(self.params, SamplingParams)
         num_draws = 1 if seq.output_token_ids else self.params.n
         prompt, output = seq.prompt_token_ids, seq.output_token_ids
-        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids)
+        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids, self.bad_word_ids)
 
     def targets(self, end: int) -> PromptTargets | None:
         """Which logprobs of the prompt can be told next, once all tokens before position `end` are computed."""

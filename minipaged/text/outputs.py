@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minipaged.requests.request import Request, RequestMetrics
-from minipaged.requests.sampling_params import SamplingParams
+from minipaged.requests.sampling_params import Logprob, SamplingParams
 from minipaged.requests.sequence import Sequence
 from minipaged.text.detokenizer import StreamDecoder
+from minipaged.text.logprobs import with_text
 from minipaged.text.tokenizer import Tokenizer
 
 
@@ -18,7 +19,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]  # with the stop token, if one ended it
     cumulative_logprob: float | None = None  # sampling: only if logprobs were asked for
-    logprobs: list[dict[int, float]] | None = None  # for each token: {token id: logprob}, the drawn one among them
+    logprobs: list[dict[int, Logprob]] | None = None  # for each token, by token id; the drawn one is among them
     finish_reason: str | None = None  # "stop", "length", "abort"; None while it runs
     stop_reason: int | str | None = None  # the stop string, or the id of one of stop_token_ids
     score: float | None = None  # beam search: the length-normalised score
@@ -34,7 +35,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # for each token of the prompt; None for the first
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # for each token of the prompt; None for the first
 
     @property
     def num_cached_tokens(self) -> int:
@@ -117,6 +118,8 @@ class Texts:
             text = self._by_id[seq.seq_id] = SequenceText(self._tokenizer, request.prompt_token_ids, params)
         if text.num_tokens == len(seq.output_token_ids):
             return False
+        if seq.sampled and (logprobs := seq.sampled[-1].top_logprobs):
+            seq.sampled[-1].top_logprobs = with_text(logprobs, self._tokenizer)
         silent = seq.finish_reason == "stop" and not params.include_stop_str_in_output
         stop = text.add(seq.output_token_ids[-1], silent, check_stops=len(seq.output_token_ids) >= params.min_tokens)
         if stop is not None:
