@@ -28,7 +28,8 @@ from minipaged.requests.request import Request
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.scheduler import RequestRefused, Scheduler
-from minipaged.text.inputs import Params, Prompt, as_list, encode, one_for_each
+from minipaged.text.inputs import Params, Prompt, as_list, bad_word_ids, encode, kept_tokens, one_for_each
+from minipaged.text.logprobs import with_text
 from minipaged.text.outputs import RequestOutput, Texts, beam_outputs
 
 Outputs = Iterator[RequestOutput]
@@ -125,7 +126,7 @@ class LLM:
 
         ValueError if a prompt or its parameters are bad, or RequestRefused if one can never fit; then none runs.
         """
-        ids = self._add_all(as_list(prompts), params or SamplingParams(), cache_salt)
+        ids = self._add_all(as_list(prompts), params, cache_salt)
         finished = {output.request_id: output for output in self._run(ids) if output.finished}
         return [finished[request_id] for request_id in ids if request_id in finished]  # not those aborted meanwhile
 
@@ -136,7 +137,7 @@ class LLM:
         cache_salt: str | None = None,
     ) -> Outputs:
         """Like generate, but yields the state of a request after each step that gave it new tokens."""
-        yield from self._run(self._add_all(as_list(prompts), params or SamplingParams(), cache_salt))
+        yield from self._run(self._add_all(as_list(prompts), params, cache_salt))
 
     def _run(self, request_ids: list[str]) -> Outputs:
         mine = set(request_ids)
@@ -166,7 +167,7 @@ class LLM:
         cache_salt: it finds only what was computed for requests with the same salt, so tenants can't learn by
         tokens or by timing what another one asked.
         """
-        request = self._request(prompt, params or SamplingParams(), request_id, cache_salt)
+        request = self._request(prompt, SamplingParams() if params is None else params, request_id, cache_salt)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         return request.request_id
@@ -238,7 +239,9 @@ class LLM:
 
     # --- prompts in ---------------------------------------------------------------------------------------------
 
-    def _add_all(self, prompts: list[Prompt], params: Params | Many[Params], cache_salt: str | None) -> list[str]:
+    def _add_all(
+        self, prompts: list[Prompt], params: Params | Many[Params] | None, cache_salt: str | None
+    ) -> list[str]:
         ids: list[str] = []
         each = one_for_each(params, prompts)
         try:
@@ -259,7 +262,9 @@ class LLM:
             raise ValueError(f"params must be SamplingParams or BeamSearchParams, not {params!r}")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise ValueError(f"cache_salt={cache_salt!r}: must be None or a string that is not empty")
-        text, token_ids = encode(prompt, self.tokenizer, self.config.vocab_size)
+        params.check(self.config.vocab_size)
+        keep = kept_tokens(params, self.max_model_len)
+        text, token_ids, own_salt = encode(prompt, self.tokenizer, self.config.vocab_size, keep)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         free_names = (name for n in count(self._arrivals) if (name := str(n)) not in self._requests)
@@ -280,7 +285,8 @@ class LLM:
             eos_token_ids=frozenset(self.config.eos_token_ids),
             seed=self._random.getrandbits(63) if seed is None else seed,
             prompt=text,
-            cache_salt=cache_salt,
+            cache_salt=own_salt or cache_salt,
+            bad_word_ids=bad_word_ids(params, self.tokenizer),
         )
         self._arrivals += 1
         return request
@@ -293,6 +299,9 @@ class LLM:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
             self._num_prompt_tokens += len(request.prompt_token_ids)
+            if request.prompt_logprobs:  # complete, now that there is a token after them
+                told = request.prompt_logprobs
+                request.prompt_logprobs = [one and with_text(one, self.tokenizer) for one in told]
         if request.search:
             outputs = beam_outputs(request, self.tokenizer)
             self._num_output_tokens += sum(len(o.token_ids) for o in outputs) if request.finished else 0
