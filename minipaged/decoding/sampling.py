@@ -160,18 +160,20 @@ def _nucleus(x: Tensor, rung: int, draws: list[Draw]) -> tuple[Tensor, Tensor, T
 
 
 def _best_first(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best values and their ids, both [R, count]; equal ones by id, but any of those that equal the last."""
-    if count == x.shape[1]:
-        return x.sort(dim=-1, descending=True, stable=True)
+    """The best values and their ids, both [R, count]; equal ones by id, but any of those that equal the last.
+
+    One sort does both: no value of x is above 0, the bits of -x compare as -x does, and the id goes below them.
+    """
     best, ids = x.topk(count, dim=-1, sorted=False)
-    ids, order = ids.sort()
-    best, order = best.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    return best, ids.gather(1, order)
+    keys = ((best.abs().view(torch.int32).long() << 32) | ids).sort().values
+    return -(keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF
 
 
 def _blocks(weights: Tensor) -> Tensor:
     """[R, C] as [R, blocks, BLOCK], the last block filled up with 0."""
-    return pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    if missing := -weights.shape[1] % BLOCK:  # to fill up with nothing would be a copy
+        weights = pad(weights, (0, missing))
+    return weights.unflatten(1, (-1, BLOCK))
 
 
 def _block_sums(blocks: Tensor) -> Tensor:
