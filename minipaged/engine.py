@@ -24,11 +24,10 @@ from minipaged.execution.executor import Executor
 from minipaged.execution.stats import EngineStats, Peak, Totals
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.requests.request import Request
-from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.undo import Note
-from minipaged.text.inputs import Params, Prompt
+from minipaged.text.inputs import Params, Prompt, one_for_each
 from minipaged.text.intake import Intake
 from minipaged.text.mailbox import Mailbox
 from minipaged.text.outputs import Answer, CompletionOutput, RequestOutput
@@ -83,7 +82,8 @@ class LLMEngine:
         cache_salt: it finds only what was computed for requests with the same salt, so tenants can't learn by
         tokens or by timing what another one asked.
         """
-        return self._add(prompt, sampling_params or SamplingParams(), request_id, cache_salt, self._mail)
+        [params] = one_for_each(sampling_params, [prompt])
+        return self._add(prompt, params, request_id, cache_salt, self._mail)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step. Returns the state of the requests of add_request that got new tokens, or ended.
@@ -228,13 +228,15 @@ class LLMEngine:
             request.error = f"its text can't be made: {error!r}"
             self.scheduler.fail(request, "error")
             outputs = [(seq.index, "", seq.output_token_ids.copy()) for seq in request.sequences]
-            return Answer(request, [CompletionOutput(*output, finish_reason="error") for output in outputs])
+            failed = [CompletionOutput(*output, finish_reason="error") for output in outputs]
+            return Answer(request, failed, self.tokenizer)
 
     def _deliver(self, answers: list[tuple[Request, Answer]], totals: Totals) -> None:
         for request, answer in answers:
             name = request.request_id
             if name in self._requests:
-                self._requests[name][1].put(answer)
+                if answer.finished or not request.only_the_end:
+                    self._requests[name][1].put(answer)
                 if answer.finished:
                     self._texts.forget(request)
                     del self._requests[name]

@@ -179,8 +179,10 @@ def test_poison_shows_memory_that_was_not_moved(make, monkeypatch, move):
     usage = llm.stats().memory
     assert usage.copies > 0 and usage.swapped_in_blocks > 0
     monkeypatch.setattr(llm.executor.runner.backend, move, lambda *args: None)
-    with pytest.raises(ValueError, match="NaN"):
-        llm.generate(PROMPTS[:5], params)
+    outputs = llm.generate(PROMPTS[:5], params)
+    broken = [output for output in outputs if output.error]
+    assert broken and all("NaN" in output.error for output in broken)
+    assert all(any(o.finish_reason == "error" for o in output.outputs) for output in broken)
     assert_empty(llm)  # even so
 
 
@@ -462,7 +464,9 @@ def test_logprobs_are_those_of_transformers(llm, oracle, greedy):
         assert one.cumulative_logprob == pytest.approx(own.sum().item(), abs=1e-3)
         for row, token, found in zip(rows, one.token_ids, one.logprobs, strict=True):
             assert found.keys() == set(row.topk(one_params.logprobs).indices.tolist()) | {token}
-            assert found == pytest.approx({t: row[t].item() for t in found}, abs=1e-4)
+            assert [one.logprob for one in found.values()] == pytest.approx([row[t].item() for t in found], abs=1e-4)
+            assert [one.rank for one in found.values()] == [1 + int((row > row[t]).sum()) for t in found]
+            assert [one.decoded_token for one in found.values()] == [llm.tokenizer.decode([t], False) for t in found]
     [one] = llm.generate(PROMPTS[3], GREEDY)[0].outputs
     assert one.logprobs is None and one.cumulative_logprob is None
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 import kernels
-from minipaged.decoding.sampling import sample, top_candidates, top_logprobs
+from minipaged.decoding.logprobs import top_candidates, top_logprobs
+from minipaged.decoding.sampling import sample
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.stats import Times
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
+from minipaged.requests.sampling_params import BadLogits
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 
 DTYPES = {
@@ -193,12 +195,18 @@ class ModelRunner:
         if draws:
             rows = logits if len(draws) == len(wanted) else logits[[i for i, _ in draws]]
             for (i, _), drawn in zip(draws, sample(rows, [draw for _, draw in draws]), strict=True):
-                output.tokens[wanted[i].seq_id] = [[token] for token in drawn]
+                if isinstance(drawn, BadLogits):
+                    output.errors[wanted[i].seq_id] = drawn.message
+                else:
+                    output.tokens[wanted[i].seq_id] = [[token] for token in drawn]
         beams = [i for i, s in enumerate(wanted) if s.num_candidates]
         if beams:
             best = top_candidates(logits[beams], max(wanted[i].num_candidates for i in beams))
             for i, row in zip(beams, best, strict=True):
-                output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
+                if isinstance(row, BadLogits):
+                    output.errors[wanted[i].seq_id] = row.message
+                else:
+                    output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
         return output
 
     def _add_prompt_logprobs(self, sequences: list[ScheduledSequence], hidden: Tensor, output: StepOutput) -> None:
@@ -215,4 +223,7 @@ class ModelRunner:
             logits = self.model.logits(hidden[[row for _, row, _, _ in piece]])
             found = top_logprobs(logits, [(i, k, token) for i, (_, _, k, token) in enumerate(piece)])
             for (seq_id, *_), logprobs in zip(piece, found, strict=True):
-                output.prompt_logprobs.setdefault(seq_id, []).append(logprobs)
+                if isinstance(logprobs, BadLogits):
+                    output.errors[seq_id] = logprobs.message
+                else:
+                    output.prompt_logprobs.setdefault(seq_id, []).append(logprobs)

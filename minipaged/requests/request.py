@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.sampling_params import Draw, PromptTargets, SamplingParams
+from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, RequestOutputKind, SamplingParams
 from minipaged.requests.sequence import Sequence
 
 
@@ -71,17 +71,17 @@ class Request:
     seed: int = 0
     prompt: str | None = None
     cache_salt: str | None = None  # only requests with the same one share what is cached
+    bad_word_ids: list[list[int]] = field(default_factory=list)  # the tokens of params.bad_words
     was_admitted: bool = False  # at least once: what it finds later may be its own
     num_overtaken: int = 0  # how many requests came in before it that arrived later; see admission.py
     sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
     search: Search | None = None  # the scheduler gives it one
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
-    only_new: bool = False  # whether who asked is told only what is new
     error: str | None = None  # why it, or a sample of it, ended with finish_reason "error"
 
     def __post_init__(self) -> None:
         asked = isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
-        self.prompt_logprobs: list[dict[int, float] | None] | None = [None] if asked else None  # as far as computed
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if asked else None  # as far as computed
         own = frozenset(self.params.stop_token_ids or ())
         self.stop_ids = own if self.params.ignore_eos else own | self.eos_token_ids
 
@@ -91,6 +91,15 @@ class Request:
         if isinstance(self.params, BeamSearchParams):
             return self.params.beam_width
         return len(self.live) if len(self.sequences) > 1 else self.params.n
+
+    @property
+    def only_new(self) -> bool:
+        """Whether who asked is told only what is new."""
+        return getattr(self.params, "output_kind", None) is RequestOutputKind.DELTA
+
+    @property
+    def only_the_end(self) -> bool:
+        return getattr(self.params, "output_kind", None) is RequestOutputKind.FINAL_ONLY
 
     @property
     def live(self) -> list[Sequence]:
@@ -135,7 +144,7 @@ class Request:
         assert isinstance(self.params, SamplingParams)
         num_draws = 1 if seq.output_token_ids else self.params.n
         prompt, output = seq.prompt_token_ids, seq.output_token_ids
-        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids)
+        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids, self.bad_word_ids)
 
     def stop_reason(self, token_id: int) -> int | None:
         """What is told of a token that ended the text: nothing if it is the model's own end."""

@@ -44,18 +44,17 @@ class LiveSequences:
         """Append what was drawn for a request. Returns whether there was anything."""
         if failed := [seq for seq in request.live if seq.seq_id in output.errors]:
             request.error = output.errors[failed[0].seq_id]
-            for seq in request.live if request.search else failed:
+            for seq in request.live if request.search else failed:  # beams are nothing without each other
                 self.end(seq, "error")
-            return True
         if request.search:
-            return self._grow_beams(request, output)
+            return self._grow_beams(request, output) if request.live else True
         if request.prompt_logprobs is not None:
             for seq in request.live:
                 request.prompt_logprobs.extend(output.prompt_logprobs.get(seq.seq_id, ()))
         grown = [seq for seq in request.live if seq.seq_id in output.tokens]
         for seq in grown:
             self._append(request, seq, output)
-        return bool(grown)
+        return bool(grown or failed)
 
     def _append(self, request: Request, seq: Sequence, output: StepOutput) -> None:
         """What one sequence has drawn; or n samples, when their prompt has just been computed: fork, then append."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minipaged.requests.request import Request
-from minipaged.requests.sampling_params import Draw, PromptTargets, SampledToken
+from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, SampledToken
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StepOutput:
 
     tokens: dict[int, list[list[SampledToken]]] = field(default_factory=dict)
     candidates: dict[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[dict[int, float]]] = field(default_factory=dict)  # one for each target
+    prompt_logprobs: dict[int, list[dict[int, Logprob]]] = field(default_factory=dict)  # one for each target
     errors: dict[int, str] = field(default_factory=dict)  # why nothing can be drawn for a sequence, ever
 
     def to_json(self) -> dict[str, Any]:

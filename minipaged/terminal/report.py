@@ -96,17 +96,16 @@ class Results:
 
 
 def as_json(output: "RequestOutput") -> dict[str, Any]:
-    """A finished request as plain data; times in seconds."""
-    outputs = [asdict(one) for one in output.outputs]
+    """A finished request as plain data; times in seconds, logprobs as {token id: {logprob, rank, decoded_token}}."""
+    plain = asdict(output)
     metrics = output.metrics
-    asked = output.prompt_logprobs is not None
     return {
         "request_id": output.request_id,
         "prompt": output.prompt,
         "prompt_token_ids": output.prompt_token_ids,
         **({"error": output.error} if output.error else {}),
-        **({"prompt_logprobs": output.prompt_logprobs} if asked else {}),
-        "outputs": [{k: v for k, v in one.items() if k != "logprobs" or v is not None} for one in outputs],
+        **({"prompt_logprobs": plain["prompt_logprobs"]} if plain["prompt_logprobs"] else {}),
+        "outputs": [{k: v for k, v in one.items() if k != "logprobs" or v is not None} for one in plain["outputs"]],
         "metrics": {
             "queue_time": metrics.queue_time,
             "time_to_first_token": metrics.time_to_first_token,

@@ -4,17 +4,16 @@ import random
 from collections.abc import Container
 from itertools import count
 
-from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import Request, RequestRefused
-from minipaged.requests.sampling_params import SamplingParams
-from minipaged.text.inputs import Params, Prompt, encode
+from minipaged.text.inputs import Params, Prompt, bad_word_ids, encode, kept_tokens
 from minipaged.text.tokenizer import Tokenizer
 
 
 class Intake:
     """What all requests of an engine have to keep to.
 
-    num_slots: token slots of the pool, in blocks of block_size. seed: for the requests that have none of their own.
+    num_blocks, block_size: the pool. max_logprobs: how many a request may ask for; -1: any number.
+    seed: for the requests that have none of their own.
     """
 
     def __init__(
@@ -30,13 +29,13 @@ class Intake:
         self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, taken: Container[str]
     ) -> Request:
         """A request that has its place in the order of arrivals. taken: ids that are in use."""
-        if not isinstance(params, (SamplingParams, BeamSearchParams)):
-            raise ValueError(f"params must be SamplingParams or BeamSearchParams, not {params!r}")
+        params.check(self.vocab_size, self.max_logprobs)
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise ValueError(f"cache_salt={cache_salt!r}: must be None or a string that is not empty")
         if request_id is not None and (not isinstance(request_id, str) or request_id in taken):
             raise ValueError(f"request_id {request_id!r} is in use, or no text")
-        text, token_ids = encode(prompt, self.tokenizer, self.vocab_size)
+        keep = kept_tokens(params, self.max_model_len)
+        text, token_ids, own_salt = encode(prompt, self.tokenizer, self.vocab_size, keep)
         room = self.max_model_len - len(token_ids)
         if room < 1:
             raise RequestRefused(
@@ -53,7 +52,8 @@ class Intake:
             eos_token_ids=self.eos_token_ids,
             seed=self._random.getrandbits(63) if seed is None else seed,
             prompt=text,
-            cache_salt=cache_salt,
+            cache_salt=own_salt or cache_salt,
+            bad_word_ids=bad_word_ids(params, self.tokenizer),
         )
         if params.max_tokens is None:  # as many as there is room for, in the pool too
             most = request.most_tokens(self.num_blocks, self.block_size)

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from minipaged.requests.request import Request, RequestMetrics
+from minipaged.requests.sampling_params import Logprob
 from minipaged.requests.sequence import Sequence
+from minipaged.text.logprobs import with_text
 from minipaged.text.sequence_text import SequenceText
+from minipaged.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -17,7 +20,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]  # with the stop token, if one ended it
     cumulative_logprob: float | None = None  # sampling: only if logprobs were asked for
-    logprobs: list[dict[int, float]] | None = None  # for each token: {token id: logprob}, the drawn one among them
+    logprobs: list[dict[int, Logprob]] | None = None  # for each token, by token id; the drawn one is among them
     finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop string, or the id of one of stop_token_ids
     score: float | None = None  # beam search: the length-normalised score
@@ -37,7 +40,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # for each token of the prompt; None for the first
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # for each token of the prompt; None for the first
     error: str | None = None  # why an output ended with finish_reason "error"
     only_new = False  # whether the request is told only what is new: SamplingParams.output_kind
 
@@ -79,24 +82,27 @@ def _since(output: CompletionOutput, told: CompletionOutput | None) -> Completio
 class GrowingOutput(CompletionOutput):
     """The output of one sequence as it is now, whenever it is looked at."""
 
-    def __init__(self, seq: Sequence, text: SequenceText | None):
+    def __init__(self, seq: Sequence, text: SequenceText, tokenizer: Tokenizer):
         self.index, self.finish_reason, self.stop_reason = seq.index, seq.finish_reason, seq.stop_reason
-        self._seq, self._num_tokens, self._text = seq, len(seq.output_token_ids), text
-        self._length = text.shown_length(self.finished) if text else 0
+        self._seq, self._num_tokens = seq, len(seq.output_token_ids)
+        self._text, self._length, self._tokenizer = text, text.shown_length(self.finished), tokenizer
 
     @cached_property
     def text(self) -> str:  # type: ignore[override]
-        return self._text.start(self._length) if self._text else ""
+        return self._text.start(self._length)
 
     @cached_property
     def token_ids(self) -> list[int]:  # type: ignore[override]
         return self._seq.output_token_ids[: self._num_tokens]
 
     @cached_property
-    def logprobs(self) -> list[dict[int, float]] | None:  # type: ignore[override]
+    def logprobs(self) -> list[dict[int, Logprob]] | None:  # type: ignore[override]
         sampled = self._seq.sampled[: self._num_tokens]
-        found = [token.top_logprobs for token in sampled if token.top_logprobs is not None]
-        return found if sampled and len(found) == len(sampled) else None
+        if not sampled or any(token.top_logprobs is None for token in sampled):
+            return None
+        for token in sampled:  # once: the next output of this sequence finds it
+            token.top_logprobs = with_text(token.top_logprobs or {}, self._tokenizer)
+        return [dict(token.top_logprobs or {}) for token in sampled]
 
     @cached_property
     def cumulative_logprob(self) -> float | None:  # type: ignore[override]
@@ -128,20 +134,21 @@ class BeamOutput(CompletionOutput):
 class Answer(RequestOutput):
     """The state of a request as it is now."""
 
-    def __init__(self, request: Request, outputs: list[CompletionOutput]):
+    def __init__(self, request: Request, outputs: list[CompletionOutput], tokenizer: Tokenizer):
         self.request_id, self.prompt, self.outputs = request.request_id, request.prompt, outputs
         self.finished, self.metrics, self.error = request.finished, request.metrics, request.error
         self.only_new = request.only_new
-        self._request, self._num_logprobs = request, len(request.prompt_logprobs or ())
+        self._request, self._num_logprobs, self._tokenizer = request, len(request.prompt_logprobs or ()), tokenizer
 
     @cached_property
     def prompt_token_ids(self) -> list[int]:  # type: ignore[override]
         return self._request.prompt_token_ids.copy()
 
     @cached_property
-    def prompt_logprobs(self) -> list[dict[int, float] | None] | None:  # type: ignore[override]
-        found = self._request.prompt_logprobs
-        return None if found is None else found[: self._num_logprobs]
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:  # type: ignore[override]
+        if self._request.prompt_logprobs is None:
+            return None
+        return [one and with_text(one, self._tokenizer) for one in self._request.prompt_logprobs[: self._num_logprobs]]
 
 
 # --- beam search, in vLLM's form --------------------------------------------------------------------------------------

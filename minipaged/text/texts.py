@@ -30,10 +30,13 @@ class Texts:
     def answer(self, request: Request) -> Answer:
         """Read the new tokens of a request; see what it has to say then."""
         if request.search:
-            return Answer(request, self._beams(request))
+            return Answer(request, self._beams(request), self._tokenizer)
         for seq in request.sequences:
             self._read(request, seq)
-        return Answer(request, [GrowingOutput(seq, self._by_id[seq.seq_id]) for seq in request.sequences])
+        outputs: list[CompletionOutput] = [
+            GrowingOutput(seq, self._by_id[seq.seq_id], self._tokenizer) for seq in request.sequences
+        ]
+        return Answer(request, outputs, self._tokenizer)
 
     def forget(self, request: Request) -> None:
         for seq in request.sequences:
@@ -51,6 +54,7 @@ class Texts:
         for count in range(text.num_tokens + 1, len(tokens) + 1):
             last = count == len(tokens)
             silent = last and seq.finish_reason == "stop" and not params.include_stop_str_in_output
+            silent = silent or not params.detokenize
             stop = text.add(tokens[count - 1], silent, check_stops=count > params.min_tokens)
             if stop is not None:
                 del tokens[count:], seq.sampled[count:]
