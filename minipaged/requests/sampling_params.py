@@ -170,12 +170,7 @@ class Draw:
     def completes_bad_word(self) -> set[int]:
         """The last token of each bad word whose other tokens are those that the output ends with."""
         output = self.output_token_ids
-        lasts = set()
-        for *others, last in self.bad_word_ids:
-            start = len(output) - len(others)
-            if start >= 0 and list(output[start:]) == others:
-                lasts.add(last)
-        return lasts
+        return {last for *others, last in self.bad_word_ids if list(output[len(output) - len(others) :]) == others}
 
 
 @dataclass(frozen=True)
