@@ -162,6 +162,11 @@ class Draw:
     bad_word_ids: Sequence[Sequence[int]] = ()  # the tokens of params.bad_words: see text/inputs.py
 
     @property
+    def forbidden(self) -> frozenset[int]:
+        """What must not be drawn now, whatever the logits are; allowed_token_ids stand for themselves."""
+        return self.too_short | self.completes_bad_word
+
+    @property
     def too_short(self) -> frozenset[int]:
         """What must not be drawn because the output is shorter than min_tokens."""
         return self.stop_ids if len(self.output_token_ids) < self.params.min_tokens else frozenset()
