@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from minipaged.llm import LLM
     from minipaged.requests.beam_search_params import BeamSearchParams
     from minipaged.requests.request import RequestRefused
-    from minipaged.requests.sampling_params import SamplingParams
+    from minipaged.requests.sampling_params import Logprob, RequestOutputKind, SamplingParams
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "RequestRefused", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "RequestOutputKind"]
+__all__ += ["RequestRefused", "SamplingParams"]
 
 _HOMES = {
     "LLM": "llm",
     "BeamSearchParams": "requests.beam_search_params",
     "CompletionOutput": "text.outputs",
+    "Logprob": "requests.sampling_params",
     "RequestOutput": "text.outputs",
+    "RequestOutputKind": "requests.sampling_params",
     "SamplingParams": "requests.sampling_params",
     "RequestRefused": "requests.request",
 }

@@ -262,11 +262,25 @@ def test_every_token_of_a_block_can_be_drawn(monkeypatch):
     assert len(set(tokens_of(logits, [draw(num_draws=255)])[0])) > 200
 
 
-def test_sums_are_the_same_bits_alone_and_in_company():
-    """PyTorch cuts the sum of a single long row in two for its threads, and of several rows it doesn't."""
-    weights = random_logits(6, 49152).exp()
-    sums = [sampling._block_sums(sampling._blocks(x)) for x in (weights, *weights.split(1))]
-    assert torch.equal(sums[0], torch.cat(sums[1:]))
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_a_nucleus_is_cut_at_the_same_place_alone_and_in_company(monkeypatch, two_threads):
+    """PyTorch cuts the sum of a single long row in two for its threads, and of several rows it doesn't.
+
+    So top_p is put between the two sums, where the nucleus ends with token 100, and its last token is drawn.
+    """
+    use_uniforms(monkeypatch, [ALMOST_ONE])
+    logits = random_logits(30, 49152)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    sums = [(weights.sum(-1)[r].item(), weights[r : r + 1].sum(-1).item()) for r in range(30)]
+    first = weights.double().topk(100).values.sum(-1).tolist()
+    draws = [draw(top_p=2 * f / (one + other)) for f, (one, other) in zip(first, sums, strict=True)]
+    assert tokens_of(logits, draws) == [tokens_of(x, [d])[0] for x, d in zip(logits.split(1), draws, strict=True)]
 
 
 # ---- rows that can't be drawn from ---------------------------------------------------------------

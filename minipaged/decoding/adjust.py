@@ -19,7 +19,7 @@ def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The logits [R, V] after the steps, in a copy; or themselves, if no row has anything to change."""
     vocab = logits.shape[1]
     allowed = [(r, d.params.allowed_token_ids) for r, d in enumerate(draws) if d.params.allowed_token_ids]
-    forbidden = [(r, t) for r, d in enumerate(draws) for t in d.completes_bad_word | d.too_short if t < vocab]
+    forbidden = [(r, t) for r, d in enumerate(draws) for t in d.forbidden if t < vocab]
     biases = [(r, t, b) for r, d in enumerate(draws) for t, b in (d.params.logit_bias or {}).items() if t < vocab]
     penalties = [_penalties(d) for d in draws]
     if not (allowed or forbidden or biases or any(penalties)):

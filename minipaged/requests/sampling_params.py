@@ -162,6 +162,11 @@ class Draw:
     bad_word_ids: Sequence[Sequence[int]] = ()  # the tokens of params.bad_words: see text/inputs.py
 
     @property
+    def forbidden(self) -> frozenset[int]:
+        """What must not be drawn now, whatever the logits are; allowed_token_ids stand for themselves."""
+        return self.too_short | self.completes_bad_word
+
+    @property
     def too_short(self) -> frozenset[int]:
         """What must not be drawn because the output is shorter than min_tokens."""
         return self.stop_ids if len(self.output_token_ids) < self.params.min_tokens else frozenset()
@@ -170,12 +175,7 @@ class Draw:
     def completes_bad_word(self) -> set[int]:
         """The last token of each bad word whose other tokens are those that the output ends with."""
         output = self.output_token_ids
-        lasts = set()
-        for *others, last in self.bad_word_ids:
-            start = len(output) - len(others)
-            if start >= 0 and list(output[start:]) == others:
-                lasts.add(last)
-        return lasts
+        return {last for *others, last in self.bad_word_ids if list(output[len(output) - len(others) :]) == others}
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ PREEMPTION_HELP = (
     "to CPU memory; auto swaps if it has several sequences"
 )
 KERNELS_HELP = "who computes: auto is triton on a GPU, and cpp on a CPU where there is a compiler; torch needs neither"
+JSON_HELP = (
+    "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
+    'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
+)
 TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
 
 
@@ -145,7 +149,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, words: str) -> None:
         group.add_argument(flag, action="store_true", help=words)
 
-    add("--json", "one JSON object for each prompt, with tokens, scores and times")
+    add("--json", JSON_HELP)
     add("--stats", "end with the account of the memory")
     add("--watch", "show the memory live (where standard error is no terminal: a line for each event)")
     group.add_argument("--trace", metavar="FILE", help=TRACE_HELP)
