@@ -101,9 +101,10 @@ def _from_vocabulary(path: Path, settings: Settings, model_type: Any, template: 
     tokens = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in tokens] != list(range(len(ids))):
         raise ModelError(f"{path}/vocab.json: its ids must be 0 to {len(ids) - 1}, each once")
-    names = {"eos_token": END_OF_TEXT} | ({"bos_token": END_OF_TEXT} if RULES[made_by] == "gpt-2" else {})
+    names = dict.fromkeys(["eos_token", "unk_token"] + ["bos_token"] * (RULES[made_by] == "gpt-2"), END_OF_TEXT)
     vocabulary = Vocabulary(*_with_added(path, settings, tokens, [NORMAL] * len(tokens)), chat_template=template)
-    _name_special(vocabulary, {name: t for name, t in names.items() if t in vocabulary.ids} | _named(settings))
+    _name_special(vocabulary, {name: t for name, t in names.items() if t in vocabulary.ids})
+    _name_special(vocabulary, _named(settings))
     vocabulary.add_bos = bool(settings.get("add_bos_token"))
     merges = (path / "merges.txt").read_text("utf-8").split("\n")
     return byte_level(vocabulary, [m for m in merges if m and not m.startswith("#version")], WORD_RULES[RULES[made_by]])
