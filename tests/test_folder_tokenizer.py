@@ -107,6 +107,7 @@ def test_the_chat_template_is_found(folder):
         ({}, "llama", "don't say how text is cut into words, and llama is none of GPT2Tokenizer, Qwen2Tokenizer"),
         ({"tokenizer_class": "BloomTokenizerFast"}, "gpt2", "and BloomTokenizer is none of"),
         ({"add_prefix_space": True}, "gpt2", "add_prefix_space is not supported without tokenizer.json"),
+        ({"add_bos_token": True, "bos_token": None}, "qwen2", "text should get a bos token, but none is named"),
         ({"eos_token": "</s>"}, "gpt2", "eos_token '</s>' is not in the vocabulary"),
         ({"added_tokens_decoder": {"9": {"content": "<x>"}}}, "gpt2", "the added token '<x>' can't have the id 9"),
         ({"added_tokens_decoder": {"900": {"content": "<x>"}}}, "gpt2", "'<x>' can't have the id 900"),
@@ -167,6 +168,13 @@ def test_settings_of_a_tokenizer_model(sentencepiece_folder):
     # transformers' "legacy": after a special token comes another space, or not
     assert encode("a</s>a", legacy=True) == [1, *plain, 2, *plain]
     assert encode("a</s>a", legacy=False) == [1, *plain, 2, *encode("a", add_prefix_space=False)[1:]]
+
+
+def test_the_unknown_token_stays_what_it_is(sentencepiece_folder):
+    """tokenizer_config.json calls it special, as the others; characters without a token still become it."""
+    settings = {"unk_token": "<unk>", "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}}}
+    tokenizer = read_tokenizer(sentencepiece_folder("nobytes", **settings), "llama")
+    assert tokenizer.encode("ﷺa<unk>", add_special_tokens=False).count(0) == 2
 
 
 def test_other_kinds_of_tokenizer_model(sentencepiece_folder):

@@ -18,7 +18,7 @@ from minipaged.models.sentencepiece_file import read_sentencepiece
 from minipaged.text.byte_level import byte_level
 from minipaged.text.sentencepiece import merges_by_score, sentencepiece
 from minipaged.text.tokenizer import Tokenizer, TokenizerError
-from minipaged.text.vocabulary import CONTROL, NORMAL, USER_DEFINED, Vocabulary
+from minipaged.text.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 from minipaged.text.word_rules import WORD_RULES
 
 Settings = dict[str, Any]
@@ -97,15 +97,16 @@ def _from_vocabulary(path: Path, settings: Settings, model_type: Any, template: 
         )
     if settings.get("add_prefix_space"):
         raise ModelError(f"{path}/tokenizer_config.json: add_prefix_space is not supported without tokenizer.json")
-    ids = read_json(path / "vocab.json")
-    tokens = sorted(ids, key=ids.__getitem__)
-    if [ids[token] for token in tokens] != list(range(len(ids))):
-        raise ModelError(f"{path}/vocab.json: its ids must be 0 to {len(ids) - 1}, each once")
-    names = dict.fromkeys(["eos_token", "unk_token"] + ["bos_token"] * (RULES[made_by] == "gpt-2"), END_OF_TEXT)
-    vocabulary = Vocabulary(*_with_added(path, settings, tokens, [NORMAL] * len(tokens)), chat_template=template)
-    _name_special(vocabulary, {name: t for name, t in names.items() if t in vocabulary.ids})
-    _name_special(vocabulary, _named(settings))
-    vocabulary.add_bos = bool(settings.get("add_bos_token"))
+    stored = read_json(path / "vocab.json")
+    tokens = sorted(stored, key=stored.__getitem__)
+    if [stored[token] for token in tokens] != list(range(len(stored))):
+        raise ModelError(f"{path}/vocab.json: its ids must be 0 to {len(stored) - 1}, each once")
+    tokens, kinds = _with_added(path, settings, tokens, [NORMAL] * len(tokens))
+    names = ["eos_token", "unk_token"] + ["bos_token"] * (RULES[made_by] == "gpt-2")
+    default = dict.fromkeys(names if END_OF_TEXT in tokens else [], END_OF_TEXT)
+    ids = _special_ids(tokens, kinds, default | _named(settings))
+    add_bos = bool(settings.get("add_bos_token"))
+    vocabulary = Vocabulary(tokens, kinds, ids.get("bos_token"), ids.get("eos_token"), add_bos, chat_template=template)
     merges = (path / "merges.txt").read_text("utf-8").split("\n")
     return byte_level(vocabulary, [m for m in merges if m and not m.startswith("#version")], WORD_RULES[RULES[made_by]])
 
@@ -113,11 +114,12 @@ def _from_vocabulary(path: Path, settings: Settings, model_type: Any, template: 
 def _from_sentencepiece(path: Path, settings: Settings, template: str | None) -> Tokenizer:
     file = read_sentencepiece(path / "tokenizer.model")
     merges = merges_by_score(file.vocabulary, file.scores)
-    added = _with_added(path, settings, file.vocabulary.tokens, file.vocabulary.kinds)
-    vocabulary = Vocabulary(*added, file.vocabulary.bos_id, file.vocabulary.eos_id, chat_template=template)
-    _name_special(vocabulary, _named(settings))
-    vocabulary.add_bos = bool(settings.get("add_bos_token", vocabulary.bos_id is not None))
-    vocabulary.add_eos = bool(settings.get("add_eos_token", False))
+    tokens, kinds = _with_added(path, settings, file.vocabulary.tokens, file.vocabulary.kinds)
+    own = {"bos_token": file.vocabulary.bos_id, "eos_token": file.vocabulary.eos_id}
+    ids = own | _special_ids(tokens, kinds, _named(settings))
+    bos, eos = ids["bos_token"], ids["eos_token"]
+    add_bos, add_eos = settings.get("add_bos_token", bos is not None), settings.get("add_eos_token")
+    vocabulary = Vocabulary(tokens, kinds, bos, eos, bool(add_bos), bool(add_eos), template)
     prefix = settings.get("add_prefix_space")
     space_prefix = file.space_prefix if prefix is None else bool(prefix)
     return sentencepiece(vocabulary, merges, space_prefix, prefix_once=settings.get("legacy") is False)
@@ -135,18 +137,17 @@ def _with_added(path: Path, settings: Settings, tokens: list[str], kinds: list[i
             tokens, kinds = [*tokens, token["content"]], [*kinds, NORMAL]
         if not 0 <= i < len(tokens) or tokens[i] != token["content"]:
             raise TokenizerError(f"the added token {token['content']!r:.60} can't have the id {i}")
-        kinds[i] = CONTROL if token.get("special") else USER_DEFINED
+        if kinds[i] != UNKNOWN:
+            kinds[i] = CONTROL if token.get("special") else USER_DEFINED
     return tokens, kinds
 
 
-def _name_special(vocabulary: Vocabulary, named: dict[str, str]) -> None:
-    """Sets the special ids to the tokens that bear the names; bos and eos must be there."""
-    for name, token in named.items():
-        if token in vocabulary.ids:
-            vocabulary.kinds[vocabulary.ids[token]] = CONTROL
-        elif name in ("bos_token", "eos_token"):
-            raise TokenizerError(f"{name} {token!r:.60} is not in the vocabulary")
-    if "bos_token" in named:
-        vocabulary.bos_id = vocabulary.ids[named["bos_token"]]
-    if "eos_token" in named:
-        vocabulary.eos_id = vocabulary.ids[named["eos_token"]]
+def _special_ids(tokens: list[str], kinds: list[int], named: dict[str, str]) -> dict[str, int]:
+    """Name -> id. The tokens become control tokens in kinds; those of bos and eos must be there."""
+    ids = {name: tokens.index(token) for name, token in named.items() if token in tokens}
+    for name in ("bos_token", "eos_token"):
+        if name in named and name not in ids:
+            raise TokenizerError(f"{name} {named[name]!r:.60} is not in the vocabulary")
+    for i in ids.values():
+        kinds[i] = UNKNOWN if kinds[i] == UNKNOWN else CONTROL
+    return ids
