@@ -111,12 +111,12 @@ def test_the_context_ends_where_a_window_would_begin(config, longest):
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_key_that_is_absent_means_what_it_means_to_transformers(model_type):
-    sizes = {"vocab_size": 100, "hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 100, "hidden_size": 2048, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 32, "max_position_embeddings": 8192, "model_type": model_type}
     theirs = transformers.AutoConfig.for_model(**sizes)
     ours = ModelConfig.from_hf(sizes)
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_size == (getattr(theirs, "head_dim", None) or 4096 // 32)
+    assert ours.head_size == (getattr(theirs, "head_dim", None) or 2048 // 32)
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.rope.kind == theirs.rope_parameters["rope_type"]

@@ -103,6 +103,7 @@ def test_what_is_added_before_and_behind():
         assert tokenizer.encode("a b") == expected
     assert build_tokenizer(metadata("llama")).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert build_tokenizer(metadata("llama")).encode("") == [1]
+    assert build_tokenizer(metadata("llama", add_space_prefix=None)).encode("a b") == [1, *plain]
 
 
 def test_kinds_of_tokens():
@@ -112,6 +113,7 @@ def test_kinds_of_tokens():
     assert tokenizer.decode([ids["[INST]"], ids["<|user|>"], ids["<unk>"], ids["<0x41>"]]) == "<|user|>A"
     assert tokenizer.byte_ids == {tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
     assert ids["<0x41>"] not in tokenizer.encode("<0x41>")  # a text that looks like a byte is not one
+    assert build_tokenizer(metadata("nobytes")).byte_ids == set()
 
 
 def test_without_scores_the_merges_count():

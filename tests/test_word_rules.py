@@ -5,6 +5,7 @@ tokenizer.json files (written here with the tokenizers package's own steps), and
 by the regex package.
 """
 
+import random
 import unicodedata
 
 import pytest
@@ -28,8 +29,9 @@ PIECES = [
     *["$", "+", "=", "<tag>", "^", "~", "|", "`", "_", "snake_case", "//", "-", "—", "“q”", "。", "，", "！", "～"],
     *["北京", "東京", "まで", "カナ", "한국", "é", "e\u0301", "\u0301", "n\u0303o", "Ǆ", "ǅ", "ἶ", "\u1f7d", "\u1fd3"],
     *["Ი", "а", "привет", "ПРИВЕТ", "مرحبا", "हिन्दी", "ก่อน", "🎉", "👍🏽", "\u200d", "\xa0", "\u2003", "\u3000"],
-    *["\x85", "\u9fa6", "\ufeff", "\x00", "ﬁ", "ａＡ", "𝒜", "𐐀", "ª", "ʰ", "HelloWorld", "aB", "XMLHttp", "\u4e00"],
+    *["!\n/", "a'll", "\x85", "\u9fa6", "\ufeff", "\x00", "ﬁ", "ａＡ", "𝒜", "𐐀", "ª", "ʰ", "aB", "XMLHttp", "\u4e00"],
 ]
+KINDS = ("Lu", "Ll", "Lt", "Lm", "Mn", "Nl", "Po")
 TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs", "Cc", "Cn"]), max_size=12)
 
 
@@ -148,7 +150,23 @@ def test_every_name_has_an_oracle():
 
 
 @pytest.mark.parametrize("name", ORACLES)
-@settings(max_examples=150)
+def test_words_of_all_pieces_in_any_order_equal_the_oracle(backends, name):
+    dice, pieces = random.Random(name), PIECES.copy()
+    for _ in range(60):
+        dice.shuffle(pieces)
+        text = "".join(pieces)
+        assert words(backends[name], text) == ORACLES[name](text)
+
+
+@pytest.mark.parametrize("name", ["deepseek-llm", "tekken", "qwen35"])
+def test_every_character_is_in_its_class(backends, name):
+    """Beside letters on both sides: what is none of them cuts the word."""
+    text = "\n".join(f"a{chr(code)}Z" for code in range(0x21, 0x1FFFF) if unicodedata.category(chr(code)) in KINDS)
+    assert words(backends[name], text) == ORACLES[name](text)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@settings(max_examples=60)
 @given(TEXTS)
 def test_words_equal_the_oracle(backends, name, pieces):
     text = "".join(pieces)

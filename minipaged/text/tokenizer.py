@@ -40,7 +40,7 @@ class Tokenizer:
         self.special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         # Sentencepiece's byte fallback: ids of <0x00> to <0xFF>, which the decoder joins to characters.
         fallback = backend.decoder is not None and b"ByteFallback" in backend.decoder.__getstate__()
-        self.byte_ids = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if fallback else 0)}
+        self.byte_ids = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if fallback else 0)} - {None}
 
     @property
     def vocab_size(self) -> int:
