@@ -1,7 +1,8 @@
 """What does the model compute, and where do its weights come from?
 
-Read fields.py and config.py, rope.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py, gguf_header.py,
-gguf.py, fetch.py. Models go by name: ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
+Read fields.py and config.py, rope.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py (a folder) with
+folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf.py, fetch.py. Models go by name:
+``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
 Does not own: keys and values (execution), or which tokens are computed together: a model sees one flat batch.
@@ -20,6 +21,7 @@ from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
+from minipaged.models.fields import Fields
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
@@ -61,9 +63,18 @@ def load(
     """
     checkpoint = open_checkpoint(name_or_path)
     tokenizer = checkpoint.tokenizer()
+    _add_end_of_text(checkpoint.config, tokenizer)
     config, model = load_model(checkpoint, dtype, device, progress, backend)
     tokenizer.eos_token_ids = config.eos_token_ids
     return Loaded(config, model, tokenizer, checkpoint.generation_config)
+
+
+def _add_end_of_text(config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """What the tokenizer calls its end of text ends text, too, though the config may not say so."""
+    end = tokenizer.backend.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
+    known = Fields(config).token_ids("eos_token_id")
+    if end is not None and end not in known:
+        config["eos_token_id"] = [*known, end]
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -94,6 +105,10 @@ def load_model(
     config = ModelConfig.from_hf(checkpoint.config)
     expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
+    stored_as: dict[str, str] = {}
+    for stored, name in names.items():
+        if (other := stored_as.setdefault(name, stored)) != stored:
+            raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
     check_tensors(expected, found, checkpoint.path)
     weights = {}
