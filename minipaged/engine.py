@@ -95,7 +95,7 @@ class LLM:
         self.block_bytes = block_size * kv_bytes_per_token(self.config, kind)
         longest = -(-self.max_model_len // block_size)
         blocks = choose_num_blocks(num_blocks, kv_cache_memory, self.block_bytes, longest * max_num_seqs, device)
-        cpu_blocks = choose_num_cpu_blocks(num_cpu_blocks, blocks, self.block_bytes, device)
+        cpu_blocks = choose_num_cpu_blocks(num_cpu_blocks, blocks, self.block_bytes, device, preemption)
         self.prefix_cache = prefix_cache
         new_cache = PREFIX_CACHES[prefix_cache]
         self.memory = KVCacheManager(blocks, block_size, cpu_blocks, cache=new_cache(block_size) if new_cache else None)

@@ -77,6 +77,8 @@ class ModelRunner:
         if debug:
             self.cache.fill_(torch.nan)
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
+        if self.graphs:
+            self.graphs.record_all()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
