@@ -15,7 +15,7 @@ import torch
 
 import kernels
 from minipaged import cache_folder
-from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, can_run
+from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, why_not
 from minipaged.bench.environments import find
 from minipaged.bench.flags import parser
 from minipaged.bench.loads import Load, Run, make_load
@@ -78,7 +78,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
                     device=device,
                     kernels=args.kernels,
                     engine=engine,
-                    **_sizes([load for load in loads if can_run(name, load)]),
+                    **_sizes([load for load in loads if not why_not(name, load)]),
                 )
                 for name in pythons
             }
@@ -97,9 +97,10 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
             raise ModelError(f"--peer-python {name}=...: --peer does not ask for {name}")
     peers, left_out = find([name for name in PEERS if name in args.peer], told, is_gguf)
     for name in list(peers):
-        barred = [load.name for load in loads if not can_run(name, load)]
+        barred = {load.name: reason for load in loads if (reason := why_not(name, load))}
         if barred:
-            left_out[name] = f"of {', '.join(barred)}: only minipaged is sent requests while it answers others"
+            reasons = {reason: [load for load in barred if barred[load] == reason] for reason in barred.values()}
+            left_out[name] = "; ".join(f"of {', '.join(names)}: {reason}" for reason, names in reasons.items())
         if len(barred) == len(loads):
             del peers[name]
     for name, reason in left_out.items():
@@ -122,7 +123,7 @@ def _sizes(loads: list[Load]) -> dict[str, int]:
     """What a contender must have room for, of the loads that it is asked for."""
     return {
         "most_blocks": max(load.blocks(BLOCK_SIZE) for load in loads),
-        "most_requests": max(len(load.ends) for load in loads),
+        "most_requests": max(load.num_sequences for load in loads),
         "longest": max(load.longest for load in loads),
     }
 
@@ -179,7 +180,7 @@ class Contest:
                 worker.close()
 
     def _rounds(self, load: Load) -> dict[str, list[Run]]:
-        runs: dict[str, list[Run]] = {name: [] for name in self.workers if can_run(name, load)}
+        runs: dict[str, list[Run]] = {name: [] for name in self.workers if not why_not(name, load)}
         for name in list(runs):
             self._guard(name, lambda worker: worker.run(load.warmup()))
         for number in range(1, self.rounds + 1):
