@@ -25,7 +25,6 @@ from minipaged.bench.worker import ContenderFailed, Worker
 from minipaged.engine import LLM
 from minipaged.execution.runner import DTYPES, kv_bytes_per_token, resolve
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
-from minipaged.models.gguf import GGUFCheckpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +53,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
                 f"load {load.name} needs {load.longest} positions, and the model has {config.max_model_len}"
             )
     device, engine = _device(args), _engine(args)
-    pythons, left_out = _peers(args, loads, isinstance(checkpoint, GGUFCheckpoint))
+    pythons, left_out = _peers(args, loads, checkpoint.path.suffix == ".gguf")
     threads = args.threads or torch.get_num_threads()
     report: dict[str, Any] = {
         "model": args.model,
@@ -142,7 +141,7 @@ def _device(args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _models(checkpoint: Checkpoint, dtype: str, vllm: bool) -> Iterator[dict[str, str]]:
     """Who can't read the model as it is, and what it is given instead, while the context lasts."""
-    if not vllm or not isinstance(checkpoint, GGUFCheckpoint):
+    if not vllm or checkpoint.path.suffix != ".gguf":
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:

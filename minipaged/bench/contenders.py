@@ -50,6 +50,7 @@ LABELS = {
     "radix": "minipaged, radix tree",
     "no-chunks": "minipaged, no chunked prefill",
     "small-chunks": "minipaged, 256 tokens a step",
+    "no-graphs": "minipaged, no CUDA graphs",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
     "vllm": "vLLM",
@@ -62,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "radix": {"prefix_cache": "radix"},
     "no-chunks": {"chunked_prefill": False},
     "small-chunks": {"max_num_batched_tokens": 256},
+    "no-graphs": {"cuda_graphs": False},
 }
 DEFAULT_PEERS = ("static", "continuous")
 SEARCHERS = ("static", "vllm")  # peers with beam search

@@ -35,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
     add("--peer", nargs="*", choices=[*list(VARIANTS)[1:], *PEERS], default=list(DEFAULT_PEERS), metavar="PEER",
         help="of static (transformers' generate in padded batches), continuous (its continuous batching), vllm, and "
         "llama.cpp (a .gguf model only, in the file's own quantization); or minipaged itself, but with no-cache (no "
-        "prefix cache), radix (a radix tree for one), no-chunks (steps so large that no prompt is cut), or "
-        "small-chunks (256 tokens a step); default: static and continuous; with no name, minipaged runs "
-        "alone")  # fmt: skip
+        "prefix cache), radix (a radix tree for one), no-chunks (steps so large that no prompt is cut), "
+        "small-chunks (256 tokens a step), or no-graphs (on a GPU, each kernel is launched by itself); default: static "
+        "and continuous; with no name, minipaged runs alone")  # fmt: skip
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
         "may be repeated")  # fmt: skip
