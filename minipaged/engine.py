@@ -136,7 +136,7 @@ class LLMEngine:
                 num_preemptions=dict(scheduler.num_preemptions),
                 prefix_cache=self.prefix_cache,
                 prefixes=replace(scheduler.admission.prefixes),
-                times=replace(self._times),
+                times=replace(self.executor.times),
             )
 
     def close(self) -> None:

@@ -197,6 +197,8 @@ def test_a_gpu_does_not_pin_all_memory_to_swap_to(monkeypatch):
     assert pool_size.choose_num_cpu_blocks(None, 70, 10, "cuda") == 10  # a quarter of 400 bytes
     assert pool_size.choose_num_cpu_blocks(None, 7, 10, "cuda") == 7
     assert [pool_size.choose_num_cpu_blocks(n, 70, 10, "cuda") for n in (0, 30, 99)] == [0, 30, 70]
+    for device in ("cpu", "cuda"):  # what is computed again needs no room elsewhere
+        assert [pool_size.choose_num_cpu_blocks(n, 70, 10, device, "recompute") for n in (None, 30)] == [0, 0]
 
 
 def test_the_kv_pool_may_be_given_in_bytes(make, greedy):

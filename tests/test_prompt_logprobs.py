@@ -25,9 +25,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(folder):
     """make(**settings): an engine with small blocks, checked at every step."""
-    return lambda **settings: LLM(
-        str(folder), **{"block_size": 4, "num_blocks": 200, "max_num_seqs": 3, "max_logprobs": -1, "debug": True, **settings}
-    )
+    given = {"block_size": 4, "num_blocks": 200, "max_num_seqs": 3, "max_logprobs": -1, "debug": True}
+    return lambda **settings: LLM(str(folder), **{**given, **settings})
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from minipaged import cache_folder
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.pool_size import choose_num_blocks, choose_num_cpu_blocks
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
+from minipaged.execution.stats import Times
 from minipaged.models import load
 from minipaged.scheduling.plan import StepOutput, StepPlan
 
@@ -31,13 +32,20 @@ class Executor:
             args.num_blocks, args.kv_cache_memory, self.block_bytes, longest * args.max_num_seqs, self.device,
             args.gpu_memory_utilization,
         )  # fmt: skip
-        self.num_cpu_blocks = choose_num_cpu_blocks(args.num_cpu_blocks, self.num_blocks, self.block_bytes, self.device)
+        self.num_cpu_blocks = choose_num_cpu_blocks(
+            args.num_cpu_blocks, self.num_blocks, self.block_bytes, self.device, args.preemption
+        )
         replays = args.cuda_graphs and self.device == "cuda" and backend.name == "triton"
         self.runner = ModelRunner(
             loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, dtype, self.device, args.debug,
             (args.max_num_seqs, longest) if replays else None,
         )  # fmt: skip
-        self.times = self.runner.times
+
+    @property
+    def times(self) -> Times:
+        """Of all steps that are over."""
+        self.runner.timer.settle()
+        return self.runner.times
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Compute a step. Whatever it raises, nobody may rely on the contents of memory afterwards."""

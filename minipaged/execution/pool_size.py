@@ -30,11 +30,15 @@ def choose_num_blocks(
     return num_blocks
 
 
-def choose_num_cpu_blocks(num_cpu_blocks: int | None, num_blocks: int, block_bytes: int, device: str) -> int:
-    """Blocks to swap to: as told, by default as many as the pool has, and never more.
+def choose_num_cpu_blocks(
+    num_cpu_blocks: int | None, num_blocks: int, block_bytes: int, device: str, preemption: str = "auto"
+) -> int:
+    """Blocks to swap to: as told, by default as many as the pool has, and never more; none if nothing is ever swapped.
 
     A CPU's are taken only as they are used. A GPU's are pinned, which takes them at once: a share of what is free.
     """
+    if preemption == "recompute":
+        return 0
     if num_cpu_blocks is None and device == "cuda":
         num_cpu_blocks = default_kv_cache_memory("cpu") // block_bytes
     return num_blocks if num_cpu_blocks is None else min(num_cpu_blocks, num_blocks)

@@ -4,7 +4,6 @@ The runner owns the keys and values of all blocks. It decides nothing: which blo
 stands in the plan.
 """
 
-import time
 from itertools import chain
 
 import torch
@@ -15,6 +14,7 @@ from minipaged.decoding.logprobs import top_candidates, top_logprobs
 from minipaged.decoding.sampling import sample
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.stats import Times
+from minipaged.execution.timing import StepTimer
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
 from minipaged.requests.sampling_params import BadLogits
@@ -97,6 +97,7 @@ class ModelRunner:
         self.debug = debug
         self.block_size = block_size
         self.times = Times()
+        self.timer = StepTimer(self.times, device)
         config = model.config
         shape = (block_size, config.num_kv_heads, config.head_size, dtype)
         self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
@@ -104,28 +105,28 @@ class ModelRunner:
         if debug:
             self.cache.fill_(torch.nan)
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
+        if self.graphs:
+            self.graphs.record_all()
         self.tables = TableRows(device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         """Move memory as the plan says, compute its tokens, and draw from the logits where it says so."""
-        began = time.perf_counter()
+        self.timer.begin()
         self._move_memory(plan)
         if not plan.sequences:
             return StepOutput()
         input_ids, positions, batch = self._batch(plan.sequences)
-        prepared = time.perf_counter()
+        self.timer.end("prepare")
         if self.graphs and self.graphs.fits(batch):
             hidden = self.graphs.run(input_ids, positions, batch)
         else:
             hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
         logits, wanted = self._logits(plan.sequences, batch, hidden)
-        computed = time.perf_counter()
+        self.timer.end("model")
         output = self._draw(logits, wanted)
         self._add_prompt_logprobs(plan.sequences, hidden, output)
-        self.times.prepare += prepared - began
-        self.times.model += computed - prepared
-        self.times.sample += time.perf_counter() - computed
+        self.timer.end("sample")
         return output
 
     def _move_memory(self, plan: StepPlan) -> None:

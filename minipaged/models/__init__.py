@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -22,14 +22,16 @@ from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.fields import Fields
-from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
 from minipaged.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from minipaged.models.gguf import GGUFCheckpoint
+
 __all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_model", "open_checkpoint"]
 
-Checkpoint = FolderCheckpoint | GGUFCheckpoint
+Checkpoint: TypeAlias = "FolderCheckpoint | GGUFCheckpoint"
 Model = Llama | GPT2
 Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 
@@ -81,15 +83,23 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """Find a model's files, fetching them if need be, and read everything but the weights."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name == "smollm2":
-        return GGUFCheckpoint(fetch_smollm2())
+        return _open_gguf(fetch_smollm2())
     if path.is_dir():
         return FolderCheckpoint(path)
     if path.suffix == ".gguf" and path.is_file():
-        return GGUFCheckpoint(path)
+        return _open_gguf(path)
     if path.exists() or path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
         raise ModelError(f"{path} {what}: {INSTEAD}, or smollm2")
     return FolderCheckpoint(fetch_from_hub(name))
+
+
+def _open_gguf(path: Path) -> "GGUFCheckpoint":
+    try:
+        from minipaged.models.gguf import GGUFCheckpoint  # only such files need the package
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{path}: .gguf files need the package {error.name} (pip install {error.name})") from None
+    return GGUFCheckpoint(path)
 
 
 def load_model(
