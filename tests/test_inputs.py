@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import make_folder
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.requests.sampling_params import Logprob
@@ -206,14 +206,24 @@ def test_parameters_are_none_or_one_or_one_for_each():
 # ---- bad words, and prompts that are cut -------------------------------------------------------------------------
 
 
-def word_tokenizer():
-    """"the" and " the" are a token each; "xy" and " xy" are x y and ␠ x y, so the space is a token of its own."""
+def word_tokenizer(template=None):
+    """"the" and " the" are a token each; "xy" and " xy" are x y and ␠ x y, so the space is a token of its own.
+
+    A text begins with token 0, as the tokenizer has it.
+    """
     words = ["t", "h", "e", "x", "y", "\u0120", "th", "the", "\u0120the", "\u0120t", "\u0120th", "he"]
     merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("h", "e")]
     backend = Backend(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
+    backend.post_processor = processors.TemplateProcessing(single="t $A", special_tokens=[("t", 0)])
+    return Tokenizer(backend, template)
+
+
+def test_templates_write_special_tokens_themselves_and_see_all_of_a_message():
+    tokenizer = word_tokenizer("{{ messages[0]['name'] }}{{ messages[0]['content'] }}")
+    assert encode("the", tokenizer, 12).token_ids == [0, 7]
+    assert encode([{"role": "user", "name": "x", "content": ["the"]}], tokenizer, 12) == ("xthe", [3, 7], None)
 
 
 def test_bad_words_with_and_without_a_space():
@@ -286,7 +296,7 @@ def test_a_salt_of_its_own(llm):
 
     assert cached({"prompt_token_ids": prompt, "cache_salt": "mine"}) == [False]
     assert cached([{"prompt_token_ids": prompt}, {"prompt_token_ids": prompt, "cache_salt": "other"}]) == [False] * 2
-    assert cached({"prompt_token_ids": prompt, "cache_salt": "mine"}, cache_salt="other") == [True]
+    assert cached({"prompt_token_ids": prompt, "cache_salt": "mine"}, cache_salt="third") == [True]
     assert cached(prompt, cache_salt="mine") == [True]
 
 
