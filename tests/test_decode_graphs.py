@@ -1,5 +1,8 @@
 """Decode graphs on a CPU: recording is played by calling again. What CUDA adds is tested where there is a GPU."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_model import make_folder
@@ -9,6 +12,7 @@ from minipaged import LLM, SamplingParams
 from minipaged.execution.decode_graphs import CudaRecorder, DecodeGraphs
 
 PROMPTS = [[1 + (5 * i + 3 * k) % 90 for k in range(n)] for i, n in enumerate((1, 4, 9, 16, 17, 30))]
+CPU = dict(device="cpu", dtype="fp32")  # also where there is a GPU
 GREEDY = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (20, 3, 12, 9, 16, 7)]
 
 
@@ -32,7 +36,7 @@ def folder(tmp_path_factory):
 def test_replayed_steps_give_the_same_tokens(folder, kernels, num_blocks):
     """Also when memory runs out, sequences fork, and blocks are copied and used again between replays."""
     settings = dict(kernels=kernels, block_size=4, num_blocks=num_blocks, max_num_seqs=6, debug=True)
-    plain, replayed = LLM(folder, **settings), LLM(folder, **settings)
+    plain, replayed = LLM(folder, **CPU, **settings), LLM(folder, **CPU, **settings)
     runner = replayed.executor.runner
     graphs = DecodeGraphs(runner.model, runner.cache, 6, 1024, record_by_calling_again)
     runner.graphs = graphs
@@ -44,7 +48,7 @@ def test_replayed_steps_give_the_same_tokens(folder, kernels, num_blocks):
 
 
 def test_what_does_not_fit_is_not_replayed(folder):
-    llm = LLM(folder, block_size=4, num_blocks=100, max_num_seqs=6)
+    llm = LLM(folder, **CPU, block_size=4, num_blocks=100, max_num_seqs=6)
     graphs = DecodeGraphs(llm.executor.runner.model, llm.executor.runner.cache, 2, 5, record_by_calling_again)
     llm.executor.runner.graphs = graphs
     seen = []
@@ -139,9 +143,51 @@ def test_a_break_while_recording_is_no_reason_to_give_up_graphs():
     assert graphs.fits(decode(2)[2])
 
 
+class FakeCuda:
+    """torch.cuda as far as a recording uses it: streams are names."""
+
+    def __init__(self, monkeypatch):
+        self.pools, self.used, self.stream = 0, [], "default"
+        fakes = dict(graph_pool_handle=self.new_pool, Stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+                     current_stream=self.current, set_stream=self.set_stream, graph=self.graph,
+                     CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+                     stream=lambda stream: contextlib.nullcontext())  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def new_pool(self):
+        self.pools += 1
+        return f"pool {self.pools}"
+
+    def current(self):
+        return SimpleNamespace(name=self.stream, wait_stream=lambda other: None)
+
+    def set_stream(self, stream):
+        self.stream = stream.name
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool):
+        self.used.append(pool)
+        self.stream = "capture"
+        yield  # as the real one: what raises in it leaves the stream as it is
+        self.stream = "default"
+
+
+def test_recordings_share_a_pool_and_leave_no_stream_behind(monkeypatch):
+    cuda, model = FakeCuda(monkeypatch), Seen()
+    calls = model.calls
+    graphs = DecodeGraphs(model, torch.zeros(1, 2, 1, 9, 4, 8), 4, 5, notice=lambda line: None)
+    graphs.record_all()
+    assert cuda.used == ["pool 1"] * 3 and cuda.stream == "default" and len(calls) == 6  # each once before, to compile
+    other = DecodeGraphs(model, torch.zeros(1, 2, 1, 9, 4, 8), 4, 5, notice=lambda line: None)
+    other.model = lambda *args: 1 / 0 if cuda.stream == "capture" else None
+    other.record_all()
+    assert cuda.used[3:] == ["pool 2"] and cuda.stream == "default" and other.broken
+
+
 def test_an_engine_whose_graphs_break_gives_the_same_tokens(folder):
     settings = dict(block_size=4, num_blocks=200, max_num_seqs=6, kernels="torch")
-    plain, replayed = LLM(folder, **settings), LLM(folder, **settings)
+    plain, replayed = LLM(folder, **CPU, **settings), LLM(folder, **CPU, **settings)
     runner, said = replayed.executor.runner, []
 
     def record(compute):
