@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import make_folder
 
-from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams
+from minipaged import LLM, BeamSearchParams, RequestOutputKind, RequestRefused, SamplingParams
 from minipaged.execution.engine_args import EngineArgs
 
 PROMPTS = [[5 + i, 6, 7, 8 + i] * (1 + i) for i in range(6)]
@@ -207,3 +207,97 @@ def test_options_that_there_are_not():
     assert EngineArgs.of("m", {"kv_cache_memory": "2GB", "dtype": "half"}) == EngineArgs(
         "m", kv_cache_memory=2 * 10**9, dtype="fp16"
     )
+
+
+# ---- one request's trouble is its own -----------------------------------------------------------------------------
+
+
+def test_a_request_that_forbids_every_token_ends_alone(llm, greedy):
+    all_of_them = SamplingParams(min_tokens=2, max_tokens=4, stop_token_ids=list(range(96)), seed=1)
+    good, bad, beams = llm.generate(
+        PROMPTS[:3], [GREEDY, all_of_them, BeamSearchParams(2, max_tokens=3, ignore_eos=True)]
+    )
+    assert tokens([good]) == [greedy[0]] and good.error is None and len(beams.outputs) == 2
+    assert [o.finish_reason for o in bad.outputs] == ["error"] and "min_tokens=2" in bad.error
+    assert llm.stats().memory.used == 0 and not llm.has_unfinished_requests
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(seed=1, max_tokens=12, top_p=0.9),
+        SamplingParams(n=3, seed=1, max_tokens=12),
+        BeamSearchParams(3, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=1, logprobs=1),
+    ],
+)
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_row_of_nan_ends_its_own_request(llm, greedy, monkeypatch, params, after):
+    """Its keys and values are broken at some step; nobody else's are."""
+    execute, sick = llm.executor.runner.execute, []
+
+    def breaks(plan):
+        mine = [s for s in plan.sequences if s.request_id == "sick"]
+        if mine and len(sick) >= after:
+            logits = llm.executor.runner.model.logits
+            rows = [i for i, s in enumerate(s for s in plan.sequences if s.draw or s.num_candidates) if s in mine]
+
+            def broken(hidden):
+                found = logits(hidden)
+                found[rows[0] if rows else 0] = torch.nan
+                return found
+
+            monkeypatch.setattr(llm.executor.runner.model, "logits", broken)
+        sick.extend(mine[:1])
+        try:
+            return execute(plan)
+        finally:
+            if mine and len(sick) > after:
+                monkeypatch.delattr(llm.executor.runner.model, "logits")
+
+    monkeypatch.setattr(llm.executor.runner, "execute", breaks)
+    llm.add_request(PROMPTS[4], params, request_id="sick")
+    others = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS[:4]]
+    last = {}
+    while llm.has_unfinished_requests:
+        last |= {output.request_id: output for output in llm.step()}
+    assert tokens(last[name] for name in others) == greedy[:4]
+    assert "NaN" in last["sick"].error and "error" in [o.finish_reason for o in last["sick"].outputs]
+    assert llm.stats().memory.used == 0 and not llm._texts
+
+
+# ---- what is told, and when -----------------------------------------------------------------------------------------
+
+
+def test_only_what_is_new(llm, greedy):
+    def wish(kind, **more):
+        return SamplingParams(temperature=0, max_tokens=12, output_kind=kind, **more)
+
+    whole = llm.generate(PROMPTS[0], wish(RequestOutputKind.CUMULATIVE, logprobs=1))[0].outputs[0]
+    parts = list(llm.stream(PROMPTS[0], wish(RequestOutputKind.DELTA, logprobs=1)))
+    assert [len(p.outputs[0].token_ids) for p in parts] == [1] * 12
+    assert [t for p in parts for t in p.outputs[0].token_ids] == whole.token_ids == greedy[0]
+    assert "".join(p.outputs[0].text for p in parts) == whole.text
+    assert [one for p in parts for one in p.outputs[0].logprobs] == whole.logprobs
+    assert [p.finished for p in parts] == [False] * 11 + [True]
+    [end] = llm.stream(PROMPTS[0], wish(RequestOutputKind.FINAL_ONLY))
+    assert end.finished and end.outputs[0].token_ids == greedy[0]
+    silent = llm.generate(PROMPTS[0], wish(RequestOutputKind.CUMULATIVE, detokenize=False))[0].outputs[0]
+    assert silent.token_ids == greedy[0] and silent.text == ""
+    # By hand, after others made several steps for it, the next part is larger; nothing is told twice or left out.
+    name, found = llm.add_request(PROMPTS[1], wish(RequestOutputKind.DELTA)), []
+    while llm.has_unfinished_requests:
+        found += [t for output in llm.step() for t in output.outputs[0].token_ids if output.request_id == name]
+        llm.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=3))
+    assert found == greedy[1]
+
+
+def test_more_logprobs_than_the_engine_gives_are_refused(llm, folder):
+    for name in ("logprobs", "prompt_logprobs"):
+        for asked in (21, 10**9, -1):
+            with pytest.raises(ValueError, match=f"{name}={asked}.*max_logprobs=20"):
+                llm.generate(PROMPTS[0], SamplingParams(**{name: asked}))
+    free = LLM(str(folder), num_blocks=10, max_logprobs=-1)
+    [output] = free.generate(PROMPTS[0], SamplingParams(max_tokens=1, logprobs=-1))
+    assert len(output.outputs[0].logprobs[0]) == 96
