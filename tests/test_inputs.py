@@ -207,7 +207,7 @@ def test_parameters_are_none_or_one_or_one_for_each():
 
 
 def word_tokenizer(template=None):
-    """"the" and " the" are a token each; "xy" and " xy" are x y and ␠ x y, so the space is a token of its own.
+    """Here "the" and " the" are a token each; "xy" and " xy" are x y and ␠ x y, so the space is a token of its own.
 
     A text begins with token 0, as the tokenizer has it.
     """
