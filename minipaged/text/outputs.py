@@ -25,7 +25,6 @@ class CompletionOutput:
     stop_reason: int | str | None = None  # the stop string, or the id of one of stop_token_ids
     score: float | None = None  # beam search: the length-normalised score
 
-    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
@@ -85,7 +84,7 @@ class GrowingOutput(CompletionOutput):
     def __init__(self, seq: Sequence, text: SequenceText, tokenizer: Tokenizer):
         self.index, self.finish_reason, self.stop_reason = seq.index, seq.finish_reason, seq.stop_reason
         self._seq, self._num_tokens = seq, len(seq.output_token_ids)
-        self._text, self._length, self._tokenizer = text, text.shown_length(self.finished), tokenizer
+        self._text, self._length, self._tokenizer = text, text.shown_length(self.finished()), tokenizer
 
     @cached_property
     def text(self) -> str:  # type: ignore[override]
