@@ -52,7 +52,7 @@ def load(
     `notice` is told in a line.
     folder: where built libraries are kept; by default MINIPAGED_CACHE or ~/.cache/minipaged.
     same_bits: take only a backend whose `same_bits` is true: a row's numbers don't depend on who else is in the batch.
-    By default if MINIPAGED_SAME_BITS is 1. It changes bf16 on a CPU that has bf16 products: they are done in fp32.
+    By default if MINIPAGED_SAME_BITS is 1. It slows down bf16 on a CPU that has bf16 products, and nothing else.
     Raises Unavailable if it was asked for by name and can't be had, or can't keep that promise; ValueError if there is
     no such name.
     """

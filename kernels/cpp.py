@@ -96,23 +96,23 @@ class CppBackend(TorchBackend):
     """Attention, norm, rope with cache write, gated activation and products in C++; the rest as in PyTorch.
 
     dtype: float32 or bfloat16. library: see `build`.
-    same_bits: compute in fp32 even where the processor has bf16 products; weights and cache stay bf16. Whatever is
-    computed in fp32 is summed in one order for any number of rows, so then `self.same_bits` is true.
+    same_bits: have oneDNN, which does products in bf16 where the processor can, take rows in groups of one size. All
+    that is computed in fp32 is summed in one order for any number of rows anyway.
     """
 
     name = "cpp"
 
     def __init__(self, dtype: torch.dtype, library: Path, same_bits: bool = False):
         super().__init__("cpu", dtype)
-        if same_bits:
-            self.dtype = torch.float32
-        self.same_bits = self.dtype == torch.float32
+        self.same_bits = same_bits or self.dtype == torch.float32
         self.library = load(library)
         self.pages = HugePages()
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
-        """Where the processor computes in bf16 itself, oneDNN is the faster one, in an order that depends on T."""
-        return PackedLinear(self, weight, bias) if self.dtype == torch.float32 else Linear(weight, bias)
+        """Where the processor computes in bf16 itself, oneDNN is the faster one."""
+        if self.dtype == torch.float32:
+            return PackedLinear(self, weight, bias)
+        return Linear(weight, bias, in_groups=self.same_bits)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # of heads, too

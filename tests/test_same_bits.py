@@ -161,6 +161,17 @@ def test_token_by_token_is_the_whole_prompt(name):
         assert_same(torch.cat(company.logits[0]), expected, f"in pieces of {size}")
 
 
+@pytest.mark.parametrize("into", [45, 576, 1536])
+def test_a_row_of_a_native_bf16_product_is_the_same_among_any_number(into):
+    one = backend_for(torch.bfloat16)
+    linear = one.linear(torch.randn(576, into).bfloat16())
+    x = torch.randn(200, into).to(one.dtype)
+    whole = linear(x)
+    for rows in (*range(1, 20), 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 199):
+        part = slice(37 * rows % (201 - rows), 37 * rows % (201 - rows) + rows)
+        assert_same(linear(x[part].clone()), whole[part], f"{rows} rows")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_two_threads_give_what_one_gives(name):
     model, rng = make_model(name, torch.float32), random.Random(4)
