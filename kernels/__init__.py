@@ -44,21 +44,40 @@ def load(
     dtype: torch.dtype = torch.float32,
     folder: Path | None = None,
     notice: Callable[[str], None] = say,
+    same_bits: bool | None = None,
 ) -> Backend:
     """A backend for weights and a cache of `dtype` on `device`.
 
     name: torch, triton, cpp; or auto: triton on a GPU, cpp on a CPU, and torch where these can't be had, which
     `notice` is told in a line.
     folder: where built libraries are kept; by default MINIPAGED_CACHE or ~/.cache/minipaged.
-    Raises Unavailable if it was asked for by name and can't be had, ValueError if there is no such name.
+    same_bits: take only a backend whose `same_bits` is true: a row's numbers don't depend on who else is in the batch.
+    By default if MINIPAGED_SAME_BITS is 1. It slows down bf16 on a CPU that has bf16 products, and nothing else.
+    Raises Unavailable if it was asked for by name and can't be had, or can't keep that promise; ValueError if there is
+    no such name.
     """
+    if same_bits is None:
+        same_bits = os.environ.get("MINIPAGED_SAME_BITS", "0") == "1"
+    backend = _find(name, device, dtype, folder, notice, same_bits)
+    if same_bits and not backend.same_bits:
+        raise Unavailable(
+            f"kernels {backend.name!r} can't give the same bits in any company (same_bits, MINIPAGED_SAME_BITS=1): "
+            "only 'cpp' can, on a CPU"
+        )
+    return backend
+
+
+def _find(
+    name: str, device: torch.device | str, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None],
+    same_bits: bool,
+) -> Backend:  # fmt: skip
     if name not in BACKENDS:
         raise ValueError(f"kernels={name!r}: must be one of {', '.join(BACKENDS)}")
     on_cpu = torch.device(device).type == "cpu"
     wanted = name if name != "auto" else "cpp" if on_cpu else "triton"
     try:
         if wanted == "cpp":
-            return _cpp(on_cpu, dtype, folder, notice)
+            return _cpp(on_cpu, dtype, folder, notice, same_bits)
         if wanted == "triton":
             return _triton(device, dtype)
     except Unavailable as error:
@@ -68,7 +87,9 @@ def load(
     return TorchBackend(device, dtype)
 
 
-def _cpp(on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None]) -> Backend:
+def _cpp(
+    on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None], same_bits: bool
+) -> Backend:
     from kernels.cpp import BuildFailed, CppBackend, build
 
     if not on_cpu:
@@ -77,7 +98,7 @@ def _cpp(on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable
         raise Unavailable(f"kernels in C++ compute fp32 and bf16, not {str(dtype).removeprefix('torch.')}")
     folder = folder or Path(os.environ.get("MINIPAGED_CACHE") or "~/.cache/minipaged").expanduser()
     try:
-        return CppBackend(dtype, build(folder / "kernels", notice))
+        return CppBackend(dtype, build(folder / "kernels", notice), same_bits)
     except (BuildFailed, OSError) as error:
         raise Unavailable(f"kernels in C++ can't be built: {error}") from None
 

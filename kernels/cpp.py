@@ -25,6 +25,8 @@ from kernels.torch_backend import TorchBackend
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SECONDS = 300  # a compiler that takes longer hangs
+VECTORS = 64  # numbers: PyTorch takes two vectors at a time, of at most 64 bytes
+SHARE = 16384  # numbers: from 32768 on PyTorch shares them out among threads
 
 
 class BuildFailed(RuntimeError):
@@ -94,26 +96,32 @@ class CppBackend(TorchBackend):
     """Attention, norm, rope with cache write, gated activation and products in C++; the rest as in PyTorch.
 
     dtype: float32 or bfloat16. library: see `build`.
+    same_bits: have oneDNN, which does products in bf16 where the processor can, take rows in groups of one size. All
+    that is computed in fp32 is summed in one order for any number of rows anyway.
     """
 
     name = "cpp"
 
-    def __init__(self, dtype: torch.dtype, library: Path):
+    def __init__(self, dtype: torch.dtype, library: Path, same_bits: bool = False):
         super().__init__("cpu", dtype)
+        self.same_bits = same_bits or self.dtype == torch.float32
         self.library = load(library)
         self.pages = HugePages()
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
         """Where the processor computes in bf16 itself, oneDNN is the faster one."""
-        return PackedLinear(self, weight, bias) if self.dtype == torch.float32 else Linear(weight, bias)
+        if self.dtype == torch.float32:
+            return PackedLinear(self, weight, bias)
+        return Linear(weight, bias, in_groups=self.same_bits)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.dim() > 2 or x.stride(-1) != 1:
-            return super().rms_norm(x, weight, eps)
+        rows = x.reshape(-1, x.shape[-1])  # of heads, too
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         y = torch.empty(x.shape, dtype=x.dtype)
         self.library.cpu_rms_norm(
-            x.data_ptr(), _bf16(x), x.stride(0), weight.data_ptr(), eps, y.data_ptr(), *x.shape, torch.get_num_threads()
-        )
+            rows.data_ptr(), _bf16(x), rows.stride(0), weight.data_ptr(), eps, y.data_ptr(), *rows.shape,
+            torch.get_num_threads(),
+        )  # fmt: skip
         return y
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
@@ -123,6 +131,17 @@ class CppBackend(TorchBackend):
             x.data_ptr(), _bf16(x), y.data_ptr(), rows, width // 2, torch.get_num_threads()
         )
         return y
+
+    def pointwise(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Subtle: PyTorch has two formulas for some functions, one for whole vectors and one for the numbers left over
+        at the end of a thread's share. In whole vectors, and too few for a second thread, all go by the first one.
+        """
+        width = x.shape[-1]
+        if odd := -width % VECTORS:
+            x = torch.nn.functional.pad(x, (0, odd))
+        pieces = [function(piece) for piece in x.reshape(-1).split(SHARE)]
+        y = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return y.view(x.shape)[..., :width].contiguous()
 
     def rope_and_write(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch

@@ -20,6 +20,10 @@ class TorchBackend:
     """
 
     name = "torch"
+    # Whether a row's numbers are the same, bit for bit, whoever else is in the batch, however its sequence was cut
+    # into steps, and wherever its blocks lie. Not here: PyTorch's products and its attention choose the order of their
+    # sums by the number of rows.
+    same_bits = False
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.dtype = compute_dtype(dtype, device)
@@ -35,6 +39,10 @@ class TorchBackend:
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """silu(gate) * up for x [T, 2F] = (gate, up). Returns [T, F]."""
         return reference.silu_and_mul(x)
+
+    def pointwise(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x) for x [T, F], where function takes each number by itself: an activation."""
+        return function(x)
 
     def rope_and_write(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch

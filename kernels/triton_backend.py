@@ -14,6 +14,11 @@ from kernels.torch_backend import TorchBackend
 
 
 class TritonBackend(TorchBackend):
+    """Not the same bits in any company: products are PyTorch's; and attention takes other tiles for a single query than
+    for several (`choose_tiles`), and cuts contexts by the number of programs in the batch (`choose_splits`), so the
+    order of its sums depends on both.
+    """
+
     name = "triton"
 
     def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:

@@ -257,3 +257,84 @@ def test_the_c_plus_plus_tests_under_sanitizers(request):
     command = [sys.executable, "-m", "pytest", "-x", "--sanitize", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+# --- the same bits in any company, for those that promise them: see test_same_bits.py ---------------------------
+
+
+def promising(backend, dtype):
+    one = backend(dtype)
+    if not one.same_bits:
+        pytest.skip("not promised")
+    return one
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 577), (33, 192), (5, 7)])
+def test_a_row_of_a_product_is_the_same_among_any_number(backend, shape, weights):
+    one = promising(backend, torch.float32)
+    linear = one.linear(torch.randn(shape).to(weights), torch.randn(shape[0]))
+    x, y = torch.randn(200, shape[1]), torch.randn(200, shape[0])
+    whole, added = linear(x), linear(x, add_to=y.clone())
+    for rows in range(1, 201):
+        first = 37 * rows % (201 - rows)
+        part = slice(first, first + rows)
+        assert torch.equal(linear(x[part].clone()), whole[part]), rows
+        assert torch.equal(linear(x[part].clone(), add_to=y[part].clone()), added[part]), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 5, 16, 70, 192])
+def test_small_operations_do_not_look_beside_them(backend, dtype, width):
+    one = promising(backend, torch.float32)
+    x, weight = 3 * torch.randn(300, 2 * width).to(dtype), torch.randn(2 * width).to(dtype)
+    operations = {
+        "norm": lambda x: one.rms_norm(x, weight, 1e-5),
+        "norm of heads": lambda x: one.rms_norm(x[:, None].expand(-1, 3, -1), weight, 1e-5),
+        "gate": one.silu_and_mul,
+        "gelu": lambda x: one.pointwise(torch.nn.functional.gelu, x),
+        "gelu_new": lambda x: one.pointwise(lambda x: torch.nn.functional.gelu(x, approximate="tanh"), x),
+        "silu": lambda x: one.pointwise(torch.nn.functional.silu, x),
+        "tanh": lambda x: one.pointwise(torch.tanh, x),
+        "cos": lambda x: (50 * x.float()).cos(),
+        "layer norm": lambda x: torch.nn.functional.layer_norm(x, (2 * width,)),
+        "log_softmax": lambda x: x.float().log_softmax(-1),
+    }
+    for name, operation in operations.items():
+        whole = operation(x)
+        for rows in (1, 2, 3, 5, 7, 8, 11, 13, 16, 31, 33, 64, 97, 200):
+            part = slice(53 * rows % (301 - rows), 53 * rows % (301 - rows) + rows)
+            assert torch.equal(operation(x[part].clone()), whole[part]), (name, rows)
+
+
+def test_pointwise_is_the_function_itself(backend):
+    x = torch.randn(3, 7, 50)[:, :, ::2]
+    out = backend(torch.float32).pointwise(torch.tanh, x.reshape(21, 25))
+    torch.testing.assert_close(out, x.reshape(21, 25).tanh())
+
+
+@settings(max_examples=25)
+@given(
+    contexts=st.lists(st.integers(1, 200), min_size=1, max_size=6),
+    heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (32, 2)]),
+    head_size=st.sampled_from([6, 32, 64, 80]),
+    block_size=st.sampled_from([1, 3, 4, 16, 64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**20),
+)
+def test_a_query_is_the_same_in_any_company(backend, contexts, heads, head_size, block_size, dtype, seed):
+    """The last queries of each sequence, any number of them, beside others: as in the prefill of it alone."""
+    one, generator = promising(backend, torch.float32), torch.Generator().manual_seed(seed)
+    counts = [1 if seed % 3 == 0 else int(torch.randint(c, (), generator=generator)) + 1 for c in contexts]
+    num_blocks = sum(-(-c // block_size) for c in contexts) + 3
+    batch = make_batch(contexts, counts, block_size, num_blocks, generator)
+    cache = make_cache(batch, contexts, heads[1], head_size, block_size, num_blocks, dtype, generator)
+    q = [torch.randn(c, heads[0], head_size, generator=generator) for c in contexts]
+    last = torch.cat([rows[-count:] for rows, count in zip(q, counts, strict=True)])
+    out = one.paged_attention(last, cache, batch, 0.3).split(counts)
+    for s, context in enumerate(contexts):
+        slots = [int(batch.block_tables[s, p // block_size]) * block_size + p % block_size for p in range(context)]
+        straight = cache.flatten(2, 3)[:, :, slots][:, :, :, None].contiguous()  # blocks of one, side by side
+        starts, table = torch.tensor([0, context]), torch.arange(context)[None]
+        alone = kernels.Batch(torch.tensor(()), starts, torch.tensor([context]), table)
+        assert torch.equal(out[s], one.paged_attention(q[s], straight, alone, 0.3)[-counts[s] :]), s

@@ -46,7 +46,7 @@ class GPT2Layer:
         attended = self.attention(layer_norm(x, shape, *self.attention_norm, eps), layer_cache, batch)
         self.out(attended.flatten(1), add_to=x)
         up = self.up(layer_norm(x, shape, *self.mlp_norm, eps))
-        return self.down(self.activation(up), add_to=x)
+        return self.down(self.backend.pointwise(self.activation, up), add_to=x)
 
     def attention(self, x: Tensor, layer_cache: Tensor, batch: kernels.Batch) -> Tensor:
         """x [T, E] -> [T, H, D]; writes this step's keys and values into the cache."""
