@@ -61,8 +61,8 @@ def _vocabulary(metadata: dict[str, Any], add_bos: bool) -> Vocabulary:
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(metadata["tokens"])]
     kinds = list(metadata.get("token_type") or [NORMAL] * len(tokens))
     for name in ("eos_token_id", "eot_token_id", "eom_token_id"):  # some files call them normal tokens
-        if metadata.get(name) is not None and metadata[name] < len(kinds):
-            kinds[metadata[name]] = CONTROL
+        if (i := metadata.get(name)) is not None and 0 <= i < len(kinds):
+            kinds[i] = CONTROL
     return Vocabulary(
         tokens,
         kinds,
