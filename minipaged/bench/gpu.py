@@ -160,5 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: processes and weights go with us
+    # Both are Ctrl-C: processes and weights go with us. (In a shell's background, parts would ignore SIGINT, too.)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
