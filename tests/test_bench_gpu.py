@@ -182,7 +182,7 @@ def test_a_profile_with_graphs_and_without(random_folder, monkeypatch):
     class Engine(LLM):
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings)
-            self.runner.graphs = Stands()
+            self.executor.runner.graphs = Stands()
 
     class Stands:
         def fits(self, batch):

@@ -106,8 +106,8 @@ def test_the_tokens_of_a_cpu(folder, on_cpu, settings):
 
 
 def test_the_cpu_pool_is_pinned_if_it_is_needed(folder):
-    assert engine(folder, preemption="swap").runner.cpu_cache.is_pinned()
-    assert engine(folder, preemption="recompute").runner.cpu_cache.numel() == 0
+    assert engine(folder, preemption="swap").executor.runner.cpu_cache.is_pinned()
+    assert engine(folder, preemption="recompute").executor.runner.cpu_cache.numel() == 0
 
 
 def test_graphs_stand_before_the_first_request(folder):

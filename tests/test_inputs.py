@@ -125,7 +125,7 @@ BAD = [
     (np.array([[1, 2]]), f"token id [1, 2] {TOKEN}"), ([b"a"], f"token id b'a' {TOKEN}"),
     ([np.bool_(True)], "token id np.True_"), ([10**30], f"token id {10**30} {TOKEN}"),
     ("a\ud83d!", "character 1 of the text is half a surrogate pair: not valid Unicode"),
-    ([{"role": "user", "content": "\ude00"}], "character 6 of the text is half a surrogate pair"),
+    ([{"role": "user", "content": "\ude00"}], "chat message 0 has a lone surrogate"),
     (CHAT[0], "a chat message stands in a list: give [{'role': ..., 'content': ...}]"),
     ({}, 'a dict must have "prompt" or "prompt_token_ids", not only []'),
     ({"cache_salt": "a"}, 'a dict must have "prompt" or "prompt_token_ids", not only [\'cache_salt\']'),

@@ -248,7 +248,7 @@ def test_a_crowded_engine_draws_what_each_would_alone(folder, each_alone, monkey
     """Tokens and logprobs, with prefixes found, forks copied on write, preemption by either way, and chunks."""
     monkeypatch.setenv("MINIPAGED_SAME_BITS", "1")
     llm = LLM(folder, dtype=dtype, kernels="cpp", debug=True, **CROWDED[how])
-    assert llm.runner.backend.same_bits
+    assert llm.executor.runner.backend.same_bits
     outputs = llm.generate(*requests(28))
     for i, (found, expected) in enumerate(zip(answers(outputs), each_alone[dtype], strict=True)):
         assert found == expected, f"request {i}"

@@ -7,7 +7,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from minipaged.bench.loads import Load, Run, make_load
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
+from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.runner import DTYPES, kv_bytes_per_token, resolve
-from minipaged.llm import LLM
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
 
 
@@ -110,7 +109,7 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for minipaged and its variants. ModelError if it would refuse them."""
-    tokens, least = args.max_num_batched_tokens, signature(LLM).parameters["max_num_seqs"].default
+    tokens, least = args.max_num_batched_tokens, EngineArgs.max_num_seqs
     if tokens is None:
         return {}
     if tokens < least:

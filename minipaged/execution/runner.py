@@ -53,8 +53,7 @@ class TableRows:
     """The page tables of a step as one tensor [S, M] on the device. A row is written only if its table has changed.
 
     At long contexts page tables are the largest thing that a step hands to the device: 64 sequences of 32,768
-    tokens have 131,072 blocks, and most of them are where they were. What stands behind the end of a table is
-    some block's number, and nobody reads it.
+    tokens have 131,072 blocks, and most of them are where they were. Behind the end of a table stand zeros.
     """
 
     def __init__(self, device: str):
@@ -70,6 +69,7 @@ class TableRows:
         for row, table in enumerate(tables):
             if self._written[row] is not table:
                 self._rows[row, : len(table)] = torch.tensor(table)
+                self._rows[row, len(table) :] = 0
                 self._written[row] = table
         return self._rows[: len(tables), :longest].contiguous()
 
