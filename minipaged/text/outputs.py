@@ -1,4 +1,4 @@
-"""What a caller gets back: names as in vLLM's `RequestOutput`; and the text of a sequence while it grows."""
+"""What a caller gets back: names as in vLLM's `RequestOutput`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from minipaged.requests.request import Request, RequestMetrics
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.requests.sequence import Sequence
 from minipaged.text.detokenizer import StreamDecoder
+from minipaged.text.sequence_text import SequenceText
 from minipaged.text.tokenizer import Tokenizer
 
 
@@ -45,51 +46,6 @@ class RequestOutput:
     def time_per_output_token(self) -> float | None:
         """Mean seconds between the tokens after the first."""
         return self.metrics.time_per_output_token(max((len(o.token_ids) for o in self.outputs), default=0))
-
-
-class SequenceText:
-    """The text of one sequence: streamed token by token, and cut where a stop string is complete."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
-        self._decoder = StreamDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
-        self._stops = params.stop_strings
-        self._keep_stop = params.include_stop_str_in_output
-        self._text = ""
-        self.num_tokens = 0
-
-    def add(self, token_id: int, silent: bool = False, check_stops: bool = True) -> str | None:
-        """Add a token, without its text if silent. Returns the stop string that it completed: the text ends there.
-
-        Where one token completes several, the one that ends first counts, and of those the longest: so the cut
-        does not depend on where the borders between tokens happen to lie.
-        """
-        self.num_tokens += 1
-        old = len(self._text)
-        self._text += "" if silent else self._decoder.add(token_id)
-        found = []
-        for stop in self._stops if check_stops else ():
-            start = self._text.find(stop, max(0, old - len(stop) + 1))
-            if start >= 0:
-                found.append((start + len(stop), start, stop))
-        if not found:
-            return None
-        end, start, stop = min(found)
-        self._text = self._text[: end if self._keep_stop else start]
-        return stop
-
-    def finish(self) -> None:
-        """Nothing comes any more: give out what was held back for a character that might have become whole."""
-        self._text += self._decoder.flush()
-
-    def shown(self, finished: bool) -> str:
-        """The text so far, without an ending that may turn out to be the beginning of a stop string."""
-        if finished:
-            return self._text
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(self._text)), 0, -1):
-            if any(stop.startswith(self._text[-length:]) for stop in self._stops):
-                return self._text[:-length]
-        return self._text
 
 
 class Texts:
