@@ -3,15 +3,17 @@
 # make lab          set up, then open the chapters in JupyterLab
 # make chapters     run all chapters anew and write their notebooks
 # make bench        this engine beside others on the same weights (long: half an hour on two cores)
+# make gpu          tests, kernels, engine and a profile on a machine with a GPU: 8 minutes, installs nothing
 # make experiments  the paper's evaluation, redone (a quarter of an hour on two cores)
 # make lint         style and types
 
 PYTHON ?= python3
 VENV   ?= .venv
+OUT    ?= results/gpu
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: run test lab chapters bench experiments lint clean
+.PHONY: run test lab chapters bench gpu experiments lint clean
 
 run: $(READY)
 	$(RUN) minipaged.generate --n 2 --temperature 0.3 --seed 1 --max-tokens 48 --num-blocks 24 --stats \
@@ -28,6 +30,9 @@ chapters: $(READY)
 
 bench: $(READY)
 	$(RUN) minipaged.bench
+
+gpu:
+	$(PYTHON) -m minipaged.bench.gpu --out $(OUT)
 
 experiments: $(READY)
 	$(RUN) minipaged.experiments

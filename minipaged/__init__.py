@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minipaged.engine import LLM
+    from minipaged.llm import LLM
     from minipaged.requests.beam_search_params import BeamSearchParams
-    from minipaged.requests.sampling_params import SamplingParams
-    from minipaged.scheduling.scheduler import RequestRefused
+    from minipaged.requests.request import RequestRefused
+    from minipaged.requests.sampling_params import Logprob, RequestOutputKind, SamplingParams
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "RequestRefused", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "RequestOutputKind"]
+__all__ += ["RequestRefused", "SamplingParams"]
 
 _HOMES = {
-    "LLM": "engine",
+    "LLM": "llm",
     "BeamSearchParams": "requests.beam_search_params",
     "CompletionOutput": "text.outputs",
+    "Logprob": "requests.sampling_params",
     "RequestOutput": "text.outputs",
+    "RequestOutputKind": "requests.sampling_params",
     "SamplingParams": "requests.sampling_params",
-    "RequestRefused": "scheduling.scheduler",
+    "RequestRefused": "requests.request",
 }
 
 

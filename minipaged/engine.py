@@ -1,163 +1,79 @@
-"""The engine: requests in, text out.
+"""The engine: requests in, text out, step by step. llm.py does whole jobs with it.
 
-    from minipaged import LLM, SamplingParams
-    llm = LLM("smollm2")
-    for output in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
-        print(output.outputs[0].text)
+One step is three lines (`LLMEngine._compute`): the scheduler plans, the executor executes, the scheduler learns what
+came of it. Around them the engine turns prompts into tokens, tokens into text, and gives each answer to whoever asked.
 
-One step is three lines (`LLM.step`): the scheduler plans, the runner executes, the scheduler learns what came of
-it. Around them the engine turns prompts into tokens, and tokens into text.
+Whatever breaks a step off, and wherever, nothing is lost. `_unfinished` is what has to be done before anything else
+may be: it is set by one assignment, and what it does may be done twice.
+
+    before the step              start over: memory is given up, and everybody is computed again from their tokens
+    when tokens are appended     take back what was appended, and start over
+    when all is known            give the answers to those who asked
 """
 
-import random
+import threading
 import time
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import count
+from functools import partial
+from types import TracebackType
+from typing import Any
 
-from kernels import load as load_kernels
-from minipaged import cache_folder
-from minipaged.execution.pool_size import choose_num_blocks, choose_num_cpu_blocks
-from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
-from minipaged.execution.stats import EngineStats, Peak
+from minipaged.execution.engine_args import EngineArgs
+from minipaged.execution.executor import Executor
+from minipaged.execution.stats import EngineStats, Peak, Totals
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
-from minipaged.models import load
-from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import Request
-from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.plan import StepOutput, StepPlan
-from minipaged.scheduling.scheduler import RequestRefused, Scheduler
-from minipaged.text.inputs import Params, Prompt, as_list, encode, one_for_each
-from minipaged.text.outputs import RequestOutput, Texts, beam_outputs
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.undo import Note
+from minipaged.text.inputs import Params, Prompt, one_for_each
+from minipaged.text.intake import Intake
+from minipaged.text.mailbox import Mailbox
+from minipaged.text.outputs import Answer, CompletionOutput, RequestOutput
+from minipaged.text.texts import Texts
+from minipaged.text.tokenizer import Tokenizer
 
-Outputs = Iterator[RequestOutput]
-# Tokens in a step: enough to keep the processor busy, few enough that nobody waits long for somebody's prompt.
-BUDGET = {"cpu": 512, "cuda": 2048}
 
+class LLMEngine:
+    """A model, its memory and its scheduler. Names and meanings follow vLLM's `LLM`; options: see `EngineArgs`.
 
-class LLM:
-    """A model, its memory and its scheduler. Names and meanings follow vLLM's `LLM`.
-
-    model: "smollm2", a folder in Hugging Face layout, a .gguf file, or a hub id.
-    dtype: "auto" (fp32 on a CPU, bf16 on a GPU), "fp32", "bf16" or "fp16": of weights, keys and values.
-    device: "auto" (a GPU if there is one), "cpu" or "cuda".
-    kernels: "auto", "torch", "triton" or "cpp": see `kernels.load`.
-    cuda_graphs: on a GPU with Triton, replay decode steps: see decode_graphs.py.
-    block_size: token slots in a block.
-    num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes; by default a share of what's free.
-    num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has, if they fit.
-    max_model_len: the longest prompt and output together, if less than the model's own.
-    prefix_cache: "none", "hash" or "radix": how blocks are found again, see memory/prefix_cache.py.
-    max_num_batched_tokens: see `Scheduler`; by default BUDGET, and a token for each sequence at the least.
-    max_num_seqs, chunked_prefill, schedule, preemption, watermark: see `Scheduler`.
-    seed: for requests that have none of their own; None draws a new one each time.
-    debug: fill freed blocks with NaN and check every table and count at every step.
+    It may be used from several threads at once: they take turns, step by step.
     """
 
-    def __init__(
-        self,
-        model: str = "smollm2",
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
-        kernels: str = "auto",
-        cuda_graphs: bool = True,
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        kv_cache_memory: int | None = None,
-        num_cpu_blocks: int | None = None,
-        max_model_len: int | None = None,
-        prefix_cache: str = "hash",
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int | None = None,
-        chunked_prefill: bool = True,
-        schedule: str = "fcfs",
-        preemption: str = "auto",
-        watermark: float = 0.01,
-        seed: int | None = None,
-        debug: bool = False,
-    ):
-        for name, value, least in (
-            ("block_size", block_size, 1), ("num_blocks", num_blocks, 1), ("num_cpu_blocks", num_cpu_blocks, 0),
-            ("max_model_len", max_model_len, 1),
-        ):  # fmt: skip
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
-        if prefix_cache not in PREFIX_CACHES:
-            raise ValueError(f"prefix_cache={prefix_cache!r}: must be one of {', '.join(PREFIX_CACHES)}")
-        kind, device = resolve(dtype, device)
-        backend = load_kernels(kernels, device, kind, cache_folder())
-        loaded = load(model, kind, device, backend=backend)
-        self.model_name = model
-        self.config, self.tokenizer = loaded.config, loaded.tokenizer
-        self.max_model_len = min(max_model_len or loaded.config.max_model_len, loaded.config.max_model_len)
-        self.block_bytes = block_size * kv_bytes_per_token(self.config, kind)
-        longest = -(-self.max_model_len // block_size)
-        blocks = choose_num_blocks(num_blocks, kv_cache_memory, self.block_bytes, longest * max_num_seqs, device)
-        cpu_blocks = choose_num_cpu_blocks(num_cpu_blocks, blocks, self.block_bytes, device)
-        self.prefix_cache = prefix_cache
-        new_cache = PREFIX_CACHES[prefix_cache]
-        self.memory = KVCacheManager(blocks, block_size, cpu_blocks, cache=new_cache(block_size) if new_cache else None)
-        budget = max(BUDGET[device], max_num_seqs) if max_num_batched_tokens is None else max_num_batched_tokens
-        self.scheduler = Scheduler(self.memory, max_num_seqs, budget, preemption, watermark, schedule, chunked_prefill)
-        replay = (max_num_seqs, longest) if cuda_graphs and device == "cuda" and backend.name == "triton" else None
-        self.runner = ModelRunner(loaded.model, blocks, block_size, cpu_blocks, kind, device, debug, replay)
-        self.debug = debug
+    def __init__(self, model: str = "smollm2", **options: Any):
+        args = EngineArgs.of(model, options)
+        self.executor = Executor(args)
+        self.model_name, self.prefix_cache, self.debug = args.model, args.prefix_cache, args.debug
+        self.config, self.tokenizer = self.executor.config, self.executor.tokenizer
+        self.max_model_len, self.block_bytes = self.executor.max_model_len, self.executor.block_bytes
+        new_cache = PREFIX_CACHES[args.prefix_cache]
+        cache = new_cache(args.block_size) if new_cache else None
+        sizes = self.executor.num_blocks, args.block_size, self.executor.num_cpu_blocks
+        self.memory = KVCacheManager(*sizes, cache=cache)
+        self._intake = Intake(
+            self.tokenizer, self.config.vocab_size, self.config.eos_token_ids, self.max_model_len, *sizes[:2],
+            args.max_logprobs, args.seed,
+        )  # fmt: skip
+        self.scheduler = Scheduler(
+            self.memory, args.max_num_seqs, args.budget(self.executor.device), args.preemption, args.watermark,
+            args.schedule, args.chunked_prefill,
+        )  # fmt: skip
         self.observers: list[Callable[[StepPlan, StepOutput], None]] = []  # called after each step: watch, trace
-        self._random = random.Random(seed)
-        self._requests: dict[str, Request] = {}  # the unfinished ones
-        self._texts = Texts(self.tokenizer)
-        self._arrivals = 0
-        self._num_finished = self._num_prompt_tokens = self._num_output_tokens = self._num_steps = 0
-        self._peak = Peak()
-        self._times = self.runner.times
-
-    # --- whole jobs ---------------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        prompts: Prompt | Many[Prompt],
-        params: Params | Many[Params] | None = None,
-        cache_salt: str | None = None,
-    ) -> list[RequestOutput]:
-        """Answer all prompts, in their order. params: one for all, or one for each. cache_salt: see add_request.
-
-        ValueError if a prompt or its parameters are bad, or RequestRefused if one can never fit; then none runs.
-        """
-        ids = self._add_all(as_list(prompts), params or SamplingParams(), cache_salt)
-        finished = {output.request_id: output for output in self._run(ids) if output.finished}
-        return [finished[request_id] for request_id in ids if request_id in finished]  # not those aborted meanwhile
-
-    def stream(
-        self,
-        prompts: Prompt | Many[Prompt],
-        params: Params | Many[Params] | None = None,
-        cache_salt: str | None = None,
-    ) -> Outputs:
-        """Like generate, but yields the state of a request after each step that gave it new tokens."""
-        yield from self._run(self._add_all(as_list(prompts), params or SamplingParams(), cache_salt))
-
-    def _run(self, request_ids: list[str]) -> Outputs:
-        mine = set(request_ids)
-        try:
-            while mine:
-                for output in self.step():
-                    if output.request_id in mine:
-                        if output.finished:
-                            mine.remove(output.request_id)
-                        yield output
-                mine &= self._requests.keys()  # some may have been aborted
-        finally:  # the caller went away, or something broke: leave nothing behind
-            for request_id in mine:
-                self.abort(request_id)
+        self._lock = threading.RLock()
+        self._requests: dict[str, tuple[Request, Mailbox]] = {}  # the unfinished ones, and who asked
+        self._mail = Mailbox()  # of those who ask with add_request and step
+        self._texts = Texts(self.tokenizer, self.scheduler.finish)
+        self._unfinished: Callable[[], None] | None = None
+        self._closed = False
+        self._totals, self._peak, self._times = Totals(), Peak(), self.executor.times
 
     # --- step by step -------------------------------------------------------------------------------------------
 
     def add_request(
         self,
         prompt: Prompt,
-        params: Params | None = None,
+        sampling_params: Params | None = None,
         request_id: str | None = None,
         cache_salt: str | None = None,
     ) -> str:
@@ -166,151 +82,233 @@ class LLM:
         cache_salt: it finds only what was computed for requests with the same salt, so tenants can't learn by
         tokens or by timing what another one asked.
         """
-        request = self._request(prompt, params or SamplingParams(), request_id, cache_salt)
-        self.scheduler.add(request)
-        self._requests[request.request_id] = request
-        return request.request_id
+        [params] = one_for_each(sampling_params, [prompt])
+        return self._add(prompt, params, request_id, cache_salt, self._mail)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step. Returns the state of the requests that got new tokens, or ended."""
-        t0 = time.perf_counter()
-        plan = self.scheduler.schedule()
-        t1 = time.perf_counter()
-        for s in plan.sequences:
-            metrics = self._requests[s.request_id].metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
-        if not plan.sequences and self.scheduler.has_unfinished:
-            raise RuntimeError("the scheduler has work and found nothing to do: a mistake in minipaged")
+        """Compute one step. Returns the state of the requests of add_request that got new tokens, or ended.
+
+        Also what others made for them meanwhile, in `generate` or in another thread; then nothing is computed.
+        """
+        return self._step(self._mail)
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once and free all it holds, whatever it is doing. Unknown and ended ones are ignored.
+
+        A `generate` or `stream` that waits for it gets its output, with finish_reason "abort".
+        """
+        with self._lock:
+            self._make_whole()
+            if request_id in self._requests:
+                self._abort(*self._requests[request_id])
+            self._mail.drop(request_id)  # it may have ended, and not been handed over yet
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing that was computed until now is found again. Requests under way go on, and publish nothing more."""
+        with self._lock:
+            self._make_whole()
+            self._unfinished = self._start_over
+            self.memory.reset_prefix_cache()
+            self._unfinished = None
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to compute, or to hand over."""
+        return bool(self._requests or self._mail)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def stats(self) -> EngineStats:
+        """The account of this moment, and the sums since the beginning."""
+        with self._lock:
+            self._make_whole()
+            scheduler = self.scheduler
+            return EngineStats(
+                memory=self.memory.usage(),
+                peak=replace(self._peak),
+                block_bytes=self.block_bytes,
+                contiguous_blocks=self._contiguous_blocks(),
+                num_waiting=len(scheduler.waiting),
+                num_running=len(scheduler.running),
+                num_swapped=len(scheduler.swapped),
+                **vars(self._totals),
+                num_preemptions=dict(scheduler.num_preemptions),
+                prefix_cache=self.prefix_cache,
+                prefixes=replace(scheduler.admission.prefixes),
+                times=replace(self.executor.times),
+            )
+
+    def close(self) -> None:
+        """End all requests, and give the memory back. Nothing can be asked afterwards."""
+        with self._lock:
+            for request_id in [] if self._closed else list(self._requests):
+                self.abort(request_id)
+            self._closed = True
+            self.executor.close()
+
+    def __enter__(self) -> "LLMEngine":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self.close()
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    def _step(self, mailbox: Mailbox) -> list[RequestOutput]:
+        """What waits in a mailbox; if there is nothing, a step is computed first."""
+        mailbox.arrived()
         try:
-            output = self.runner.execute(plan)
-        except BaseException:  # out of memory, Ctrl-C: whoever steps on finds a scheduler that knows what is true
-            self.scheduler.abandon(plan)
+            with self._lock:
+                self._make_whole()
+                if not mailbox and self._requests:
+                    self._compute()
+                return mailbox.take()
+        except BaseException:
+            mailbox.not_taken()
             raise
+
+    def _make_whole(self) -> None:
+        """Finish what was broken off."""
+        if self._closed:
+            raise RuntimeError("this LLM was closed: make a new one")
+        if self._unfinished is not None:
+            self._unfinished()
+            self._unfinished = None
+
+    def _compute(self) -> None:
+        times = [time.perf_counter()]
+        self._unfinished = self._start_over
+        plan = self.scheduler.schedule()
+        times.append(time.perf_counter())
+        requests = [self._requests[name][0] for name in dict.fromkeys(s.request_id for s in plan.sequences)]
+        if not requests:
+            raise RuntimeError("the scheduler has work and found nothing to do: a mistake in minipaged")
+        for request in requests:
+            request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or time.monotonic()
+        output = self.executor.execute(plan)
         self._peak.record(self.memory.usage(), self._contiguous_blocks())
-        t2 = time.perf_counter()
+        times.append(time.perf_counter())
+        notes = {request.request_id: Note.of(request) for request in requests}
+        self._unfinished = partial(self._take_back, notes.values())
         changed = self.scheduler.update(plan, output)
-        t3 = time.perf_counter()
-        results = [self._after_step(request) for request in changed]
-        self._times.schedule += t1 - t0
-        self._times.update += t3 - t2
-        self._times.text += time.perf_counter() - t3
-        self._num_steps += 1
+        times.append(time.perf_counter())
+        totals = replace(self._totals, num_steps=self._totals.num_steps + 1)
+        answers = [self._answer(request, notes[request.request_id], totals) for request in changed]
+        self._unfinished = partial(self._deliver, answers, totals)
+        self._make_whole()
+        times.append(time.perf_counter())
+        self._times.schedule += times[1] - times[0]
+        self._times.update += times[3] - times[2]
+        self._times.text += times[4] - times[3]
         if self.debug:
             self.memory.check()
         for observer in self.observers:
             observer(plan, output)
-        return results
 
-    def abort(self, request_id: str) -> None:
-        """End a request at once and free all it holds, whatever it is doing. Unknown and ended ones are ignored."""
-        if request := self._requests.pop(request_id, None):
-            self.scheduler.abort(request)
-            self._texts.forget(request)
-
-    def reset_prefix_cache(self) -> None:
-        """Nothing that was computed until now is found again. Requests under way go on, and publish nothing more."""
-        self.memory.reset_prefix_cache()
-
-    @property
-    def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
-
-    def stats(self) -> EngineStats:
-        """The account of this moment, and the sums since the beginning."""
-        scheduler = self.scheduler
-        return EngineStats(
-            memory=self.memory.usage(),
-            peak=replace(self._peak),
-            block_bytes=self.block_bytes,
-            contiguous_blocks=self._contiguous_blocks(),
-            num_waiting=len(scheduler.waiting),
-            num_running=len(scheduler.running),
-            num_swapped=len(scheduler.swapped),
-            num_finished=self._num_finished,
-            num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
-            num_preemptions=dict(scheduler.num_preemptions),
-            prefix_cache=self.prefix_cache,
-            prefixes=replace(scheduler.admission.prefixes),
-            times=replace(self._times),
-        )
-
-    # --- prompts in ---------------------------------------------------------------------------------------------
-
-    def _add_all(self, prompts: list[Prompt], params: Params | Many[Params], cache_salt: str | None) -> list[str]:
-        ids: list[str] = []
-        each = one_for_each(params, prompts)
-        try:
-            for prompt, one in zip(prompts, each, strict=True):
-                ids.append(self.add_request(prompt, one, cache_salt=cache_salt))
-        except Exception as error:
-            for request_id in ids:
-                self.abort(request_id)
-            if len(prompts) > 1:
-                error.args = (f"prompt {len(ids)}: {error}",)
-            raise
-        return ids
-
-    def _request(
-        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None
-    ) -> Request:
-        if not isinstance(params, (SamplingParams, BeamSearchParams)):
-            raise ValueError(f"params must be SamplingParams or BeamSearchParams, not {params!r}")
-        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
-            raise ValueError(f"cache_salt={cache_salt!r}: must be None or a string that is not empty")
-        text, token_ids = encode(prompt, self.tokenizer, self.config.vocab_size)
-        if request_id in self._requests:
-            raise ValueError(f"request_id {request_id!r} is in use")
-        free_names = (name for n in count(self._arrivals) if (name := str(n)) not in self._requests)
-        name = next(free_names) if request_id is None else request_id
-        room = self.max_model_len - len(token_ids)
-        if room < 1:
-            raise RequestRefused(
-                f"the prompt has {len(token_ids)} tokens, and with at least one output token "
-                f"the most is {self.max_model_len} (max_model_len)"
-            )
-        seed = getattr(params, "seed", None)
-        request = Request(
-            request_id=name,
-            arrival=self._arrivals,
-            prompt_token_ids=token_ids,
-            params=params,
-            max_tokens=min(params.max_tokens or room, room),
-            eos_token_ids=frozenset(self.config.eos_token_ids),
-            seed=self._random.getrandbits(63) if seed is None else seed,
-            prompt=text,
-            cache_salt=cache_salt,
-        )
-        self._arrivals += 1
-        return request
-
-    # --- text out -----------------------------------------------------------------------------------------------
-
-    def _after_step(self, request: Request) -> RequestOutput:
-        now = time.monotonic()
-        metrics = request.metrics
+    def _answer(self, request: Request, before: Note, totals: Totals) -> tuple[Request, Answer]:
+        now, metrics = time.monotonic(), request.metrics
         if metrics.first_token_time is None:
             metrics.first_token_time = now
-            self._num_prompt_tokens += len(request.prompt_token_ids)
-        if request.search:
-            outputs = beam_outputs(request, self.tokenizer)
-            self._num_output_tokens += sum(len(o.token_ids) for o in outputs) if request.finished else 0
-        else:
-            self._num_output_tokens += self._texts.read(request, self.scheduler.finish)
-            outputs = self._texts.outputs(request)
+            totals.num_prompt_tokens += len(request.prompt_token_ids)
+        answer = self._say(request)
+        if not request.search:
+            totals.num_output_tokens += request.num_output_tokens - before.num_output_tokens
         if request.finished:
             metrics.finished_time = now
-            self._num_finished += 1
-            del self._requests[request.request_id]
-            self._texts.forget(request)
-        name, ids = request.request_id, request.prompt_token_ids
-        return RequestOutput(
-            name, request.prompt, ids, outputs, request.finished, metrics, request.prompt_logprobs
-        )
+            totals.num_finished += 1
+            totals.num_output_tokens += sum(len(o.token_ids) for o in answer.outputs) if request.search else 0
+        return request, answer
+
+    def _say(self, request: Request) -> Answer:
+        """The request as it is. A text that can't be made ends its own request, and no other."""
+        try:
+            return self._texts.answer(request)
+        except Exception as error:
+            request.error = f"its text can't be made: {error!r}"
+            self.scheduler.fail(request, "error")
+            outputs = [(seq.index, "", seq.output_token_ids.copy()) for seq in request.sequences]
+            failed = [CompletionOutput(*output, finish_reason="error") for output in outputs]
+            return Answer(request, failed, self.tokenizer)
+
+    def _deliver(self, answers: list[tuple[Request, Answer]], totals: Totals) -> None:
+        for request, answer in answers:
+            name = request.request_id
+            if name in self._requests:
+                if answer.finished or not request.only_the_end:
+                    self._requests[name][1].put(answer)
+                if answer.finished:
+                    self._texts.forget(request)
+                    del self._requests[name]
+        self._totals = totals
+
+    def _take_back(self, notes: Iterable[Note]) -> None:
+        for note in notes:
+            note.restore()
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._texts = Texts(self.tokenizer, self.scheduler.finish)
+        self.scheduler.start_over(request for request, _ in self._requests.values())
+
+    # --- requests come and go -----------------------------------------------------------------------------------
+
+    def _add(
+        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, mailbox: Mailbox,
+        where: str = "",
+    ) -> str:  # fmt: skip
+        name = None
+        try:
+            with self._lock:
+                self._make_whole()
+                request = self._checked(prompt, params, request_id, cache_salt, where)
+                name = request.request_id
+                self._unfinished = self._start_over
+                self.scheduler.add(request)
+                self._requests[name] = request, mailbox
+                self._unfinished = None
+                return name
+        except BaseException:
+            if name is not None:  # nobody knows of it: it is gone
+                self._requests.pop(name, None)
+                self._unfinished = self._start_over
+            raise
+
+    def _checked(
+        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, where: str
+    ) -> Request:
+        try:
+            request = self._intake.request(prompt, params, request_id, cache_salt, self._requests)
+            self.scheduler.check(request)
+            return request
+        except ValueError as error:
+            error.args = (f"{where}{error}",)
+            raise
+
+    def _abort(self, request: Request, mailbox: Mailbox) -> None:
+        self._unfinished = partial(self._give_up, request, mailbox, broken_off=True)
+        self.scheduler.abort(request)
+        self._give_up(request, mailbox)
+        self._unfinished = None
+
+    def _give_up(self, request: Request, mailbox: Mailbox, broken_off: bool = False) -> None:
+        """Whoever waits for it is told; who steps by hand knows."""
+        self._requests.pop(request.request_id, None)
+        if broken_off:
+            self._start_over()
+            for seq in request.live:
+                seq.finish_reason = "abort"
+        if mailbox is not self._mail:
+            mailbox.put(self._say(request))
+        self._texts.forget(request)
+
+    def _abort_all(self, mailbox: Mailbox) -> None:
+        with self._lock:
+            self._make_whole()
+            for request, its in list(self._requests.values()):
+                if its is mailbox:
+                    self._abort(request, its)
 
     def _contiguous_blocks(self) -> int:
         """Blocks that would be taken if each running sequence had reserved memory for the longest it may become."""
-        width = sum(request.width for request in self.scheduler.running)
-        return width * self.memory.blocks_for(self.max_model_len)
-
+        return self.scheduler.num_promised_seqs() * self.memory.blocks_for(self.max_model_len)

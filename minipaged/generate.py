@@ -12,8 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 
-from minipaged.memory import KVCacheManager
-from minipaged.scheduling.scheduler import Scheduler
+from minipaged.execution.engine_args import EngineArgs
 from minipaged.terminal.options import HINTS, BadInput, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.terminal.report import Results, ignore_closed_pipe, show_account, show_prefixes
@@ -21,9 +20,13 @@ from minipaged.terminal.trace import TraceError, TraceWriter
 from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
-    from minipaged.engine import LLM
+    from minipaged.llm import LLM
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
+OPTIONS = (  # of LLM, that there are flags for
+    "dtype", "device", "kernels", "block_size", "num_blocks", "kv_cache_memory", "prefix_cache", "schedule",
+    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "preemption", "debug",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     except TraceError as error:
         print(f"minipaged.generate: error: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -51,11 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk below standard output, say
         print(f"minipaged.generate: error: {error}", file=sys.stderr)
         ignore_closed_pipe()
-        return 1
+        return FAILED
 
 
 def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:
-    _check_limits(args)
+    _check_options(args)
     console = Console(stderr=True, no_color=args.no_color or None, highlight=False)
     trace = stack.enter_context(_open_trace(args.trace)) if args.trace else None
     llm = _load(args, console)
@@ -67,11 +70,10 @@ def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitS
     return _run(llm, jobs, args, console)
 
 
-def _check_limits(args: argparse.Namespace) -> None:
-    """Let a scheduler of nothing say now what the real one would say after loading."""
+def _check_options(args: argparse.Namespace) -> None:
+    """Say what is wrong with them now, and not after loading."""
     try:
-        budget = args.max_num_seqs if args.max_num_batched_tokens is None else args.max_num_batched_tokens
-        Scheduler(KVCacheManager(1, 1), args.max_num_seqs, budget, args.preemption)
+        EngineArgs.of(args.model, {name: getattr(args, name) for name in OPTIONS})
     except ValueError as error:
         raise BadInput(str(error)) from None
 
@@ -86,19 +88,16 @@ def _open_trace(path: str) -> IO[str]:
 
 def _load(args: argparse.Namespace, console: Console) -> "LLM":
     with waiting(console, "loading PyTorch"):
-        from minipaged.engine import LLM
+        from minipaged.llm import LLM
         from minipaged.models.fetch import fetch_smollm2
 
-    names = ["dtype", "device", "kernels", "block_size", "num_blocks", "kv_cache_memory"]
-    names += ["prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill"]
-    names += ["preemption", "debug"]
     try:
         if args.model == "smollm2":
             fetch_smollm2()  # by itself, since it draws a progress bar of its own
         fetched = args.model == "smollm2" or Path(args.model).exists()
         words = f"loading {args.model}"
         with waiting(console, words) if fetched else contextlib.nullcontext():
-            return LLM(args.model, **{name: getattr(args, name) for name in names})
+            return LLM(args.model, **{name: getattr(args, name) for name in OPTIONS})
     except (ValueError, OSError, MemoryError) as error:
         raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
     except RuntimeError as error:  # PyTorch's way to say that there is no memory
@@ -141,12 +140,14 @@ def _run(llm: "LLM", jobs: list[Job], args: argparse.Namespace, console: Console
     seconds = time.monotonic() - began
     if interrupts:
         print(f"interrupted: {results.num_finished} of {len(jobs)} prompts were finished", file=sys.stderr)
+    for error in results.errors:
+        print(f"minipaged.generate: error: {error}", file=sys.stderr)
     if results.num_cut and console.file.isatty():
         print(f"({results.num_cut} of {len(jobs)} prompts: cut at max_tokens)", file=sys.stderr)
     if args.stats:
         show_account(llm.stats(), seconds, console)
         show_prefixes(llm, console)
-    return INTERRUPTED if interrupts else 0
+    return INTERRUPTED if interrupts else FAILED if results.errors else 0
 
 
 def _display(llm: "LLM", watch: bool, streaming: bool, console: Console) -> Display:

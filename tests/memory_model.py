@@ -214,6 +214,28 @@ class CheckedMemory:
             stream.tokens, stream.cells = stream.tokens + self.new_tokens(count), grown[seq_id]
             self.write(seq_id, start)
 
+    def take_back(self, seq_id, count):
+        """Or a refusal, where others could see what is taken back."""
+        stream, left = self.streams[seq_id], len(self.streams[seq_id].tokens) - count
+        touched = stream.cells[left // self.size :] if count else []
+        held, before = self.cells(), snapshot(self.memory)
+        if left < 0 or left < stream.published * self.size or any(held[cell] > 1 for cell in touched):
+            with pytest.raises(MisuseError):
+                self.memory.take_back(seq_id, count)
+            assert snapshot(self.memory) == before
+            return
+        self.ask(0, 0, lambda: self.memory.take_back(seq_id, count))
+        kept = self.memory.blocks_for(left)
+        assert not any(cell in self.known.values() for cell in stream.cells[kept:])
+        stream.tokens, stream.cells = stream.tokens[:left], stream.cells[:kept]
+        self.seen["taken back"] += bool(count)
+
+    def reset(self):
+        self.memory.reset()
+        self.freed = set(range(self.num_blocks))
+        self.poison_freed()
+        self.streams, self.known, self.idle = {}, {}, []
+
     def publish(self, seq_id, num_computed):
         stream = self.streams[seq_id]
 
@@ -321,6 +343,7 @@ class CheckedMemory:
             assert self.memory.is_swapped(seq_id) == stream.swapped
             assert self.memory.num_tokens(seq_id) == len(stream.tokens)
             blocks = self.memory.block_table(seq_id)
+            assert stream.swapped or self.memory.current_table(seq_id) == blocks
             assert len(blocks) == len(stream.cells) == self.memory.blocks_for(len(stream.tokens))
             places = [(stream.swapped, block) for block in blocks]
             pairs |= set(zip(stream.cells, places, strict=True))

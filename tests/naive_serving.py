@@ -218,7 +218,7 @@ class NaivePaged:
         for s in plan.sequences:
             if s.draw:  # what the samples of one request say differs
                 first = self.scheduler.sequences[s.seq_id].index
-                output.tokens[s.seq_id] = [SampledToken(1000 + first + i) for i in range(s.draw.num_draws)]
+                output.tokens[s.seq_id] = [[SampledToken(1000 + first + i)] for i in range(s.draw.num_draws)]
         self.scheduler.update(plan, output)
         self.memory.check()
         self.computing = {s.request_id for s in plan.sequences}

@@ -17,12 +17,14 @@ from typing import Any
 
 from minipaged.memory import PREFIX_CACHES, Allocated, KVCacheManager
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.request import Request
+from minipaged.requests.request import Request, RequestRefused
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.requests.sequence import Sequence
+from minipaged.scheduling import queues
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.plan import StepPlan
-from minipaged.scheduling.scheduler import RequestRefused, Scheduler
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.undo import Note
 from tests.recall_model import CUT, END, STOP, WORD, RecallRunner, expected, expected_search
 
 # --- a random schedule ----------------------------------------------------------------------------------------
@@ -228,13 +230,21 @@ class Run:
         self.memory.check()
 
     def fail(self, plan: StepPlan) -> None:
-        """The runner breaks off, and nobody knows how far it came: what was freed is poison, and no more was done."""
-        self.runner.execute(StepPlan(plan.step, freed=plan.freed))
-        self.scheduler.abandon(plan)
+        """The step is broken off, and nobody knows where: before its end, or when all tokens were appended."""
+        notes = [Note.of(request) for request in self.scheduler.running]
+        unfinished = [request for queue in self.scheduler.queues.lists() for request in queue]
+        if plan.step % 2:
+            self.runner.execute(StepPlan(plan.step, freed=plan.freed))
+        else:
+            self.scheduler.update(plan, self.runner.execute(plan))
+        for note in notes:
+            note.restore()
+        for _ in range(1 + plan.step % 3):  # breaking off again does no harm
+            self.scheduler.start_over(unfinished)
         self.seen["failed steps"] += 1
         self.memory.check()
-        assert not self.scheduler.running
-        self.outdated &= set(self.memory.sequences())
+        assert not self.memory.sequences() and self.scheduler.waiting == sorted(unfinished, key=queues.arrival)
+        self.outdated.clear()
 
     def check_free_blocks(self) -> None:
         """What was freed was poisoned, so that nobody can read it unnoticed; what can be found was not."""
@@ -345,7 +355,10 @@ def check_plan(plan: StepPlan, run: Run) -> None:
     running, others = scheduler.running, [*scheduler.waiting, *scheduler.swapped]
     assert all(r.num_overtaken <= scheduler.admission.patience for r in run.given.requests), "overtaken too often"
     if scheduler.admission.schedule == "fcfs":
-        assert not others or running[-1].arrival < min(r.arrival for r in others), "somebody was overtaken"
+        short = scheduler.max_num_batched_tokens if scheduler.chunked_prefill else 1 << 60
+        passed = [r for r in others if running and r.arrival < running[-1].arrival]
+        assert all(r in scheduler.waiting and r.target(r.live[0]) > short for r in passed), "a short one was overtaken"
+        run.seen["long ones that were overtaken"] += len(passed)
     for queue in (scheduler.waiting, scheduler.running, scheduler.swapped):
         assert queue == sorted(queue, key=lambda r: r.arrival)
 

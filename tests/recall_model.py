@@ -67,9 +67,9 @@ class RecallRunner:
             digest = self._read(s)
             if d := s.draw:
                 output.tokens[s.seq_id] = [
-                    SampledToken(
-                        next_token(digest, d.seed, d.index + i, d.prompt_token_ids, d.output_token_ids, d.forbidden)
-                    )
+                    [SampledToken(
+                        next_token(digest, d.seed, d.index + i, d.prompt_token_ids, d.output_token_ids, d.too_short)
+                    )]
                     for i in range(d.num_draws)
                 ]
             if s.num_candidates:

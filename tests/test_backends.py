@@ -121,7 +121,7 @@ def test_all_backends_give_the_same_tokens(folder):
         outputs += llm.generate(PROMPTS[2], SamplingParams(n=3, seed=1, max_tokens=4))
         answers[name] = [[one.token_ids for one in output.outputs] for output in outputs]
         usage = llm.stats().memory
-        assert llm.runner.backend.name == name and usage.copies > 0 and usage.swapped_in_blocks > 0
+        assert llm.executor.runner.backend.name == name and usage.copies > 0 and usage.swapped_in_blocks > 0
     assert answers["torch"] == answers["cpp"] == answers["triton"]
 
 

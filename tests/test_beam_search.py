@@ -336,38 +336,7 @@ def test_memory_moves():
     assert memory_moves([], 2) == ([], [], [0, 1])
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "right"),
-    [
-        ("beam_width", 0, "an integer of at least 1"),
-        ("beam_width", 2.0, "an integer of at least 1"),
-        ("beam_width", True, "an integer of at least 1"),
-        ("max_tokens", 0, "an integer of at least 1 or None"),
-        ("length_penalty", math.nan, "a number from -10 to 10"),
-        ("length_penalty", math.inf, "a number from -10 to 10"),
-        ("length_penalty", -11, "a number from -10 to 10"),
-        ("length_penalty", "1", "a number from -10 to 10"),
-        ("length_penalty", True, "a number from -10 to 10"),
-        ("early_stopping", "always", "False, True or 'never'"),
-        ("early_stopping", 1, "False, True or 'never'"),
-        ("n", 0, r"an integer from 1 to beam_width \(4\) or None"),
-        ("n", 5, r"an integer from 1 to beam_width \(4\) or None"),
-        ("ignore_eos", "yes", "True or False"),
-        ("skip_special_tokens", None, "True or False"),
-        ("stop_token_ids", 3, "a list of token ids"),
-        ("stop_token_ids", [-1], "a list of token ids"),
-        ("stop_token_ids", ["</s>"], "a list of token ids"),
-    ],
-)
-def test_bad_parameters_are_refused_by_name(name, value, right):
-    with pytest.raises(ValueError, match=f"^{name} must be {right}") as caught:
-        BeamSearchParams(**{"beam_width": 4, name: value})
-    assert str(caught.value).endswith(f"got {value!r}")
-
-
-def test_good_parameters():
-    BeamSearchParams(1, None, length_penalty=-10, early_stopping="never", n=1, stop_token_ids=(0, 3))
-    BeamSearchParams(4, 1, length_penalty=2, early_stopping=True, n=4, stop_token_ids=[])
+def test_a_limit_is_needed():
     with pytest.raises(ValueError, match="max_tokens must be an integer of at least 1, got None"):
         BeamSearch(BeamSearchParams(2, None), None, [])
 

@@ -267,7 +267,7 @@ def test_a_wrong_number_of_tokens_is_no_result(tokens):
 
 
 def options(model: Path | str, load: Load, **more) -> Options:
-    return Options(str(model), "fp32", 1, load.blocks(16), 256, len(load.ends), load.longest, **more)
+    return Options(str(model), "fp32", 1, load.blocks(16), 256, load.num_sequences, load.longest, **more)
 
 
 def test_a_contender_that_dies_is_told_from_one_that_is_slow(tiny):
@@ -320,6 +320,26 @@ def test_stall_is_what_it_says():
     assert [len(prompt) for prompt in load.prompts] == [32] * 8 + [2000]
     assert load.late == [0] * 8 + [16]
     assert min(load.outputs[:8]) > 16 + 2000 / (64 - 8)  # they go on for as long as it is computed, at the least budget
+
+
+def test_beams_are_what_they_say():
+    load = make_load("beams", 500)
+    assert load == make_load("beams", 500) and load.at_once and load.beam_width == 4
+    assert (load.outputs, [len(prompt) for prompt in load.prompts]) == ([64] * 8, [64] * 8)
+    assert (load.num_output_tokens, load.num_sequences, load.blocks(16)) == (8 * 4 * 64, 32, 8 * 4 * 8)
+    with pytest.raises(RuntimeError, match="wrong number of tokens for 8 of 8 requests"):
+        loads.check(load, made_up([[0] * 64] * 8, 1.0))  # one hypothesis each
+
+
+def test_beams_are_the_same_hypotheses_here_and_there(tiny, capsys):
+    args = ["--model", str(tiny), "--quick", "--load", "beams", "--peer", "static", "continuous", "--threads", "1"]
+    assert bench.main([*args, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    ours, theirs = data["results"]
+    assert (ours["contender"], theirs["contender"], theirs["same_tokens"]) == ("minipaged", "static", 8)
+    assert ours["output_tokens"] == 8 * 4 * 8 == round(ours["tokens_per_second"] * ours["seconds"])
+    assert ours["kv_bytes"] <= theirs["kv_bytes"]
+    assert data["left_out"] == {"continuous": "of beams: it has no beam search"}
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -486,6 +506,10 @@ def test_peers_are_left_out_of_what_they_cannot_be_sent(capsys):
     assert f"left out: transformers, padded batches: {left_out['static']}\n" == capsys.readouterr().err
     pythons, left_out = bench._peers(args, [stall], False)
     assert list(pythons) == ["minipaged", "no-cache", "radix"] and list(left_out) == ["static"]
+    args = parser().parse_args(["--peer", "static", "continuous"])
+    _, left_out = bench._peers(args, [few_shot, chat, make_load("beams", 256)], False)
+    unsent = "of chat: only minipaged is sent requests while it answers others"
+    assert left_out == {"static": unsent, "continuous": f"{unsent}; of beams: it has no beam search"}
 
 
 def test_the_whole_run_with_variants(tiny, capsys):
@@ -529,6 +553,8 @@ def SamplingParams(**params):
 
 
 class LLM:
+    renderer = Made()
+
     def __init__(self, model, **settings):
         names = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")
         files = {file.name: file.stat().st_size for file in pathlib.Path(model).iterdir()}
@@ -554,6 +580,16 @@ class LLM:
         tokens = [[i + sum(q["prompt_token_ids"]) for i in range(p["max_tokens"])] for q, p in zip(prompts, params)]
         metrics = Made(first_token_latency=0.25)
         return [Made(outputs=[Made(token_ids=tuple(ids))], metrics=metrics) for ids in tokens]
+
+    def beam_search(self, prompts, params):
+        assert self.empty
+        tokenizer = self.renderer.get_tokenizer()
+        assert tokenizer.eos_token_id is None and tokenizer.decode([1], skip_special_tokens=True) == ""
+        with open(asked, "a") as file:
+            file.write(json.dumps([prompts, params]) + "\\n")
+        each = [q["prompt_token_ids"] for q in prompts]
+        beams = [[q + [sum(q) + b] * params["max_tokens"] for b in range(params["beam_width"])] for q in each]
+        return [Made(sequences=[Made(tokens=tokens) for tokens in some]) for some in beams]
 '''
 
 
@@ -625,6 +661,20 @@ def test_vllm_is_asked_for_the_same(tiny_gguf, fake_vllm, capsys):
     assert row["kv_bytes"] == settings["kv_cache_memory_bytes"]
     assert row["ratio"] is not None and row["same_tokens"] == 0
     assert data["about"]["vllm"].startswith("9.9, ")
+
+
+def test_vllm_is_asked_for_beams(tiny, fake_vllm):
+    (fake_vllm / "sampling_params.py").write_text("def BeamSearchParams(beam_width, max_tokens, **more):\n"
+        "    return {'beam_width': beam_width, 'max_tokens': max_tokens} | more\n")  # fmt: skip
+    load = make_load("beams", 256, quick=True)
+    peer = worker.Worker("vllm", options(tiny, load), str(fake_vllm / "python"))
+    peer.wait()
+    run = peer.run(load)
+    peer.close()
+    prompts, params = asked(fake_vllm)[-1]
+    assert prompts == [{"prompt_token_ids": prompt} for prompt in load.prompts]
+    assert params == {"beam_width": 4, "max_tokens": 8, "ignore_eos": True}
+    assert run.tokens == [[sum(prompt) + beam for beam in range(4) for _ in range(8)] for prompt in load.prompts]
 
 
 @pytest.mark.parametrize(

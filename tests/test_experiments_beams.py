@@ -9,7 +9,6 @@ import pytest
 from tiny_model import make_folder
 
 from minipaged.decoding.beam_search import BeamSearch
-from minipaged.engine import LLM
 from minipaged.experiments import beams, divergence
 from minipaged.experiments.beams import CountedPaged, PagedBeams, Sharing, saving
 from minipaged.experiments.divergence import (
@@ -27,6 +26,7 @@ from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.loads import Job, jobs
 from minipaged.experiments.simulation import simulate
 from minipaged.experiments.systems import kept
+from minipaged.llm import LLM
 from minipaged.requests.beam_search_params import BeamSearchParams
 
 

@@ -31,6 +31,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 def small(monkeypatch):
     """A copy and stretches as short as can be, and no cache to overflow."""
     monkeypatch.setitem(timing.COPIED, "cpu", 1 << 16)
+    monkeypatch.setitem(timing.MULTIPLIED, "cpu", 32)
     monkeypatch.setitem(timing.STRETCH, "cpu", 1e-4)
     monkeypatch.setattr(bench, "cache_bytes", lambda device: 3000)
     monkeypatch.setattr(bench, "QUICK", TINY)
@@ -61,7 +62,7 @@ def test_a_run_as_json(capsys):
     half += [("prefill", 4, 9, 9, 16), ("prefill", 1, 33, 33, 16)] * 2
     half += [("contiguous", 2, 40, 1, 16), ("contiguous", 2, 48, 1, 16)] * 2
     assert found == half + [("paging", 2, 40, 1, 1), ("paging", 2, 40, 1, 16), ("paging", 2, 40, 1, 256)] * 2
-    timed = {"decode": set(), "prefill": {"sdpa"}, "contiguous": {"sdpa"}, "paging": {"ordered"}}
+    timed = {"decode": set(), "prefill": {"sdpa", "product"}, "contiguous": {"sdpa"}, "paging": {"ordered"}}
     for row in rows:
         assert row["seconds"].keys() == row["spread"].keys() == {"copy", "ours"} | timed[row["what"]]
         assert all(seconds > 0 for seconds in row["seconds"].values())
@@ -71,6 +72,9 @@ def test_a_run_as_json(capsys):
         assert row["of_copy"] == pytest.approx(row["bandwidth"] / row["copy_bandwidth"])
         if row["what"] in ("prefill", "contiguous"):
             assert row["of_peer"] == pytest.approx(row["seconds"]["sdpa"] / row["seconds"]["ours"])
+        if row["what"] == "prefill":
+            assert row["tflops"]["product"] == pytest.approx(2 * 32**3 / row["seconds"]["product"] / 1e12)
+            assert row["of_product"] == pytest.approx(row["tflops"]["ours"] / row["tflops"]["product"])
     assert report["left_out"].keys() == {"flex (contiguous)"}
 
 
@@ -79,7 +83,7 @@ def test_a_run_as_a_table(capsys):
     lines = out.splitlines()
     assert lines[0].startswith("kernels torch in bf16 on ") and f"torch {torch.__version__}, Triton" in lines[0]
     assert lines[2] == tables.TITLES["prefill"]
-    assert " ".join(lines[3].split()) == "model batch context us spread TFLOP/s peer its TFLOP/s ours is"
+    assert " ".join(lines[3].split()) == "model batch context us spread TFLOP/s of product peer its TFLOP/s ours is"
     assert [line.split()[:3] for line in lines[4:6]] == [["smollm2", "4", "9"], ["smollm2", "1", "33"]]
     assert lines[7] == tables.TITLES["paging"]
     assert [line.split()[3] for line in lines[9:12]] == ["1", "16", "256"]
@@ -102,6 +106,29 @@ def test_what_does_not_fit_is_skipped_and_said(capsys, monkeypatch):
     assert "skipped: smollm2, 3 x 20: needs 0.0 GiB" in out and "3 x 20, block size 16: skipped" in progress
     report = json.loads(run(capsys, "--quick", "--model", "smollm2", "--what", "decode", "--json")[0])
     assert [("skipped" in row, "seconds" in row) for row in report["results"]] == [(False, True), (True, False)]
+
+
+def test_what_there_is_no_time_for_is_skipped(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 2.5, 3.0])
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(now))
+    args = ("--quick", "--model", "smollm2", "--what", "decode", "prefill", "--limit", "2")
+    monkeypatch.setattr(bench, "QUICK", Grid((1, 3), (20,), (), (), (9,), (2, 40), prefill_tokens=9))
+    rows = json.loads(run(capsys, *args, "--json")[0])["results"]
+    assert [row.get("skipped") for row in rows] == [None, "no time was left", "no time was left"]
+    assert "seconds" in rows[0] and (rows[1]["batch"], rows[2]["what"]) == (3, "prefill")
+
+
+def test_sizes_of_a_run(capsys):
+    """--smoke is over at once, whatever the machine's caches; the points leave FlexAttention out."""
+    rows = json.loads(run(capsys, "--smoke", "--json", "--model", "smollm2")[0])["results"]
+    assert [(row["what"], row["batch"], row["context"]) for row in rows] == [
+        ("decode", 2, 20), ("prefill", 1, 9), ("contiguous", 1, 20), ("paging", 1, 20)
+    ]  # fmt: skip
+    assert not cells.POINTS.flex and all(grid.flex for grid in (*cells.GRIDS.values(), cells.QUICK))
+    one = runner_of(flex=False)
+    assert "flex" not in one.contiguous(Work(SHAPE, 1, 20))["seconds"] and one.left_out == {}
+    with pytest.raises(SystemExit):
+        bench.main(["--smoke", "--quick"])
 
 
 @no_gpu
@@ -138,7 +165,16 @@ def test_ctrl_c():
 def test_the_defaults_are_what_was_promised():
     args = bench._parser().parse_args([])
     assert args == argparse.Namespace(
-        device="auto", what=list(cells.WHAT), model=list(SHAPES), dtype=None, kernels="auto", quick=False, json=False
+        device="auto",
+        what=list(cells.WHAT),
+        model=list(SHAPES),
+        dtype=None,
+        kernels="auto",
+        quick=False,
+        json=False,
+        points=False,
+        smoke=False,
+        limit=None,
     )
     gpu = cells.GRIDS["cuda"]
     assert (min(gpu.batches), max(gpu.batches), min(gpu.contexts), max(gpu.contexts)) == (1, 256, 128, 32768)

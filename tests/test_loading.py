@@ -23,7 +23,7 @@ from minipaged.models import ModelError, fetch, load, load_model, open_checkpoin
 from minipaged.models.checkpoint import check_tensors
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf_header import read_gguf
-from minipaged.text.gguf_tokenizer import build_tokenizer
+from minipaged.models.sentencepiece_file import read_sentencepiece
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
@@ -156,7 +156,12 @@ def test_folder_tokenizer_and_template(make_folder, backend):
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [("one", "one"), ([{"name": "tool", "template": "x"}, {"name": "default", "template": "two"}], "two")],
+    [
+        ("one", "one"),
+        ([{"name": "tool", "template": "x"}, {"name": "default", "template": "two"}], "two"),
+        ({"tool": "x", "default": "three"}, "three"),
+        ([{"name": "tool", "template": "x"}], None),
+    ],
 )
 def test_template_in_tokenizer_config(make_folder, template, expected):
     folder = make_folder()
@@ -166,14 +171,46 @@ def test_template_in_tokenizer_config(make_folder, template, expected):
     assert open_checkpoint(folder).tokenizer().chat_template == expected
 
 
+@pytest.mark.parametrize(
+    "template", [[{"name": "default", "template": {"a": "b"}}], [{"default": "x"}], ["x"], 5, {"default": 1}]
+)
+def test_a_template_that_is_no_text(make_folder, template):
+    folder = make_folder()
+    (folder / "chat_template.jinja").unlink()
+    change(folder / "tokenizer_config.json", chat_template=template)
+    assert "tokenizer_config.json: chat_template must be text, or a list of {'name': text" in refused(folder)
+
+
 def test_generation_config_adds_end_tokens(make_folder):
     folder = make_folder(eos_token_id=5)
     write(folder / "generation_config.json", {"eos_token_id": [7, 8], "temperature": 0.6})
     loaded = load(folder)
-    assert loaded.config.eos_token_ids == (5, 7, 8)
+    assert loaded.config.eos_token_ids == (5, 7, 8, 1)
     assert loaded.generation_defaults["temperature"] == 0.6
     (folder / "generation_config.json").unlink()
+    assert load(folder).config.eos_token_ids == (5, 1)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_the_tokenizer_names_an_end_token_that_the_config_does_not(make_folder, where):
+    folder = make_folder(eos_token_id=5)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").unlink()
     assert load(folder).config.eos_token_ids == (5,)
+    write(folder / where, {"eos_token": "</s>"})
+    assert load(folder).config.eos_token_ids == (5, 1)
+    assert load(folder).tokenizer.eos_token_ids == (5, 1)
+    change(folder / "config.json", eos_token_id=None)
+    assert load(folder).config.eos_token_ids == (1,)
+    write(folder / where, {"eos_token": "nowhere"})
+    assert load(folder).config.eos_token_ids == ()
+
+
+def test_end_tokens_beyond_the_vocabulary_are_left_out_aloud(make_folder):
+    folder = make_folder(eos_token_id=[7, 300, 50256])
+    said = r"eos_token_id \[300, 50256\] is left out: the vocabulary has only 300 tokens"
+    with pytest.warns(UserWarning, match=said):
+        assert load(folder).config.eos_token_ids == (7, 1)
 
 
 def test_gpt2_names_without_prefix_and_harmless_extras(make_folder, weights):
@@ -187,6 +224,16 @@ def test_gpt2_names_without_prefix_and_harmless_extras(make_folder, weights):
     edit_weights(folder, edit)
     load(folder)
     assert_equal_weights(weights, hf_model("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.ln_1.bias", "transformer.wte.weight"])
+def test_gpt2_tensors_with_and_without_prefix(make_folder, name):
+    folder = make_folder("gpt2")
+    bare = name.removeprefix("transformer.")
+    edit_weights(folder, lambda tensors: tensors.update({bare: torch.zeros_like(tensors[name])}))
+    message = refused(folder)
+    assert "has one tensor twice, as " in message
+    assert f" {name}" in message and f" {bare}" in message
 
 
 def test_a_stored_output_matrix_is_used_though_the_config_ties(make_folder, weights):
@@ -280,7 +327,9 @@ def test_pickles_are_never_opened(make_folder, monkeypatch):
     assert not Path("exploded").exists()
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "pytorch_model.bin", 5, "absent.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/x.safetensors", "pytorch_model.bin", 5, ["a.safetensors"], "absent.safetensors"]
+)
 def test_index_names_only_files_in_the_folder(make_folder, name):
     folder = make_folder(shard="20KB")
     save_file({"x": torch.ones(1)}, folder.parent / "x.safetensors")
@@ -289,6 +338,57 @@ def test_index_names_only_files_in_the_folder(make_folder, name):
     weight_map = json.loads(index.read_text())["weight_map"]
     change(index, weight_map=weight_map | {"x": name})
     assert "index.json names" in refused(folder)
+
+
+def test_shards_in_a_subfolder(make_folder):
+    folder = make_folder(shard="20KB")
+    (folder / "shards").mkdir()
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / "shards" / file.name)
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    change(index, weight_map={tensor: f"shards/{file}" for tensor, file in names.items()})
+    assert "index.json names 'shards/model-00" in (message := refused(folder))
+    assert "and shards must lie in the folder itself: move them there" in message
+    index.unlink()
+    assert f"has no model.safetensors, but {folder}/shards has model-00001" in refused(folder)
+
+
+@pytest.mark.parametrize("file", ["consolidated.safetensors", "consolidated.00.pth", "params.json"])
+def test_the_layout_of_other_code(make_folder, file):
+    folder = make_folder()
+    (folder / "model.safetensors").rename(folder / file)
+    assert "has no model.safetensors: it is in the layout of Mistral's or Meta's own code" in refused(folder)
+    (folder / "config.json").unlink()
+    assert "has no config.json: it is in the layout of Mistral's or Meta's own code" in refused(folder)
+
+
+def test_an_adapter_is_no_model(make_folder):
+    folder = make_folder()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    write(folder / "adapter_config.json", {"base_model_name_or_path": "some/base", "peft_type": "LORA"})
+    expected = ": it is a LoRA adapter for 'some/base', not a model; merge it into its base model first, with peft's"
+    assert f"has no model.safetensors{expected}" in refused(folder)
+    (folder / "config.json").unlink()
+    assert f"has no config.json{expected}" in refused(folder)
+
+
+def test_tensors_with_the_names_of_an_adapter(make_folder):
+    folder = make_folder()
+
+    def edit(tensors):
+        for name in list(tensors):
+            tensors[f"base_model.model.{name}"] = tensors.pop(name)
+
+    edit_weights(folder, edit)
+    assert "its tensors are named as PEFT's are (base_model.model.lm_head.weight): it is a LoRA" in refused(folder)
+
+
+def test_a_folder_of_ggufs_and_a_folder_of_folders(make_folder, tmp_path):
+    folder = make_folder()
+    assert f"has no config.json, but {folder} has config.json: name that folder" in refused(tmp_path)
+    (tmp_path / "q4.gguf").write_bytes(b"")
+    assert f"has no config.json: it holds GGUF files; name one of them, such as {tmp_path}/q4.gguf" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", "[" * 100_000])
@@ -303,7 +403,7 @@ def test_folder_without_its_parts(make_folder, tmp_path):
     assert "has no config.json" in refused(tmp_path)
     folder = make_folder()
     (folder / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in refused(folder)
+    assert "has no tokenizer.json, no vocab.json with merges.txt, and no tokenizer.model" in refused(folder)
 
 
 # Names
@@ -369,11 +469,9 @@ def test_hub_models_come_from_the_cache_if_complete(make_folder, weights, monkey
 # GGUF
 
 
-def write_gguf(file, model, kind, backend, quantize=gguf.GGMLQuantizationType.F32, **metadata):
-    """What llama.cpp's converter writes for a transformers model; rows of q and k permuted for its rope."""
-    config = model.config
+def llama_keys(config, kind):
     rope = config.rope_parameters
-    keys = {
+    return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -387,6 +485,23 @@ def write_gguf(file, model, kind, backend, quantize=gguf.GGMLQuantizationType.F3
         "rope.scaling.factor": rope.get("factor") if rope["rope_type"] == "yarn" else None,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
+
+
+def gpt2_keys(config):
+    return {
+        "block_count": config.n_layer,
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "feed_forward_length": 4 * config.n_embd,
+        "attention.head_count": config.n_head,
+        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+    }
+
+
+def write_gguf(file, model, kind, backend, quantize=gguf.GGMLQuantizationType.F32, **metadata):
+    """What llama.cpp's converter writes for a transformers model; rows of q and k permuted for its rope."""
+    config = model.config
+    keys = gpt2_keys(config) if kind == "gpt2" else llama_keys(config, kind)
     writer = gguf.GGUFWriter(file, kind)
     for key, value in ({f"{kind}.{k}": v for k, v in keys.items()} | metadata).items():
         if isinstance(value, str):
@@ -404,13 +519,15 @@ def write_gguf(file, model, kind, backend, quantize=gguf.GGMLQuantizationType.F3
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        if kind == "gpt2" and ".c_" in name:  # Conv1D's matrices lie across
+            tensor = tensor.t()
         type_ = quantize if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(tensor.contiguous().numpy(), type_)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=type_)
-    if rope["rope_type"] == "llama3":
+    if kind != "gpt2" and config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(model).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -438,7 +555,7 @@ def add_tokenizer(writer, backend, pre):
     writer.add_eos_token_id(1)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gguf_equals_the_model_it_was_made_of(tmp_path, weights, backend, kind, tied):
     model = hf_model(kind, tie_word_embeddings=tied)
@@ -459,6 +576,39 @@ def test_gguf_types(tmp_path, weights, backend, type_):
     for name, tensor in weights.items():
         error = (tensor - model.state_dict()[name]).abs().max() / model.state_dict()[name].abs().max()
         assert error < (0.2 if "Q" in type_ else 0.01), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_gguf_without_what_llama_cpp_has_a_default_for(tmp_path, weights, backend, kind, monkeypatch):
+    """transformers has other defaults for a config.json; and the size of the vocabulary stands nowhere."""
+    model = hf_model(kind, num_key_value_heads=4)
+    full = load(write_gguf(tmp_path / "full.gguf", model, kind, backend, **{f"{kind}.vocab_size": 300})).config
+    left_out = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count", "vocab_size")
+    if kind == "qwen3":
+        model = hf_model(kind, num_key_value_heads=4, head_dim=8)
+    keys = llama_keys
+    monkeypatch.setitem(globals(), "llama_keys", lambda *a: {k: v for k, v in keys(*a).items() if k not in left_out})
+    config = load(write_gguf(tmp_path / "m.gguf", model, kind, backend)).config
+    assert_equal_weights(weights, model)
+    assert (config.num_kv_heads, config.head_size, config.vocab_size) == (4, 8, 300)
+    assert kind == "qwen3" or config == full
+
+
+def test_gguf_with_a_sentencepiece_vocabulary(tmp_path, monkeypatch):
+    """From the file to the engine's parts; what it does with text is tried in test_sentencepiece.py."""
+    vocabulary, scores, _ = read_sentencepiece(Path(__file__).parent / "data" / "sentencepiece" / "llama.model")
+
+    def add(writer, backend, pre):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(vocabulary.tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(vocabulary.kinds)
+
+    monkeypatch.setitem(globals(), "add_tokenizer", add)
+    loaded = load(write_gguf(tmp_path / "m.gguf", hf_model("llama", vocab_size=700), "llama", None))
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("blocks  and pages\n🎉")) == "blocks  and pages\n🎉"
+    assert loaded.tokenizer.encode("a")[0] == 1
+    assert loaded.config.eos_token_ids == (2,)  # llama.cpp's default
 
 
 def test_gguf_rope_scaling(tmp_path, backend):
@@ -482,13 +632,12 @@ def test_gguf_rope_scaling(tmp_path, backend):
         ({"llama.rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor=2.0 is not supported"),
         ({"llama.attention.key_length": 16}, "dimension_count=8 is not supported"),
         ({"llama.rope.dimension_count": 4}, "wrong shape: model.layers.0.self_attn.q_proj.weight"),
-        ({"llama.attention.sliding_window": 32}, "sliding_window"),
-        ({"tokenizer.ggml.pre": "tekken"}, "pre=tekken is not supported, only gpt2 with gpt-2, smollm"),
+        ({"tokenizer.ggml.pre": "kimi-k2"}, "pre='kimi-k2' is not known, only gpt-2"),
         ({"llama.block_count": 3}, "tensors missing: model.layers.2."),
         ({"general.alignment": 0}, "division"),
         (
             {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 10**6},
-            "tokenizer is damaged",
+            "the bos token 1000000 is not one of the 300 tokens",
         ),
     ],
 )
@@ -515,7 +664,7 @@ def test_gguf_of_an_unknown_architecture(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert "architecture 'mamba' is not supported; llama, qwen2, qwen3 are" in refused(tmp_path / "m.gguf")
+    assert "architecture 'mamba' is not supported; llama, qwen2, qwen3, gpt2 are" in refused(tmp_path / "m.gguf")
 
 
 def test_gguf_tokenizer_adds_what_its_flags_say(tmp_path, backend):
@@ -551,18 +700,9 @@ def test_gguf_word_rules_equal_transformers(tmp_path, pre):
     ours = open_checkpoint(file).tokenizer()
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in texts[:3] + ["1 22 333 4444", "  a   b", "x'S", "\n\n", "?!\n y", "Don't</s>é"]:
-        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"], text
     composes = ours.encode("e\u0301") == ours.encode("é")  # Qwen2's tokenizer.json does, transformers' GGUF doesn't
     assert composes == (pre == "qwen2")
-
-
-def test_llama3_takes_a_word_that_is_a_token_whole():
-    """Some tokens of Llama 3 cannot be reached by its merges."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "hello"]
-    metadata = {"model": "gpt2", "tokens": tokens, "token_type": [1] * 257, "merges": []}
-    for pre, length in (("llama-bpe", 1), ("gpt-2", 5)):
-        named = {f"tokenizer.ggml.{key}": value for key, value in (metadata | {"pre": pre}).items()}
-        assert len(build_tokenizer(named).encode("hello")) == length
 
 
 def test_truncated_gguf_names_the_tensor(tmp_path, backend):

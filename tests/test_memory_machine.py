@@ -71,6 +71,16 @@ class MemoryMachine(RuleBasedStateMachine):
         some = self.some(data, swapped=False)
         self.memory.append({seq_id: data.draw(st.integers(0, 6)) for seq_id in some}, keep_free)
 
+    @precondition(lambda self: self.memory.ids(swapped=False))
+    @rule(data=st.data(), count=st.integers(0, 6))
+    def take_back(self, data, count):
+        self.memory.take_back(data.draw(st.sampled_from(self.memory.ids(swapped=False))), count)
+
+    @rule(often=st.integers(0, 7))
+    def reset(self, often):
+        if often == 0:
+            self.memory.reset()
+
     @precondition(lambda self: self.memory.streams)
     @rule(data=st.data())
     def fork(self, data):
@@ -124,7 +134,7 @@ def one_operation(rng, memory, past):
     here, away, keep_free = memory.ids(swapped=False), memory.ids(swapped=True), rng.choice([0, 0, 0, 1, 3])
     rng.shuffle(here)
     weights = {"allocate": 10}
-    weights |= {"append": 40, "fork": 18, "swap out": 7, "publish": 30} if here else {}
+    weights |= {"append": 40, "fork": 18, "swap out": 7, "publish": 30, "take back": 8} if here else {}
     weights |= {"begin alike": 15} | ({"forget": 1} if memory.known else {})
     weights |= {"swap in": 10} if away else {}
     weights |= {"fork anywhere": 2, "free": 10, "misuse": 3} if memory.streams else {}
@@ -144,6 +154,8 @@ def one_operation(rng, memory, past):
         case "append":
             some = here[: rng.randint(1, 4)]
             memory.append({seq_id: rng.choice([1, 1, 1, 0, 5]) for seq_id in some}, keep_free)
+        case "take back":
+            memory.take_back(here[0], rng.choice([0, 1, 1, 2, 5]))
         case "fork":
             memory.fork(here[0])
         case "fork anywhere":
@@ -160,14 +172,14 @@ def one_operation(rng, memory, past):
 
 def test_random_walks():
     done = Counter()
-    for seed in range(200):
+    for seed in range(250):
         try:
             memory = walk(seed)
         except Exception as error:
             raise AssertionError(f"walk({seed}) fails") from error
         done += memory.seen
     often = {"copies": 200, "moved out": 600, "moved in": 200, "found": 200, "evicted": 600, "not moved": 100}
-    often |= {"computed twice": 20}
+    often |= {"computed twice": 20, "taken back": 100}
     rare = {name: done[name] for name, least in often.items() if done[name] < least}
     assert not rare, "the walks no longer reach what they are for"
 

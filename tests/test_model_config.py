@@ -86,6 +86,60 @@ def test_yarn_extends_the_context_and_the_others_do_not():
     assert max_model_len(type="linear", factor=4.0) == 8192
 
 
+def without(config, name):
+    return {key: value for key, value in config.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (MISTRAL | {"sliding_window": 4096}, 4096),
+        (MISTRAL | {"sliding_window": 4096, "layer_types": ["full_attention"] * 32}, 4096),
+        (MISTRAL | {"sliding_window": 10**6}, 32768),
+        (MISTRAL | {"sliding_window": None}, 32768),
+        (without(MISTRAL, "sliding_window"), 4096),
+        (QWEN | {"use_sliding_window": True, "sliding_window": 2048}, 2048),
+        (QWEN | {"use_sliding_window": False, "sliding_window": 2048}, 32768),
+        (without(QWEN, "sliding_window") | {"use_sliding_window": True}, 4096),
+        (LLAMA | {"sliding_window": 1024}, 1024),
+    ],
+)
+def test_the_context_ends_where_a_window_would_begin(config, longest):
+    """Up to there a window changes nothing; see test_models.py for the logits."""
+    assert ModelConfig.from_hf(config).max_model_len == longest
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_key_that_is_absent_means_what_it_means_to_transformers(model_type):
+    sizes = {"vocab_size": 100, "hidden_size": 2048, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 32, "max_position_embeddings": 8192, "model_type": model_type}
+    theirs = transformers.AutoConfig.for_model(**sizes)
+    ours = ModelConfig.from_hf(sizes)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_size == (getattr(theirs, "head_dim", None) or 2048 // 32)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.max_model_len == min(8192, getattr(theirs, "sliding_window", None) or 8192)
+    assert ours.activation == theirs.hidden_act
+    assert ours.out_bias == getattr(theirs, "attention_bias", False)
+    assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
+    null = {"sliding_window": None}  # null is not absent
+    null |= {} if model_type == "mistral" else {"num_key_value_heads": None}
+    null |= {} if model_type == "qwen3" else {"head_dim": None}
+    theirs = transformers.AutoConfig.for_model(**sizes | null)
+    ours = ModelConfig.from_hf(sizes | null)
+    assert (ours.num_kv_heads, ours.max_model_len) == (theirs.num_key_value_heads, 8192)
+
+
+def test_an_absent_key_of_gpt2_means_what_it_means_to_transformers():
+    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "model_type": "gpt2"}
+    theirs = transformers.AutoConfig.for_model(**sizes)
+    written = {name: value for name, value in theirs.to_dict().items() if name not in ("bos_token_id", "eos_token_id")}
+    assert ModelConfig.from_hf(sizes) == ModelConfig.from_hf(written)
+
+
 REFUSED = [
     (LLAMA, {"model_type": "granite"}, "model_type"),
     (LLAMA, {"model_type": ["llama"]}, "model_type"),
@@ -101,6 +155,7 @@ REFUSED = [
     (LLAMA, {"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
     (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     (LLAMA, {"layer_types": "full_attention"}, "layer_types"),
+    (MISTRAL, {"sliding_window": 0}, "sliding_window=0 must be an integer from 1"),
     (LLAMA, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type='longrope'"),
     (LLAMA, {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling.type='su'"),
     (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
@@ -133,9 +188,6 @@ REFUSED = [
     (LLAMA, {"attention_bias": 1}, "attention_bias"),
     (LLAMA, {"eos_token_id": [2, "x"]}, "eos_token_id"),
     (LLAMA, {"bos_token_id": -1}, "bos_token_id"),
-    (MISTRAL, {"sliding_window": 4096}, "sliding_window=4096"),
-    (MISTRAL, {"sliding_window": 4096, "layer_types": ["full_attention"] * 32}, "sliding_window=4096"),
-    (QWEN, {"use_sliding_window": True, "sliding_window": 4096}, "sliding_window=4096"),
     (QWEN, {"use_mrope": True}, "use_mrope"),
     (GPT, {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
     (GPT, {"add_cross_attention": True}, "add_cross_attention"),

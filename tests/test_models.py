@@ -167,7 +167,7 @@ def test_llama(change, backend):
 
 RELATIVES = {
     "mistral": transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=16),
-    "mistral, window never left": transformers.MistralConfig(**SIZES, sliding_window=64),
+    "mistral, window never left": transformers.MistralConfig(**SIZES, sliding_window=max(LENGTHS)),
     "qwen2": transformers.Qwen2Config(**SIZES, sliding_window=8),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
     "qwen3, bias": transformers.Qwen3Config(

@@ -10,6 +10,7 @@ from tiny_model import make_folder
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.execution import runner
 from minipaged.generate import main
+from minipaged.requests.sampling_params import Logprob
 from minipaged.scheduling.admission import Admission
 
 PROMPTS = [[(7 * i + 3 * k * k + k) % 95 for k in range(n)] for i, n in enumerate((1, 2, 17, 40))]
@@ -24,9 +25,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(folder):
     """make(**settings): an engine with small blocks, checked at every step."""
-    return lambda **settings: LLM(
-        str(folder), **{"block_size": 4, "num_blocks": 200, "max_num_seqs": 3, "debug": True, **settings}
-    )
+    given = {"block_size": 4, "num_blocks": 200, "max_num_seqs": 3, "max_logprobs": -1, "debug": True}
+    return lambda **settings: LLM(str(folder), **{**given, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,10 @@ def check(folder):
         assert len(found) == len(prompt) and found[0] is None
         for row, token, one in zip(rows, prompt[1:], found[1:], strict=False):
             assert one.keys() == set(row.topk(k).indices.tolist()) | {token}
-            assert one == pytest.approx({t: row[t].item() for t in one}, abs=1e-4)
-            assert list(one.values()) == sorted(one.values(), reverse=True)
+            values = [told.logprob for told in one.values()]
+            assert values == pytest.approx([row[t].item() for t in one], abs=1e-4)
+            assert values == sorted(values, reverse=True)
+            assert [told.rank for told in one.values()] == [1 + int((row > row[t]).sum()) for t in one]
 
     return check
 
@@ -99,7 +101,7 @@ def test_who_does_not_ask_gets_none_beside_those_who_do(llm, check):
     assert beams.prompt_logprobs is None
 
 
-@pytest.mark.parametrize("bad", [-1, 1.0, True, "5"])
+@pytest.mark.parametrize("bad", [-2, 1.0, True, "5"])
 def test_a_bad_value_is_refused_by_name(bad):
     with pytest.raises(ValueError, match="^prompt_logprobs=") as error:
         SamplingParams(prompt_logprobs=bad)
@@ -108,13 +110,13 @@ def test_a_bad_value_is_refused_by_name(bad):
 
 def test_logits_are_held_in_pieces_of_bounded_size(make, check, monkeypatch):
     llm = make()
-    sizes, logits = [], llm.runner.model.logits
+    sizes, logits = [], llm.executor.runner.model.logits
 
     def counted(hidden):
         sizes.append(len(hidden))
         return logits(hidden)
 
-    monkeypatch.setattr(llm.runner.model, "logits", counted)
+    monkeypatch.setattr(llm.executor.runner.model, "logits", counted)
     prompts = [[(5 * i * i + i + n) % 95 for i in range(n)] for n in (100, 300)]
     outputs = llm.generate(prompts, [wish(1), wish(3)])
     assert max(sizes) == runner.PIECE == 128 and sum(sizes) == 99 + 299 + 3 * 2
@@ -179,7 +181,7 @@ def test_steps_are_plain_data(make, check):
     ]
     assert targets[3:] == [None] * 2
     found = [one for line in lines for one in json.loads(line)[1]["prompt_logprobs"].get("0", [])]
-    check(PROMPTS[2], 1, [None, *({int(t): value for t, value in one.items()} for one in found)])
+    check(PROMPTS[2], 1, [None, *({int(t): Logprob(**told) for t, told in one.items()} for one in found)])
 
 
 # ---- samples, preemption, abort ----------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def test_preempted_in_the_middle_of_the_prompt(make, check, mode, budget):
 
     def watch(plan, output):
         if plan.preempted:
-            had.append(len(llm._requests["late"].prompt_logprobs))
+            had.append(len(llm._requests["late"][0].prompt_logprobs))
         starts.extend(s.start for s in plan.sequences if s.request_id in plan.admitted)
 
     llm.observers.append(watch)
@@ -253,4 +255,8 @@ def test_a_line_of_json_may_ask_for_them(folder, llm, capsys, tmp_path):
     [output] = llm.generate(PROMPTS[2], wish(2))
     assert first is None
     for one, given in zip(others, output.prompt_logprobs[1:], strict=True):
-        assert {int(t): value for t, value in one.items()} == pytest.approx(given, abs=1e-4)
+        assert [int(t) for t in one] == list(given)
+        for told, own in zip(one.values(), given.items(), strict=True):
+            assert told["logprob"] == pytest.approx(own[1].logprob, abs=1e-4)
+            assert told["rank"] == own[1].rank
+            assert told["decoded_token"] == own[1].decoded_token == llm.tokenizer.decode([own[0]], False)

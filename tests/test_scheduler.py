@@ -1,15 +1,16 @@
 """Scheduling policy, step by step, on plain data: who computes what, and who makes way for whom."""
 
 import json
+import random
 
 import pytest
 
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.request import Request
+from minipaged.requests.request import Request, RequestRefused
 from minipaged.requests.sampling_params import SampledToken, SamplingParams
 from minipaged.scheduling.plan import StepOutput
-from minipaged.scheduling.scheduler import RequestRefused, Scheduler
+from minipaged.scheduling.scheduler import Scheduler
 
 END = 0  # end of text
 WORD = 7  # what the model says, if nothing else is told
@@ -44,7 +45,7 @@ class Engine:
         self.memory.check()
         for s in plan.sequences:
             if s.draw:
-                output.tokens[s.seq_id] = [SampledToken(self.say.get(s.request_id, WORD))] * s.draw.num_draws
+                output.tokens[s.seq_id] = [[SampledToken(self.say.get(s.request_id, WORD))]] * s.draw.num_draws
             if s.num_candidates:  # the best two come from the best beam, and so on
                 output.candidates[s.seq_id] = [(WORD + rank, -1.0 - rank / 8) for rank in range(s.num_candidates)]
         self.scheduler.update(plan, output)
@@ -134,12 +135,41 @@ def test_decodes_first_then_the_prompt_under_way_then_new_ones():
     engine.add("c", prompt=20)
     plans = [engine.step() for _ in range(5)]
     assert [computed(plan) for plan in plans] == [
-        {"a": [1], "long": [9]},
-        {"a": [1], "long": [9]},
-        {"a": [1], "long": [3], "b": [4], "c": [2]},
+        {"a": [1], "long": [5], "b": [4]},  # a long one leaves half of the rest to short ones
+        {"a": [1], "long": [8], "b": [1]},
+        {"a": [1], "long": [8], "b": [1]},  # what is left of it would fit into a step: it is short now
         {"a": [1], "long": [1], "b": [1], "c": [7]},
         {"a": [1], "long": [1], "b": [1], "c": [7]},
     ]
+
+
+def test_short_prompts_do_not_wait_for_a_very_long_one_nor_it_for_them():
+    engine = Engine(max_num_seqs=8, max_num_batched_tokens=16, num_blocks=400)
+    engine.add("first", prompt=600, max_tokens=1)
+    second = engine.add("second", prompt=600, max_tokens=1)
+    assert computed(engine.step()) == {"first": [16]}
+    rng = random.Random(0)
+    for number in range(40):
+        short = engine.add(f"short {number}", prompt=rng.randint(1, 7), max_tokens=1)
+        plan = engine.step()
+        assert short.finished and not second.sequences[0].num_computed_tokens  # at once, though "second" came before
+        assert computed(plan)["first"][0] >= 8  # half of the step
+    for number in range(12):  # and if more of them come than half a step can take, the long one still has its half
+        engine.add(f"more {number}", prompt=7, max_tokens=1)
+        assert computed(engine.step())["first"][0] >= 8
+    engine.run()
+
+
+def test_a_long_prompt_that_waits_is_passed_by_short_ones_only():
+    engine = Engine(max_num_seqs=8, max_num_batched_tokens=8, num_blocks=400)
+    for name, prompt in (("long", 40), ("longer", 50), ("short", 3), ("long again", 30)):
+        engine.add(name, prompt=prompt, max_tokens=1)
+    assert computed(engine.step()) == {"long": [5], "short": [3]}
+    first = {}
+    for number, plan in enumerate(engine.run()):
+        for name in computed(plan):
+            first.setdefault(name, number)
+    assert first["long"] < first["longer"] < first["long again"]
 
 
 def test_without_chunks_a_prompt_waits_for_a_step_that_has_room_for_it():
@@ -160,9 +190,9 @@ def test_every_running_sequence_is_sure_of_a_token():
     engine.add("long", prompt=20)
     engine.add("many", prompt=1, n=4)
     plans = [engine.step() for _ in range(6)]
-    assert [computed(plan).get("many") for plan in plans[4:]] == [[1], [1] * 4]
+    assert [computed(plan).get("many") for plan in plans] == [[1]] + [[1] * 4] * 5
     assert all(plan.num_tokens <= 5 for plan in plans)
-    assert [computed(plan)["long"] for plan in plans] == [[5], [5], [5], [5], [1], [1]]
+    assert [computed(plan)["long"] for plan in plans] == [[4], [1], [1], [1], [1], [1]]
 
 
 def test_at_most_max_num_seqs_run_and_all_of_a_request_count():

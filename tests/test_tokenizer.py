@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
@@ -162,6 +163,37 @@ def test_malformed_messages_are_refused(smollm2, messages):
         smollm2.apply_chat_template(messages)
 
 
+def test_the_template_is_compiled_once(smollm2, monkeypatch):
+    compiled = []
+    real = ImmutableSandboxedEnvironment.from_string
+    monkeypatch.setattr(
+        ImmutableSandboxedEnvironment, "from_string", lambda *a, **k: compiled.append(1) or real(*a, **k)
+    )
+    tokenizer = Tokenizer(smollm2.backend, smollm2.chat_template)
+    assert len({tokenizer.apply_chat_template(CHAT[0]) for _ in range(3)}) == 1
+    assert compiled == [1]
+
+
+def test_generation_tags_are_rendered_as_transformers_does(smollm2, oracle):
+    template = (
+        "{% set n = 1 %}\n{%- for m in messages %}\n    {% generation %}\n{% set n = n + 1 %}{{ m.role }}{{ n }}"
+        "{{ loop.index }}\n    {% endgeneration %}\n{{ n }}{%- generation -%} x {%- endgeneration %}{% endfor %}"
+    )
+    for messages in CHAT:
+        expected = oracle.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert Tokenizer(smollm2.backend, template).apply_chat_template(messages) == expected
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ude00\ud83d"])
+def test_lone_surrogates_are_refused(smollm2, text):
+    with pytest.raises(ValueError, match=r"the text has a lone surrogate, '\\ud...', at character \d: that is no text"):
+        smollm2.encode(text)
+    for message in ({"role": "user", "content": text}, {"role": text, "content": ""}):
+        with pytest.raises(ValueError, match=r"chat message 1 has a lone surrogate, '\\ud...'"):
+            smollm2.apply_chat_template([CHAT[0][0], message])
+    assert smollm2.decode(smollm2.encode("😀")) == "😀"  # a whole pair is a character
+
+
 def test_no_template_is_an_error_that_says_what_to_do(smollm2):
     with pytest.raises(ValueError, match="no chat template: give it plain text"):
         Tokenizer(smollm2.backend).apply_chat_template(CHAT[0])
@@ -294,9 +326,3 @@ def test_work_per_token_does_not_grow(data):
     ids = byte_ids(tokenizer, data * 1000)
     assert "".join(stream(counting, ids)) == tokenizer.decode(ids)
     assert sum(decoded) <= 60 * len(ids)
-
-
-def test_regex_of_the_word_rules_compile():
-    from minipaged.text.gguf_tokenizer import WORDS
-
-    assert [Regex(pattern) for patterns in WORDS.values() for pattern in patterns]

@@ -771,7 +771,7 @@ for name, output in zip(("0", "1"), outputs):
 # Last, all rows of the whole model: the package's, in random chunks, beside our `llama` without a cache.
 
 # %%
-model = llm.runner.model
+model = llm.executor.runner.model
 
 
 def package_in_chunks(tokens, sizes, M=2, B=16):

@@ -759,13 +759,13 @@ step()
 
 # %%
 step()
-unreadable = llm.runner.cache.isnan().all(dim=(0, 1, 2, 4, 5))  # [N]
+unreadable = llm.executor.runner.cache.isnan().all(dim=(0, 1, 2, 4, 5))  # [N]
 held = set(observer.snapshot().holders())
 assert {block for block in range(16) if not unreadable[block]} == held
 print("can be read:", sorted(held))
 
 # %%
-show_source(type(llm.runner)._move_memory)
+show_source(type(llm.executor.runner)._move_memory)
 
 # %% [markdown]
 # The comment on the order is the reason why the allocator only takes notes. Now to the end:

@@ -959,7 +959,7 @@ def test_flat_batch(flat_batch):
         tables = [random.sample(range(50), random.randint(1, 6)) for _ in range(S)]
         starts = [random.randrange((len(t) - 1) * B + 1) for t in tables]
         counts = [random.randint(1, len(t) * B - start) for t, start in zip(tables, starts)]
-        _, _, batch = llm.runner._batch([
+        _, _, batch = llm.executor.runner._batch([
             ScheduledSequence(i, str(i), [0] * n, start, slots(t, start, n, B), t)
             for i, (t, start, n) in enumerate(zip(tables, starts, counts))
         ])

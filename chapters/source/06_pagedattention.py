@@ -563,7 +563,7 @@ def ours(q, layer_cache, batch, scale):
     return paged_attention(q, layer_cache, *where, scale)
 
 
-with patch.object(llm.runner.backend, "paged_attention", ours):
+with patch.object(llm.executor.runner.backend, "paged_attention", ours):
     again = llm.generate(prompts, greedy)
 
 # %%

@@ -876,8 +876,8 @@ def nonsense(kernels):
     """Two samples of a prompt and one of another -> (token ids, the engine)."""
     llm = LLM("smollm2", kernels=kernels, device="cpu", dtype="float32", block_size=4,
               num_blocks=16, debug=True)
-    llm.runner.model.layers = llm.runner.model.layers[:2]
-    llm.runner.cache = llm.runner.cache[:2]
+    llm.executor.runner.model.layers = llm.executor.runner.model.layers[:2]
+    llm.executor.runner.cache = llm.executor.runner.cache[:2]
     params = [SamplingParams(n=2, max_tokens=4, seed=1, ignore_eos=True),
               SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)]
     outputs = llm.generate([[5, 6, 7, 8, 9, 10], [40, 41, 42]], params)
@@ -1030,7 +1030,7 @@ from types import SimpleNamespace
 
 wrong = SimpleNamespace(seq_id=1, block_table=[5, 16])
 try:
-    llm.runner._check([wrong])
+    llm.executor.runner._check([wrong])
 except IndexError as error:
     print(error)
 

@@ -624,7 +624,7 @@ def plain_plan(self):
     if not self.scheduler.has_unfinished:
         return None
     plan = self.scheduler.schedule()
-    said = {s.seq_id: [SampledToken(0)] for s in plan.sequences if s.draw}
+    said = {s.seq_id: [[SampledToken(0)]] for s in plan.sequences if s.draw}
     self.scheduler.update(plan, StepOutput(said))
     new = plan.admitted  # they read no context but their own prompt
     context = sum(s.context_len for s in plan.sequences if s.request_id not in new)

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import math
 import sys
+import time
 from typing import Any
 
 import torch
 
 import kernels
-from kernels.bench.cells import GRIDS, QUICK, SHAPES, WHAT, Grid, Shape, Work
+from kernels.bench.cells import GRIDS, POINTS, QUICK, SHAPES, SMOKE, WHAT, Grid, Shape, Work
 from kernels.bench.runner import Bench, Row, first_line
 from kernels.bench.tables import print_report
 from kernels.bench.timing import WrongKernel, cache_bytes, machine
@@ -43,22 +45,29 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     backend = kernels.load(args.kernels, device, DTYPES[dtype], notice=_say)
-    grid = QUICK if args.quick else GRIDS[device.type]
-    rounds = QUICK_ROUNDS if args.quick else ROUNDS
-    runner = Bench(backend, device, DTYPES[dtype], cache_bytes(device), rounds)
+    grid = SMOKE if args.smoke else QUICK if args.quick else POINTS if args.points else GRIDS[device.type]
+    rounds = 1 if args.smoke else QUICK_ROUNDS if args.quick else ROUNDS
+    overflow = 1 if args.smoke else cache_bytes(device)
+    small: dict[str, Any] = dict(seconds=1e-9, copied=1 << 16, multiplied=16) if args.smoke else {}
+    runner = Bench(backend, device, DTYPES[dtype], overflow, rounds, flex=grid.flex, **small)
     report = {"machine": machine(device), "kernels": backend.name, "dtype": dtype, "rounds": rounds}
-    results = run(runner, grid, args.what, [SHAPES[name] for name in args.model])
+    end = time.monotonic() + args.limit if args.limit else math.inf
+    results = run(runner, grid, args.what, [SHAPES[name] for name in args.model], end)
     return report | {"results": results, "left_out": runner.left_out}
 
 
-def run(runner: Bench, grid: Grid, what: list[str], shapes: list[Shape]) -> list[Row]:
-    """All cells, table by table. One that yields no figures has the reason in its row instead: skipped or failed."""
+def run(runner: Bench, grid: Grid, what: list[str], shapes: list[Shape], end: float = math.inf) -> list[Row]:
+    """All cells, table by table. One that yields no figures has the reason in its row instead: skipped or failed.
+
+    end: of time.monotonic: what has not begun by then is skipped.
+    """
     rows: list[Row] = []
     for table in what:
         for shape in shapes:
             for work in grid.cells(table, shape):
                 name = f"{table} {shape.name}, {work.batch} x {work.context}, block size {work.block_size}"
-                rows.append(_row(runner, table, work))
+                late = {"skipped": "no time was left"}
+                rows.append(_row(runner, table, work) if time.monotonic() < end else runner.cell(table, work) | late)
                 row = rows[-1]
                 told = next((f"{key}: {row[key]}" for key in ("skipped", "failed") if key in row), None)
                 _say(f"{name}: {told or format(1e6 * row['seconds']['ours'], '.1f') + ' us'}")
@@ -100,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of keys and values (default: bf16 on a GPU, fp32 on a CPU)")
     add("--kernels", choices=kernels.BACKENDS, default="auto",
         help="which to measure (default: triton on a GPU, cpp on a CPU)")  # fmt: skip
-    add("--quick", action="store_true", help="few cells and few rounds, to try it out")
+    size = parser.add_mutually_exclusive_group().add_argument
+    size("--quick", action="store_true", help="few cells and few rounds, to try it out")
+    size("--points", action="store_true", help="the cells that matter most on a GPU")
+    size("--smoke", action="store_true", help="one tiny cell of each kind; the figures mean nothing")
+    add("--limit", type=float, metavar="SECONDS", help="begin no cell after so many seconds")
     add("--json", action="store_true", help="print JSON, with more figures than the tables")
     return parser
 

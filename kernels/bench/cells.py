@@ -67,6 +67,7 @@ class Grid:
     paging: tuple[int, int]  # batch and context
     block_sizes: tuple[int, ...] = BLOCK_SIZES
     prefill_tokens: int = 8192  # in a batch, if one sequence isn't more
+    flex: bool = True  # whether FlexAttention is compared with: it is compiled for each cell
 
     def cells(self, what: str, shape: Shape) -> Iterator[Work]:
         if what == "prefill":
@@ -88,4 +89,8 @@ GRIDS = {
     "cpu": Grid((1, 8, 32), (128, 1024, 4096), (1, 8), (1024, 4096),
                 (512, 1024, 2048), (16, 1024), prefill_tokens=2048),
 }  # fmt: skip
+# What a first look at a GPU is for: a few contexts and batches, in a minute.
+POINTS = Grid((1, 8, 64), (1024, 8192, 32768), (1, 8, 64), (1024, 8192, 32768), (512, 2048, 8192), (64, 8192),
+              block_sizes=(16, 256), flex=False)  # fmt: skip
+SMOKE = Grid((2,), (20,), (1,), (20,), (9,), (1, 20), block_sizes=(16,), prefill_tokens=9)
 QUICK = Grid((1, 4), (128, 512), (4,), (512,), (256,), (4, 512), block_sizes=(1, 16, 256), prefill_tokens=256)

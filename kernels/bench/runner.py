@@ -16,7 +16,15 @@ import kernels
 from kernels import reference
 from kernels.bench.cells import Work
 from kernels.bench.peers import Peer, contiguous_decode_peers, prefill_peers
-from kernels.bench.timing import Contender, Times, WrongKernel, copy_contender, free_bytes, measure
+from kernels.bench.timing import (
+    Contender,
+    Times,
+    WrongKernel,
+    copy_contender,
+    free_bytes,
+    measure,
+    product_contender,
+)
 
 Row = dict[str, Any]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -45,12 +53,15 @@ class Bench:
     rounds: int = 7
     seconds: float | None = None  # of a stretch; None: as suits the device
     copied: int | None = None  # bytes of the copy that bandwidth is compared with
+    multiplied: int | None = None  # rows and columns of the matrices that prefill is compared with
+    flex: bool = True  # whether FlexAttention stands beside
     left_out: dict[str, str] = field(default_factory=dict)  # peers that did not run, with the reason
     random: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = torch.Generator(self.device).manual_seed(0)
         self.copy, self.copy_bytes = copy_contender(self.device, self.copied)
+        self.product, self.product_flops = product_contender(self.device, self.dtype, self.multiplied)
 
     def decode(self, work: Work) -> Row:
         """How near reading keys and values through page tables comes to a plain copy."""
@@ -59,14 +70,16 @@ class Bench:
         return self.row("decode", work, times)
 
     def prefill(self, work: Work) -> Row:
-        """Beside PyTorch's FlashAttention, which finds keys and values in one piece."""
+        """Beside PyTorch's FlashAttention, which finds keys and values in one piece, and beside a matrix product."""
         # Prefill waits for arithmetic more than for memory: few layers do, and on a CPU one.
         inputs = self.inputs(work, copies=3, most_layers=4 if self.device.type == "cuda" else 1)
         ours, out = self.ours(work, inputs, inputs.scrambled)
         peers = self.peers("prefill", prefill_peers(inputs.q, self.contiguous_kv(inputs), work.batch), out)
-        times = self.measure({"ours": ours} | peers)
+        times = self.measure({"product": self.product, "ours": ours} | peers)
         row = self.row("prefill", work, times)
-        row["tflops"] = {name: work.flops() / one.median / 1e12 for name, one in times.items() if name != "copy"}
+        row["tflops"] = {name: work.flops() / times[name].median / 1e12 for name in ("ours", *peers)}
+        row["tflops"]["product"] = self.product_flops / times["product"].median / 1e12
+        row["of_product"] = row["tflops"]["ours"] / row["tflops"]["product"]
         row["peer"] = next(iter(peers), None)
         row["of_peer"] = times[row["peer"]].median / times["ours"].median if peers else None
         return row
@@ -76,6 +89,7 @@ class Bench:
         inputs = self.inputs(work, copies=4)  # ours, contiguous, FlexAttention's, and what making these takes
         ours, out = self.ours(work, inputs, inputs.scrambled)
         makers = contiguous_decode_peers(inputs.q, self.contiguous_kv(inputs), work.context)
+        makers = {name: make for name, make in makers.items() if self.flex or name != "flex"}
         peers = self.peers("contiguous", makers, out)
         times = self.measure({"ours": ours} | peers)
         row = self.row("contiguous", work, times)

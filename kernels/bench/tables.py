@@ -41,6 +41,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "decode": CELL | BANDWIDTH,
     "prefill": CELL | {
         "us": _micro("ours"), "spread": _spread, "TFLOP/s": lambda row: f"{row['tflops']['ours']:.2f}",
+        "of product": lambda row: f"{100 * row['of_product']:.0f} %",
     } | PEER | {
         "its TFLOP/s": _teraflops, "ours is": _times("of_peer"),
     },
@@ -62,6 +63,7 @@ NOTES = """\
 us: microseconds of one call for one layer, the median. spread: from its fastest to its slowest stretch of time; a
 smaller difference is noise. GB/s: keys and values read, in that time.
 of copy: this beside the bytes that a large copy reads and writes, timed in turns with it.
+of product: operations a second, beside those of a large matrix product, timed in turns with it.
 ours is: our speed as a multiple of the one's to the left. scrambling: how much longer than with ordered tables."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 Call = Callable[[], Tensor]
 STRETCH = {"cuda": 0.02, "cpu": 0.03}  # seconds: far above what reading the clock costs
 COPIED = {"cuda": 1 << 30, "cpu": 128 << 20}  # bytes, larger than any cache
+MULTIPLIED = {"cuda": 8192, "cpu": 1024}  # rows and columns of matrices that keep all units busy
 SHARE = {"cuda": 0.85, "cpu": 0.5}  # of the free memory, for one cell: kernels and peers need some of their own
 
 
@@ -139,6 +140,14 @@ def copy_contender(device: torch.device, size: int | None = None) -> tuple[Conte
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Contender([lambda: target.copy_(source)]), 2 * size
+
+
+def product_contender(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Contender, int]:
+    """A product of two square matrices, and its operations. Of random numbers: zeros are multiplied faster."""
+    size = size or MULTIPLIED[device.type]
+    left, right = torch.empty(2, size, size, dtype=dtype, device=device).normal_()
+    out = torch.empty_like(left)
+    return Contender([lambda: torch.mm(left, right, out=out)]), 2 * size**3
 
 
 # --- the machine --------------------------------------------------------------------------------------------

@@ -15,17 +15,16 @@ import torch
 
 import kernels
 from minipaged import cache_folder
-from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, can_run
+from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, why_not
 from minipaged.bench.environments import find
 from minipaged.bench.flags import parser
 from minipaged.bench.loads import Load, Run, make_load
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
-from minipaged.engine import LLM
 from minipaged.execution.runner import DTYPES, kv_bytes_per_token, resolve
+from minipaged.llm import LLM
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
-from minipaged.models.gguf import GGUFCheckpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +53,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
                 f"load {load.name} needs {load.longest} positions, and the model has {config.max_model_len}"
             )
     device, engine = _device(args), _engine(args)
-    pythons, left_out = _peers(args, loads, isinstance(checkpoint, GGUFCheckpoint))
+    pythons, left_out = _peers(args, loads, checkpoint.path.suffix == ".gguf")
     threads = args.threads or torch.get_num_threads()
     report: dict[str, Any] = {
         "model": args.model,
@@ -78,7 +77,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
                     device=device,
                     kernels=args.kernels,
                     engine=engine,
-                    **_sizes([load for load in loads if can_run(name, load)]),
+                    **_sizes([load for load in loads if not why_not(name, load)]),
                 )
                 for name in pythons
             }
@@ -97,9 +96,10 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
             raise ModelError(f"--peer-python {name}=...: --peer does not ask for {name}")
     peers, left_out = find([name for name in PEERS if name in args.peer], told, is_gguf)
     for name in list(peers):
-        barred = [load.name for load in loads if not can_run(name, load)]
+        barred = {load.name: reason for load in loads if (reason := why_not(name, load))}
         if barred:
-            left_out[name] = f"of {', '.join(barred)}: only minipaged is sent requests while it answers others"
+            reasons = {reason: [load for load in barred if barred[load] == reason] for reason in barred.values()}
+            left_out[name] = "; ".join(f"of {', '.join(names)}: {reason}" for reason, names in reasons.items())
         if len(barred) == len(loads):
             del peers[name]
     for name, reason in left_out.items():
@@ -122,7 +122,7 @@ def _sizes(loads: list[Load]) -> dict[str, int]:
     """What a contender must have room for, of the loads that it is asked for."""
     return {
         "most_blocks": max(load.blocks(BLOCK_SIZE) for load in loads),
-        "most_requests": max(len(load.ends) for load in loads),
+        "most_requests": max(load.num_sequences for load in loads),
         "longest": max(load.longest for load in loads),
     }
 
@@ -141,7 +141,7 @@ def _device(args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _models(checkpoint: Checkpoint, dtype: str, vllm: bool) -> Iterator[dict[str, str]]:
     """Who can't read the model as it is, and what it is given instead, while the context lasts."""
-    if not vllm or not isinstance(checkpoint, GGUFCheckpoint):
+    if not vllm or checkpoint.path.suffix != ".gguf":
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:
@@ -179,7 +179,7 @@ class Contest:
                 worker.close()
 
     def _rounds(self, load: Load) -> dict[str, list[Run]]:
-        runs: dict[str, list[Run]] = {name: [] for name in self.workers if can_run(name, load)}
+        runs: dict[str, list[Run]] = {name: [] for name in self.workers if not why_not(name, load)}
         for name in list(runs):
             self._guard(name, lambda worker: worker.run(load.warmup()))
         for number in range(1, self.rounds + 1):

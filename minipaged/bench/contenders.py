@@ -19,7 +19,7 @@ class Options:
 
     most_blocks: of BLOCK_SIZE tokens, that hold the largest load whole: the pool, if nothing else is said.
     kv_bytes_per_token: of one token, in all layers.
-    most_requests, longest: of any load: the requests that run at a time, and the positions that one takes.
+    most_requests, longest: of any load: the sequences that run at a time, and the positions that one takes.
     device: of minipaged and transformers; vLLM and llama.cpp take what their packages are built for.
     kernels: minipaged's backend, see `kernels.load`. engine: settings of minipaged's `LLM` besides, by name.
     """
@@ -50,6 +50,7 @@ LABELS = {
     "radix": "minipaged, radix tree",
     "no-chunks": "minipaged, no chunked prefill",
     "small-chunks": "minipaged, 256 tokens a step",
+    "no-graphs": "minipaged, no CUDA graphs",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
     "vllm": "vLLM",
@@ -62,8 +63,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "radix": {"prefix_cache": "radix"},
     "no-chunks": {"chunked_prefill": False},
     "small-chunks": {"max_num_batched_tokens": 256},
+    "no-graphs": {"cuda_graphs": False},
 }
 DEFAULT_PEERS = ("static", "continuous")
+SEARCHERS = ("static", "vllm")  # peers with beam search
 PEERS = (*DEFAULT_PEERS, "vllm", "llama.cpp")  # the order of the turns, after the variants
 # Each one's home, loaded only in the process where it lives: a module of this folder, and a class in it.
 HOMES = {
@@ -75,9 +78,15 @@ HOMES = {
 }
 
 
-def can_run(name: str, load: Load) -> bool:
-    """Whether a contender can be asked for a load: peers are handed all requests at once, and give all answers."""
-    return name in VARIANTS or load.at_once
+def why_not(name: str, load: Load) -> str | None:
+    """Why a contender can't be asked for a load; None if it can."""
+    if name in VARIANTS:
+        return None
+    if not load.at_once:
+        return "only minipaged is sent requests while it answers others"
+    if load.beam_width > 1 and name not in SEARCHERS:
+        return "it has no beam search"
+    return None
 
 
 def build(name: str, options: Options) -> Contender:

@@ -4,9 +4,10 @@
 different lengths, where a padded batch waits for its longest. In `batchN` all requests are alike, which is
 the best that can happen to a padded batch.
 
-The other three are asked for by name. `few-shot` and `chat` repeat themselves, as what people send does: many short
+The others are asked for by name. `few-shot` and `chat` repeat themselves, as what people send does: many short
 questions behind one long prefix, and conversations, where each turn says again all that was said before. `stall`
-has a long prompt arrive while others are being answered.
+has a long prompt arrive while others are being answered. `beams` is beam search: every step may fork sequences, and
+drop others.
 """
 
 import random
@@ -21,6 +22,7 @@ FIXED_LENGTH = 64  # tokens in, and out
 QUESTIONS, PREFIX, QUESTION, ANSWER = 64, 341, (8, 40), (8, 24)  # requests; tokens: shared, each one's own, out
 TALKS, TURNS, SYSTEM, MESSAGE, REPLY = 8, 6, 200, (20, 60), (32, 96)  # conversations, turns; tokens, as above
 STEADY, STEADY_IN, STEADY_OUT = 8, 32, 96  # requests; tokens
+SEARCHES, BEAMS = 8, 4  # requests; beams of each
 LATE_IN, LATE_OUT, LATE_AFTER = 2000, 16, 16  # tokens of the late one; tokens that the first one has by then
 QUICK = 8  # a quick load's lengths are divided by this
 
@@ -34,6 +36,8 @@ class Load:
     follows: for each request, the number of the one whose conversation it continues, or None; or empty: none does.
         It is sent when that one is complete, and its prompt is that one's prompt and output, and then its own.
     late: for each request, how many output tokens the first one must have before it is sent; or empty: none.
+    beam_width: above 1, each request is a beam search. It gives so many outputs, best first; in a Run they stand one
+        behind the other. Scores are log-probabilities over tokens, which are as many in all.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Load:
     batch_size: int
     follows: list[int | None] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
+    beam_width: int = 1
 
     @property
     def at_once(self) -> bool:
@@ -50,7 +55,12 @@ class Load:
 
     @property
     def num_output_tokens(self) -> int:
-        return sum(self.outputs)
+        return sum(self.outputs) * self.beam_width
+
+    @property
+    def num_sequences(self) -> int:
+        """That may run at a time."""
+        return len(self.ends) * self.beam_width
 
     @property
     def longest(self) -> int:
@@ -80,9 +90,12 @@ class Load:
         return sorted(set(range(len(self.prompts))) - set(self.follows))
 
     def blocks(self, block_size: int) -> int:
-        """Blocks for all requests at once, at their full lengths; a conversation's are those of its last turn."""
+        """Blocks for all requests at once, at their full lengths; a conversation's are those of its last turn.
+
+        Beams share some of theirs: these are enough in any case.
+        """
         lengths = self.lengths
-        return sum(-(-lengths[number] // block_size) for number in self.ends)
+        return sum(-(-lengths[number] // block_size) for number in self.ends) * self.beam_width
 
     def warmup(self) -> "Load":
         """As many requests, cut short: what is made once (threads, buffers, kernels) is made in this."""
@@ -95,7 +108,7 @@ class Load:
 class Run:
     """What a contender did with a load.
 
-    tokens: each request's output. seconds: from the first request to the last token.
+    tokens: each request's output, or outputs. seconds: from the first request to the last token.
     first_token: for each request, seconds from its arrival to its first token; empty if nobody can tell.
     kv_bytes: memory for keys and values, see the contender.
     peak_bytes: the most that its process held at once during the run: weights, keys and values, code, all.
@@ -179,12 +192,18 @@ def _stall(name: str, dice: Dice) -> Load:
     return Load(name, prompts, outputs, len(prompts), late=[0] * STEADY + [dice.size(LATE_AFTER)])
 
 
+def _beams(name: str, dice: Dice) -> Load:
+    lengths = [(dice.size(FIXED_LENGTH), dice.size(FIXED_LENGTH))] * SEARCHES
+    return replace(_plain(name, dice, lengths), beam_width=BEAMS)
+
+
 MAKERS: dict[str, Callable[[str, Dice], Load]] = {
     "mixed": _mixed,
     **dict.fromkeys(FIXED, _batch),
     "few-shot": _few_shot,
     "chat": _chat,
     "stall": _stall,
+    "beams": _beams,
 }
 NAMES = tuple(MAKERS)
 DEFAULT_NAMES = ("mixed", *FIXED)
@@ -193,11 +212,11 @@ DEFAULT_NAMES = ("mixed", *FIXED)
 def check(load: Load, run: Run) -> None:
     """RuntimeError if a request got more or less than it wanted: then speeds can't be compared."""
     got = [len(tokens) for tokens in run.tokens]
-    wrong = sum(a != b for a, b in zip_longest(got, load.outputs))
+    wrong = sum(a != b for a, b in zip_longest(got, [wanted * load.beam_width for wanted in load.outputs]))
     if wrong:
         raise RuntimeError(f"load {load.name}: wrong number of tokens for {wrong} of {len(load.outputs)} requests")
 
 
 def agreement(one: Run, other: Run) -> int:
-    """How many requests got the same tokens from both."""
+    """How many requests got the same tokens from both: of all their beams, in the same order."""
     return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True))

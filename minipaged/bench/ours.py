@@ -9,7 +9,9 @@ import torch
 
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
-from minipaged.engine import BUDGET, LLM
+from minipaged.execution.engine_args import BUDGET
+from minipaged.llm import LLM
+from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.text.outputs import RequestOutput
@@ -37,7 +39,7 @@ class Minipaged:
             **settings(options),
         )
         self.about = (
-            f"kernels {self.llm.runner.backend.name}, prefix cache {self.llm.prefix_cache}, at most "
+            f"kernels {self.llm.executor.runner.backend.name}, prefix cache {self.llm.prefix_cache}, at most "
             f"{self.llm.scheduler.max_num_batched_tokens} tokens a step"
         )
         self.llm.observers.append(self._observe)
@@ -111,11 +113,16 @@ class Client:
                 self._receive(output, now)
 
     def _send(self, number: int, prompt: list[int]) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=self.load.outputs[number], ignore_eos=True)
+        params: SamplingParams | BeamSearchParams
+        wanted, width = self.load.outputs[number], self.load.beam_width
+        if width > 1:
+            params = BeamSearchParams(width, wanted, ignore_eos=True)
+        else:
+            params = SamplingParams(temperature=0.0, max_tokens=wanted, ignore_eos=True)
         self.llm.add_request(prompt, params, request_id=str(number))
 
     def _receive(self, output: RequestOutput, now: float) -> None:
-        name, tokens = output.request_id, output.outputs[0].token_ids
+        name, tokens = output.request_id, [token for one in output.outputs for token in one.token_ids]
         if name in self._latest:
             self.longest_gap = max(self.longest_gap or 0.0, now - self._latest[name])
         self._latest[name] = now

@@ -51,7 +51,8 @@ def greedy(**more) -> GenerationConfig:
 class Static:
     """`model.generate` in batches of the load's size, first come, each run until its longest output is done.
 
-    Prompts are padded on the left and masked. With attention by SDPA and a DynamicCache.
+    Prompts are padded on the left and masked. With attention by SDPA and a DynamicCache. Its beam search has the same
+    rules as ours, both by default.
     kv_bytes: the keys and values of a batch at its end, padding and all.
     """
 
@@ -77,9 +78,11 @@ class Static:
                 attention_mask=mask,
                 max_new_tokens=max(outputs),
                 stopping_criteria=StoppingCriteriaList([clock]),
+                num_beams=load.beam_width,
+                num_return_sequences=load.beam_width,
             )
-            new = rows[:, ids.shape[1] :].tolist()
-            tokens += [row[:wanted] for row, wanted in zip(new, outputs, strict=True)]
+            new = rows[:, ids.shape[1] :].unflatten(0, (len(prompts), -1))  # [S, beams, tokens]
+            tokens += [row[:, :wanted].flatten().tolist() for row, wanted in zip(new, outputs, strict=True)]
             first_token += [clock.at - began] * len(prompts)
             kv_bytes = max(kv_bytes, rows.numel() * self.kv_bytes_per_token)
         return Run(tokens, time.perf_counter() - began, first_token, kv_bytes)

@@ -6,7 +6,7 @@ The settings that we found best for it on a CPU: torch.compile, its default; the
 threads are told by OMP_NUM_THREADS, unbound; blocks of 32, the smallest that its CPU attention has. Prefix caching
 is on for all loads, as it is by default, and emptied before each run: some loads need it, and to hash the blocks of
 prompts that share nothing costs next to nothing; this engine does so too. No text is made, and its statistics are on,
-since they tell when the first token of a request was there.
+since they tell when the first token of a request was there (of a beam search, they don't).
 """
 
 import os
@@ -27,6 +27,15 @@ SETTINGS = {  # read when it is imported
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+class NoText:
+    """Stands for a tokenizer: its beam search asks for one, though the tokens are all that we want."""
+
+    eos_token_id = None
+
+    def decode(self, tokens: list[int], **settings) -> str:
+        return ""
 
 
 class VLLM:
@@ -62,6 +71,8 @@ class VLLM:
         prompts = [{"prompt_token_ids": prompt} for prompt in load.prompts]
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("its prefix cache can't be emptied")
+        if load.beam_width > 1:
+            return self._search(load, prompts)
         began = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - began
@@ -71,3 +82,18 @@ class VLLM:
             first_token=[o.metrics.first_token_latency for o in outputs if o.metrics],
             kv_bytes=self.kv_bytes,
         )
+
+    def _search(self, load: Load, prompts: list) -> Run:
+        """Its beam search has one length for all requests."""
+        from vllm.sampling_params import BeamSearchParams
+
+        self.llm.renderer.get_tokenizer = NoText
+        params = BeamSearchParams(load.beam_width, max(load.outputs), ignore_eos=True)
+        began = time.perf_counter()
+        outputs = self.llm.beam_search(prompts, params)
+        seconds = time.perf_counter() - began
+        tokens = [
+            [token for beam in output.sequences for token in beam.tokens[len(prompt) :][:wanted]]
+            for output, prompt, wanted in zip(outputs, load.prompts, load.outputs, strict=True)
+        ]
+        return Run(tokens, seconds, first_token=[], kv_bytes=self.kv_bytes)

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 MIB = 1 << 20
 NOTES = """\
-tok/s: useful output tokens per second. first: seconds to a request's first token, the median.
+tok/s: useful output tokens per second, those of all beams. first: seconds to a request's first token, the median.
 KV: MiB of keys and values at their peak (minipaged: the blocks in use; padded batches: the padded tensors;
 continuous batching: its pool, made to fit the load; vLLM and llama.cpp: theirs, made to fit the largest load).
 peak: MiB, the most that the process held in all.

@@ -116,8 +116,8 @@ class BeamSearch:
         finishing = [c for c in ranked[:width] if at_limit or c.token_id in self.stop_ids]
         survivors = [c for c in ranked if not (at_limit or c.token_id in self.stop_ids)][:width]
 
-        self.finished += [self._finish(c) for c in finishing]
-        self.finished = sorted(self.finished, key=lambda h: h.score, reverse=True)[:width]
+        finished = self.finished + [self._finish(c) for c in finishing]
+        self.finished = sorted(finished, key=lambda h: h.score, reverse=True)[:width]
         self.done = not survivors or not self._can_improve(survivors[0].score)
         if self.done:
             survivors = []
@@ -153,9 +153,13 @@ class BeamSearch:
         length = self.max_tokens if hopeful else len(self.running[0].token_ids) + 1
         return best_score / length**penalty > self.finished[-1].score
 
+    @property
+    def num_wanted(self) -> int:
+        return self.params.n or self.params.beam_width
+
     def hypotheses(self) -> list[Hypothesis]:
         """The `n` best finished hypotheses, best first; of those finished so far while the search runs."""
-        return self.finished[: self.params.n or self.params.beam_width]
+        return self.finished[: self.num_wanted]
 
 
 class MemoryMoves(NamedTuple):

@@ -1,26 +1,32 @@
-"""From logits to tokens: `sample` draws for a whole batch at once, `top_candidates` serves beam search.
+"""From logits to tokens: `sample` draws for a whole batch at once.
 
-A row of logits takes these steps, in vLLM's order:
+A row of logits takes these steps, in vLLM's order (adjust.py has the first five):
 
-    1. min_tokens   while the output is too short, the tokens that would end it are forbidden
-    2. penalties    repetition (tokens of prompt and output), then frequency and presence (output only)
-    3. greedy?      temperature 0 takes the largest logit, and is done
-    4. temperature  logits / temperature
-    5. min_p        drop what is less probable than min_p times the most probable token
-    6. top_k        keep the k most probable
-    7. top_p        keep the fewest most probable tokens that hold top_p of the probability left
-    8. draw         by inverse CDF: the first token at which the running sum of probabilities exceeds u
+    1. allowed      allowed_token_ids: all other tokens are forbidden
+    2. bad words    the token that would complete one of bad_words is forbidden
+    3. min_tokens   while the output is too short, the tokens that would end it are forbidden
+    4. logit_bias   is added
+    5. penalties    repetition (tokens of prompt and output), then frequency and presence (output only)
+    6. greedy?      temperature 0 takes the largest logit, and is done
+    7. temperature  logits / temperature
+    8. min_p        drop what is less probable than min_p times the most probable token
+    9. top_k        keep the k most probable
+   10. top_p        keep the fewest most probable tokens that hold top_p of the probability left
+   11. draw         by inverse CDF: the first token at which the running sum of probabilities exceeds u
+
+Of equal tokens those with the lowest ids count as more probable: greedy takes the lowest id, and so does top_k=1.
+(vLLM and transformers keep all that equal the k-th, so with them top_k=2 may draw from three.)
 
 The random number u doesn't come from a generator, whose state would depend on who else drew from it. It is
 computed, u = hash(seed, sample, position in the output), so that a request gets the same tokens alone or in
 a crowd, on whatever step, and again after a preemption.
 
-Logprobs are the raw model's: log-softmax of the logits as they came in, before step 1.
+A row whose largest logit is not finite after step 5 gives BadLogits: the model gave NaN, say, or all tokens are
+forbidden. No other row notices. Logprobs are of the logits as they came in, before step 1: see logprobs.py.
 """
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,29 +34,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minipaged.requests.sampling_params import Draw, SampledToken, SamplingParams
+from minipaged.decoding.adjust import adjust, why_bad
+from minipaged.decoding.logprobs import top_logprobs
+from minipaged.requests.sampling_params import BadLogits, Draw, SampledToken, SamplingParams
 
 RUNGS = (128, 4096)  # for top_k and top_p so many candidates are tried before all are sorted
 BLOCK = 256  # tokens per block of the two-level inverse CDF
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[list[SampledToken]]:
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[list[SampledToken] | BadLogits]:
     """Draw draws[r].num_draws tokens from row r of logits [R, V] float32. The logits are not changed.
 
-    ValueError if a row to be sampled from has NaN or +inf in it, or -inf for every token.
+    BadLogits for a row that can't be drawn from, or whose logprobs can't be told; it says why.
     """
-    adjusted = _adjust(logits, draws)
-    tokens: dict[int, list[int]] = {}
+    adjusted = adjust(logits, draws)
+    tokens: dict[int, list[int] | None] = {}
     for way in (_best_token, _draw_any, _draw_truncated):
         rows = [r for r, d in enumerate(draws) if _way(d.params) is way]
         if rows:
             tokens |= zip(rows, way(_take(adjusted, rows), [draws[r] for r in rows]), strict=True)
-    sampled = [[SampledToken(token) for token in tokens[r]] for r in range(len(draws))]
-    _add_logprobs(logits, draws, sampled)
-    return sampled
+    sampled = {r: [SampledToken(token) for token in found] for r, found in tokens.items() if found}
+    bad = _add_logprobs(logits, draws, sampled)
+    return [bad.get(r) or sampled.get(r) or why_bad(logits[r], draws[r]) for r in range(len(draws))]
 
 
-def _way(params: SamplingParams) -> Callable[[Tensor, list[Draw]], list[list[int]]]:
+def _way(params: SamplingParams) -> Callable[[Tensor, list[Draw]], list[list[int] | None]]:
     if params.greedy:
         return _best_token
     return _draw_truncated if params.top_k > 0 or params.top_p < 1 else _draw_any
@@ -61,56 +69,46 @@ def _take(x: Tensor, rows: list[int]) -> Tensor:
     return x if len(rows) == len(x) else x.index_select(0, torch.tensor(rows, device=x.device))
 
 
-def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """min_tokens and penalties on a copy, or the logits themselves where there is nothing to change."""
-    forbidden = [(r, t) for r, d in enumerate(draws) for t in d.forbidden if t < logits.shape[1]]
-    penalties = [_penalties(d) for d in draws]
-    if not forbidden and not any(penalties):
-        return logits
-    x = logits.clone()
-    if forbidden:
-        x[_columns(forbidden, x, torch.long)] = -torch.inf
-    if any(penalties):
-        rows = torch.tensor([r for r, row in enumerate(penalties) for _ in row], device=x.device)
-        ids = torch.tensor([t for row in penalties for t in row], device=x.device)
-        subtract = torch.tensor([a for row in penalties for a in row.values()], device=x.device)
-        repetition = torch.tensor([d.params.repetition_penalty for d in draws], device=x.device)[rows]
-        old = x[rows, ids]
-        x[rows, ids] = torch.where(old > 0, old / repetition, old * repetition) - subtract
-    return x
+def _best_token(x: Tensor, draws: list[Draw]) -> list[list[int] | None]:
+    """Of equal ones the lowest id; of a row with NaN that. None if its logit is not finite.
 
-
-def _penalties(draw: Draw) -> dict[int, float]:
-    """For each token that the repetition penalty divides, what the other two penalties subtract from it.
-
-    >>> params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.25, repetition_penalty=1.1)
-    >>> _penalties(Draw(params, 0, 0, 1, [7, 8], output_token_ids=[8, 8, 9], stop_ids=frozenset()))
-    {7: 0.0, 8: 1.5, 9: 1.25}
+    NumPy's argmax is 2 to 4 times as fast as PyTorch's on a CPU.
     """
-    p = draw.params
-    counts: Counter[int] = Counter(draw.output_token_ids if p.penalises else ())
-    subtract = {t: p.presence_penalty + p.frequency_penalty * count for t, count in counts.items()}
-    return subtract if p.repetition_penalty == 1 else dict.fromkeys(draw.prompt_token_ids, 0.0) | subtract
+    if x.device.type == "cpu":
+        array = x.numpy()
+        best = array.argmax(-1)
+        peaks = array[range(len(array)), best].tolist()
+    else:
+        best = x.argmax(-1)
+        peaks = x.gather(1, best.unsqueeze(1)).squeeze(1).tolist()
+    rows = zip(best.tolist(), peaks, draws, strict=True)
+    return [[token] * d.num_draws if math.isfinite(peak) else None for token, peak, d in rows]
 
 
-def _columns(rows: list[Any], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A list of tuples as one tensor for each place in the tuple."""
-    return torch.tensor(list(zip(*rows, strict=True)), dtype=dtype, device=like.device).unbind()
+def _draw_any(x: Tensor, draws: list[Draw]) -> list[list[int] | None]:
+    return _by_chance(x, draws, lambda x, draws: _draw(x.exp_(), draws))
 
 
-def _best_token(x: Tensor, draws: list[Draw]) -> list[list[int]]:
-    """Of equal ones the lowest id. NumPy's argmax is 2 to 4 times as fast as PyTorch's on a CPU."""
-    best = x.numpy().argmax(-1) if x.device.type == "cpu" else x.argmax(-1)
-    return [[token] * d.num_draws for token, d in zip(best.tolist(), draws, strict=True)]
+def _draw_truncated(x: Tensor, draws: list[Draw]) -> list[list[int] | None]:
+    return _by_chance(x, draws, _draw_from_nucleus)
 
 
-def _draw_any(x: Tensor, draws: list[Draw]) -> list[list[int]]:
-    return _draw(_scale(x, draws).exp_(), draws)
+def _by_chance(
+    x: Tensor, draws: list[Draw], draw: Callable[[Tensor, list[Draw]], list[list[int]]]
+) -> list[list[int] | None]:
+    """Let `draw` draw from the scaled rows; None for those whose largest logit is not finite, as NaN makes it too."""
+    peaks = x.amax(-1, keepdim=True)
+    rows = [r for r, good in enumerate(peaks.isfinite().squeeze(1).tolist()) if good]
+    if not rows:
+        return [None] * len(draws)
+    some = [draws[r] for r in rows]
+    tokens = dict(zip(rows, draw(_scale(_take(x, rows), _take(peaks, rows), some), some), strict=True))
+    return [tokens.get(r) for r in range(len(draws))]
 
 
-def _scale(x: Tensor, draws: list[Draw]) -> Tensor:
+def _scale(x: Tensor, peaks: Tensor, draws: list[Draw]) -> Tensor:
     """Temperature and min_p: a new tensor, each row's best token at 0, dropped tokens at -inf."""
-    x = x - x.amax(-1, keepdim=True)
+    x = x - peaks
     x /= _column([d.params.temperature for d in draws], x)
     if any(d.params.min_p for d in draws):
         least = _column([math.log(d.params.min_p) if d.params.min_p else -math.inf for d in draws], x)
@@ -122,12 +120,12 @@ def _column(values: list[Any], like: Tensor, dtype: torch.dtype | None = None) -
     return torch.tensor(values, device=like.device, dtype=dtype or like.dtype).unsqueeze(1)
 
 
-def _draw_truncated(x: Tensor, draws: list[Draw]) -> list[list[int]]:
+def _draw_from_nucleus(x: Tensor, draws: list[Draw]) -> list[list[int]]:
     """With top_k and top_p. Sorting the vocabulary is slow, so first a few candidates are tried, then more.
 
     How many a row needs depends on that row alone, so the batch has no part in its tokens.
     """
-    x, vocab = _scale(x, draws), x.shape[1]
+    vocab = x.shape[1]
     tokens: dict[int, list[int]] = {}
     for rung in (*RUNGS, vocab):
         rows = [r for r in range(len(draws)) if r not in tokens]
@@ -140,22 +138,47 @@ def _draw_truncated(x: Tensor, draws: list[Draw]) -> list[list[int]]:
 
 
 def _nucleus(x: Tensor, rung: int, draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights [R, rung] of the best tokens, 0 where top_k or top_p cuts, their ids, and if no more count.
+    """The weights [R, rung] of the best tokens, 0 where top_k or top_p cuts, their ids, and if that's all who count.
 
     x is scaled, so that exp(x) is a weight of at most 1. top_p is a part of what min_p and top_k have left.
     """
-    best, ids = x.topk(rung, dim=-1)
+    best, ids = _best_first(x, rung)
     vocab = x.shape[1]
     top_k = [d.params.top_k if 0 < d.params.top_k < vocab else vocab for d in draws]
     k = _column(top_k, x, torch.long)
-    weights = best.exp_().masked_fill_(torch.arange(rung, device=x.device) >= k, 0)
+    weights = best.exp().masked_fill_(torch.arange(rung, device=x.device) >= k, 0)
     running = weights.cumsum(-1, dtype=torch.float64)
     total = running[:, -1:]
     if vocab in top_k:
-        total = torch.where(k < vocab, total, x.exp().sum(-1, keepdim=True))
+        total = torch.where(k < vocab, total, _block_sums(_blocks(x.exp()))[:, -1:])
     limit = total * _column([d.params.top_p for d in draws], x, torch.float64)
-    enough = (k <= rung) | ((k == vocab) & (running[:, -1:] >= limit)) | (weights[:, -1:] == 0)
-    return weights.masked_fill_(running - weights >= limit, 0), ids, enough.squeeze(1)
+    weights.masked_fill_(running - weights >= limit, 0)
+    # Subtle: tokens that equal the last candidate may have been left out, though their ids are lower.
+    last = (weights > 0).sum(-1, keepdim=True) - 1
+    enough = ((k <= rung) | (k == vocab)) & (best.gather(1, last) > best[:, -1:])
+    return weights, ids, enough.squeeze(1) | (rung == vocab)
+
+
+def _best_first(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best values and their ids, both [R, count]; equal ones by id, but any of those that equal the last.
+
+    One sort does both: no value of x is above 0, the bits of -x compare as -x does, and the id goes below them.
+    """
+    best, ids = x.topk(count, dim=-1, sorted=False)
+    keys = ((best.abs().view(torch.int32).long() << 32) | ids).sort().values
+    return -(keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """[R, C] as [R, blocks, BLOCK], the last block filled up with 0."""
+    if missing := -weights.shape[1] % BLOCK:  # to fill up with nothing would be a copy
+        weights = pad(weights, (0, missing))
+    return weights.unflatten(1, (-1, BLOCK))
+
+
+def _block_sums(blocks: Tensor) -> Tensor:
+    """[R, blocks]: the sum of each block and all before it. The same bits whatever R is: a plain sum differs at 1."""
+    return blocks.sum(-1).cumsum(-1, dtype=torch.float64)
 
 
 def _draw(weights: Tensor, draws: list[Draw], ids: Tensor | None = None) -> list[list[int]]:
@@ -166,12 +189,8 @@ def _draw(weights: Tensor, draws: list[Draw], ids: Tensor | None = None) -> list
     """
     owner = [r for r, d in enumerate(draws) for _ in range(d.num_draws)]
     u = [uniform(d.seed, d.index + i, len(d.output_token_ids)) for d in draws for i in range(d.num_draws)]
-    if missing := -weights.shape[1] % BLOCK:
-        weights = pad(weights, (0, missing))
-    blocks = weights.unflatten(1, (-1, BLOCK))
-    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)[owner]  # [draws, blocks]
-    if not sums[:, -1].isfinite().all():
-        raise ValueError("nothing to sample from: a row of logits has NaN or +inf in it, or nothing but -inf")
+    blocks = _blocks(weights)
+    sums = _block_sums(blocks)[owner]  # [draws, blocks]
     target = _column(u, sums) * sums[:, -1:]
     block = _first_above(sums, target)
     target -= pad(sums, (1, 0)).gather(1, block)  # what is left of it at the start of the block
@@ -201,39 +220,20 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _add_logprobs(logits: Tensor, draws: Sequence[Draw], sampled: list[list[SampledToken]]) -> None:
-    limits = {r: d.params.logprobs for r, d in enumerate(draws) if d.params.logprobs is not None}
+def _add_logprobs(
+    logits: Tensor, draws: Sequence[Draw], sampled: dict[int, list[SampledToken]]
+) -> dict[int, BadLogits]:
+    """Give the tokens drawn their logprobs, where they are asked for. Returns the rows that have none."""
+    limits = {r: limit for r in sampled if (limit := draws[r].params.logprobs) is not None}
     if not limits:
-        return
-    drawn = [(i, limit, token) for i, (r, limit) in enumerate(limits.items()) for token in sampled[r]]
-    found = top_logprobs(_take(logits, list(limits)), [(i, limit, token.token_id) for i, limit, token in drawn])
-    for (_, _, token), logprobs in zip(drawn, found, strict=True):
-        token.logprob, token.top_logprobs = logprobs[token.token_id], logprobs
-
-
-def top_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int, int]]) -> list[dict[int, float]]:
-    """For each (row, k, token) wanted: {token id: logprob} of the k best tokens of that row of logits [R, V].
-
-    Falling; the token's own is always there, and comes last if it is not among the best.
-    """
-    raw = logits.log_softmax(-1)
-    best = _best(raw, max(k for _, k, _ in wanted))
-    values = raw[_columns([(row, token) for row, _, token in wanted], raw, torch.long)].tolist()
-    return [{**dict(best[row][:k]), token: value} for (row, k, token), value in zip(wanted, values, strict=True)]
-
-
-def top_candidates(logits: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """The k best (token, raw logprob) of each row of logits [R, V], best first, equal ones by token id."""
-    return _best(logits.log_softmax(-1), k)
-
-
-def _best(logprobs: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    k = min(k, logprobs.shape[1])
-    if k == 0:
-        return [[] for _ in logprobs]
-    kth = logprobs.topk(k, dim=-1).values[:, -1:]
-    where = (logprobs >= kth).nonzero(as_tuple=True)  # more than k where some equal the k-th
-    result: list[list[tuple[int, float]]] = [[] for _ in logprobs]
-    for row, token, value in zip(*(t.tolist() for t in (*where, logprobs[where])), strict=True):
-        result[row].append((token, value))
-    return [sorted(row, key=lambda pair: -pair[1])[:k] for row in result]  # equal ones stay in order of id
+        return {}
+    rows = sorted(limits)
+    drawn = [(place, r, token) for place, r in enumerate(rows) for token in sampled[r]]
+    found = top_logprobs(_take(logits, rows), [(place, limits[r], token.token_id) for place, r, token in drawn])
+    bad = {}
+    for (_, r, token), logprobs in zip(drawn, found, strict=True):
+        if isinstance(logprobs, BadLogits):
+            bad[r] = logprobs
+        else:
+            token.logprob, token.top_logprobs = logprobs[token.token_id].logprob, logprobs
+    return bad

@@ -9,17 +9,16 @@ CUDA_SHARE = 0.85  # and most of a GPU's, which nobody else uses
 
 
 def choose_num_blocks(
-    num_blocks: int | None, kv_cache_memory: int | None, block_bytes: int, most: int, device: str
-) -> int:
+    num_blocks: int | None, kv_cache_memory: int | None, block_bytes: int, most: int, device: str,
+    share: float | None = None,
+) -> int:  # fmt: skip
     """The size of the pool: as told, in blocks or in bytes, else a share of the memory that is free.
 
-    most: as many blocks as can ever be used; more is never taken by default.
+    most: as many blocks as can ever be used; more is never taken by default. share: that share, on a GPU.
     """
-    if num_blocks is not None and kv_cache_memory is not None:
-        raise ValueError("give num_blocks or kv_cache_memory, not both")
     if num_blocks is None:
         given = kv_cache_memory is not None
-        budget = kv_cache_memory if kv_cache_memory is not None else default_kv_cache_memory(device)
+        budget = kv_cache_memory if kv_cache_memory is not None else default_kv_cache_memory(device, share)
         num_blocks = budget // block_bytes if given else min(budget // block_bytes, most)
         if num_blocks < 1:
             raise ValueError(f"kv_cache_memory={budget}: one block takes {block_bytes} bytes")
@@ -31,19 +30,23 @@ def choose_num_blocks(
     return num_blocks
 
 
-def choose_num_cpu_blocks(num_cpu_blocks: int | None, num_blocks: int, block_bytes: int, device: str) -> int:
-    """Blocks to swap to: as told, by default as many as the pool has, and never more.
+def choose_num_cpu_blocks(
+    num_cpu_blocks: int | None, num_blocks: int, block_bytes: int, device: str, preemption: str = "auto"
+) -> int:
+    """Blocks to swap to: as told, by default as many as the pool has, and never more; none if nothing is ever swapped.
 
     A CPU's are taken only as they are used. A GPU's are pinned, which takes them at once: a share of what is free.
     """
+    if preemption == "recompute":
+        return 0
     if num_cpu_blocks is None and device == "cuda":
         num_cpu_blocks = default_kv_cache_memory("cpu") // block_bytes
     return num_blocks if num_cpu_blocks is None else min(num_cpu_blocks, num_blocks)
 
 
-def default_kv_cache_memory(device: str) -> int:
+def default_kv_cache_memory(device: str, share: float | None = None) -> int:
     """A share of the bytes that are free now."""
-    return int((CUDA_SHARE if device.startswith("cuda") else CPU_SHARE) * free_memory(device))
+    return int(((share or CUDA_SHARE) if device.startswith("cuda") else CPU_SHARE) * free_memory(device))
 
 
 def free_memory(device: str) -> int:

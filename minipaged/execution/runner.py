@@ -4,18 +4,20 @@ The runner owns the keys and values of all blocks. It decides nothing: which blo
 stands in the plan.
 """
 
-import time
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 import kernels
-from minipaged.decoding.sampling import sample, top_candidates, top_logprobs
+from minipaged.decoding.logprobs import top_candidates, top_logprobs
+from minipaged.decoding.sampling import sample
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.stats import Times
+from minipaged.execution.timing import StepTimer
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
+from minipaged.requests.sampling_params import BadLogits
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 
 DTYPES = {
@@ -47,6 +49,31 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
 
 
+class TableRows:
+    """The page tables of a step as one tensor [S, M] on the device. A row is written only if its table has changed.
+
+    At long contexts page tables are the largest thing that a step hands to the device: 64 sequences of 32,768
+    tokens have 131,072 blocks, and most of them are where they were. What stands behind the end of a table is
+    some block's number, and nobody reads it.
+    """
+
+    def __init__(self, device: str):
+        self._rows = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self._written: list[list[int]] = []  # which table each row holds: while it is the same list, it is up to date
+
+    def of(self, tables: list[list[int]]) -> Tensor:
+        longest = max(map(len, tables))
+        if len(tables) > self._rows.shape[0] or longest > self._rows.shape[1]:
+            rows, width = max(len(tables), self._rows.shape[0]), max(2 * longest, self._rows.shape[1])
+            self._rows, self._written = self._rows.new_zeros(rows, width), []
+        self._written += [[]] * (len(tables) - len(self._written))
+        for row, table in enumerate(tables):
+            if self._written[row] is not table:
+                self._rows[row, : len(table)] = torch.tensor(table)
+                self._written[row] = table
+        return self._rows[: len(tables), :longest].contiguous()
+
+
 class ModelRunner:
     """Runs `model` over a pool of N = num_blocks blocks of B = block_size slots, in all L layers.
 
@@ -70,6 +97,7 @@ class ModelRunner:
         self.debug = debug
         self.block_size = block_size
         self.times = Times()
+        self.timer = StepTimer(self.times, device)
         config = model.config
         shape = (block_size, config.num_kv_heads, config.head_size, dtype)
         self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
@@ -77,27 +105,28 @@ class ModelRunner:
         if debug:
             self.cache.fill_(torch.nan)
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
+        if self.graphs:
+            self.graphs.record_all()
+        self.tables = TableRows(device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         """Move memory as the plan says, compute its tokens, and draw from the logits where it says so."""
-        began = time.perf_counter()
+        self.timer.begin()
         self._move_memory(plan)
         if not plan.sequences:
             return StepOutput()
         input_ids, positions, batch = self._batch(plan.sequences)
-        prepared = time.perf_counter()
+        self.timer.end("prepare")
         if self.graphs and self.graphs.fits(batch):
             hidden = self.graphs.run(input_ids, positions, batch)
         else:
             hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
         logits, wanted = self._logits(plan.sequences, batch, hidden)
-        computed = time.perf_counter()
+        self.timer.end("model")
         output = self._draw(logits, wanted)
         self._add_prompt_logprobs(plan.sequences, hidden, output)
-        self.times.prepare += prepared - began
-        self.times.model += computed - prepared
-        self.times.sample += time.perf_counter() - computed
+        self.timer.end("sample")
         return output
 
     def _move_memory(self, plan: StepPlan) -> None:
@@ -119,19 +148,18 @@ class ModelRunner:
         """All tokens of the step in one row: input_ids [T], positions [T], and where they live."""
         if self.debug:
             self._check(sequences)
-        starts, longest = [0], max(len(s.block_table) for s in sequences)
+        starts = [0]
         for s in sequences:
             starts.append(starts[-1] + len(s.token_ids))
         context_lens = [s.context_len for s in sequences]
-        input_ids, positions, slots, query_start, contexts, tables = self._tensors(
+        input_ids, positions, slots, query_start, contexts = self._tensors(
             [token for s in sequences for token in s.token_ids],
             [p for s in sequences for p in range(s.start, s.context_len)],
             [slot for s in sequences for slot in s.slots],
             starts,
             context_lens,
-            [block for s in sequences for block in s.block_table + [0] * (longest - len(s.block_table))],
         )
-        batch = kernels.Batch(slots, query_start, contexts, tables.view(-1, longest))
+        batch = kernels.Batch(slots, query_start, contexts, self.tables.of([s.block_table for s in sequences]))
         batch.max_query_len = max(len(s.token_ids) for s in sequences)
         batch.max_context_len = max(context_lens)
         return input_ids, positions, batch
@@ -167,13 +195,19 @@ class ModelRunner:
         draws = [(i, s.draw) for i, s in enumerate(wanted) if s.draw]
         if draws:
             rows = logits if len(draws) == len(wanted) else logits[[i for i, _ in draws]]
-            tokens = sample(rows, [draw for _, draw in draws])
-            output.tokens.update({wanted[i].seq_id: row for (i, _), row in zip(draws, tokens, strict=True)})
+            for (i, _), drawn in zip(draws, sample(rows, [draw for _, draw in draws]), strict=True):
+                if isinstance(drawn, BadLogits):
+                    output.errors[wanted[i].seq_id] = drawn.message
+                else:
+                    output.tokens[wanted[i].seq_id] = [[token] for token in drawn]
         beams = [i for i, s in enumerate(wanted) if s.num_candidates]
         if beams:
             best = top_candidates(logits[beams], max(wanted[i].num_candidates for i in beams))
             for i, row in zip(beams, best, strict=True):
-                output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
+                if isinstance(row, BadLogits):
+                    output.errors[wanted[i].seq_id] = row.message
+                else:
+                    output.candidates[wanted[i].seq_id] = row[: wanted[i].num_candidates]
         return output
 
     def _add_prompt_logprobs(self, sequences: list[ScheduledSequence], hidden: Tensor, output: StepOutput) -> None:
@@ -190,4 +224,7 @@ class ModelRunner:
             logits = self.model.logits(hidden[[row for _, row, _, _ in piece]])
             found = top_logprobs(logits, [(i, k, token) for i, (_, _, k, token) in enumerate(piece)])
             for (seq_id, *_), logprobs in zip(piece, found, strict=True):
-                output.prompt_logprobs.setdefault(seq_id, []).append(logprobs)
+                if isinstance(logprobs, BadLogits):
+                    output.errors[seq_id] = logprobs.message
+                else:
+                    output.prompt_logprobs.setdefault(seq_id, []).append(logprobs)

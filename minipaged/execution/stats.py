@@ -30,6 +30,16 @@ class Times:
     text: float = 0.0
 
 
+@dataclass
+class Totals:
+    """What was done since the beginning."""
+
+    num_steps: int = 0
+    num_finished: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+
 @dataclass(frozen=True)
 class EngineStats:
     """What `LLM.stats` says. Memory is counted in blocks of block_bytes bytes."""

@@ -37,7 +37,7 @@ from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.scheduling.plan import StepOutput, StepPlan
 
 if TYPE_CHECKING:
-    from minipaged.engine import LLM
+    from minipaged.llm import LLM
 
 BLOCK_SIZE = 16
 OUTPUT = 58  # tokens that are searched: Alpaca's mean answer (paper, Figure 11)
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="any that the package loads (smollm2)")
     parser.add_argument("--quick", action="store_true", help="three prompts instead of all")
     args = parser.parse_args(argv)
-    from minipaged.engine import LLM  # here, since simulations need candidates and no torch
+    from minipaged.llm import LLM  # here, since simulations need candidates and no torch
 
     prompts = PROMPTS[:3] if args.quick else PROMPTS
     llm = LLM(args.model, prefix_cache="none", max_num_seqs=len(prompts) * sum(WIDTHS))

@@ -13,11 +13,11 @@ from random import Random
 import torch
 
 from minipaged.bench.report import machine
-from minipaged.engine import LLM
 from minipaged.experiments.live_client import Client
 from minipaged.experiments.live_report import LiveResult, LiveRow, report, summarize
 from minipaged.experiments.live_systems import SYSTEMS, batch_size
 from minipaged.experiments.loads import LONGEST, Job, jobs
+from minipaged.llm import LLM
 
 __all__ = ["QUICK", "LiveSettings", "report", "run", "scaled_jobs"]
 
@@ -114,7 +114,8 @@ def run(settings: LiveSettings, progress: Progress) -> LiveResult:
     rows = _compare(llm, settings, prompts, progress)
     return LiveResult(
         rows=rows,
-        machine=machine(torch.get_num_threads()) | {"device": llm.runner.device, "kernels": llm.runner.backend.name},
+        machine=machine(torch.get_num_threads())
+        | {"device": llm.executor.device, "kernels": llm.executor.runner.backend.name},
         settings=asdict(settings) | {"rates": list(dict.fromkeys(row.rate for row in rows))},
         mean_prompt=sum(job.prompt for job in given) / len(given),
         mean_output=sum(job.output for job in given) / len(given),

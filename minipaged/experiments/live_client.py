@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from minipaged.engine import LLM
 from minipaged.experiments.live_systems import System, batch_size, install
 from minipaged.experiments.loads import Job
 from minipaged.experiments.systems import KINDS, Account
+from minipaged.llm import LLM
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.text.outputs import RequestOutput

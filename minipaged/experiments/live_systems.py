@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minipaged.engine import LLM
 from minipaged.experiments.buddy import Buddy, next_power
 from minipaged.experiments.loads import Job
+from minipaged.llm import LLM
 from minipaged.memory import BlockAllocator, IntegrityError, KVCacheManager, MisuseError, NoSpace, Prefix, Swapped
 from minipaged.memory.kv_manager import Allocated, Appended
 from minipaged.scheduling.scheduler import Scheduler

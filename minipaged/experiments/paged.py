@@ -197,7 +197,7 @@ class Paged:
         if self._samples == 1:
             return StepOutput()
         first = [self._groups[name].request.live[0].seq_id for name in plan.admitted]
-        return StepOutput({seq_id: [SampledToken(index) for index in range(self._samples)] for seq_id in first})
+        return StepOutput({seq_id: [[SampledToken(index)] for index in range(self._samples)] for seq_id in first})
 
     def _begin(self, group: Group) -> int:
         """Its prompt is there after this iteration, and what it had of its answer. Returns how many tokens that is."""

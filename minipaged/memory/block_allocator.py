@@ -170,6 +170,13 @@ class BlockAllocator:
         self._freed.clear()
         return freed
 
+    def renewed(self) -> "BlockAllocator":
+        """All blocks free, their contents lost. The sums since the beginning go on."""
+        new = BlockAllocator(self.num_blocks, cache=self._cache)
+        new._freed = dict.fromkeys(range(self.num_blocks))
+        new.peak_used, new.num_evicted = self.peak_used, self.num_evicted
+        return new
+
     def idle(self) -> list[int]:
         """The idle blocks, least recently used first."""
         return list(self._idle)

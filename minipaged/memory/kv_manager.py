@@ -116,6 +116,13 @@ class KVCacheManager:
         """A copy of the page table, logical -> physical; in the CPU pool if the sequence is swapped out."""
         return self._home(seq_id).tables[seq_id].blocks.copy()
 
+    def current_table(self, seq_id: int) -> list[int]:
+        """The page table itself, not to be changed: as long as it doesn't change, it is the same list at every call.
+
+        So whoever keeps it need neither copy nor compare it. The sequence must be on the GPU.
+        """
+        return self._table(self._gpu, seq_id).blocks
+
     def slots(self, seq_id: int, start: int, count: int) -> list[int]:
         """Where the tokens at positions start .. start + count - 1 go. The sequence must be on the GPU."""
         return self._table(self._gpu, seq_id).slots(start, count)
@@ -158,9 +165,9 @@ class KVCacheManager:
             raise MisuseError(f"sequence {seq_id} has slots for {table.num_tokens} tokens, not {num_computed}")
         if self.cache is None or not table.publishes:
             return
-        size, blocks = self.block_size, table.blocks
+        size = self.block_size
         for logical in range(table.num_published, num_computed // size):
-            own, parent = blocks[logical], blocks[logical - 1] if logical else None
+            own, parent = table.blocks[logical], table.blocks[logical - 1] if logical else None
             known = self.cache.add(own, parent, tokens(logical * size, size), table.salt)
             if known != own:
                 self._replace(logical, own, known)
@@ -172,7 +179,7 @@ class KVCacheManager:
             if table.blocks[logical : logical + 1] == [own]:
                 self._gpu.allocator.share(known)
                 self._gpu.allocator.release(own)
-                table.blocks[logical] = known
+                table.blocks = [*table.blocks[:logical], known, *table.blocks[logical + 1 :]]
 
     def idle_blocks(self) -> list[int]:
         """The free blocks whose contents can still be found, least recently used first."""
@@ -184,6 +191,12 @@ class KVCacheManager:
         for pool in (self._gpu, self._cpu):
             for table in pool.tables.values():
                 table.publishes = False
+
+    def reset(self) -> None:
+        """No sequence, and nothing to be found: as it was made. What all blocks held counts as lost."""
+        if self.cache is not None:
+            self.cache.clear()
+        self._gpu, self._cpu = (Pool(pool.allocator.renewed()) for pool in (self._gpu, self._cpu))
 
     def append(self, counts: dict[int, int], keep_free: int = 0) -> Appended | NoSpace:
         """Give each sequence slots for `counts[seq_id]` more tokens: to all of them, or to none.
@@ -201,9 +214,10 @@ class KVCacheManager:
             if copy:
                 source, target = table.blocks[-1], next(fresh)
                 self._gpu.allocator.release(source)
-                table.blocks[-1] = target
+                table.blocks = [*table.blocks[:-1], target]
                 copies.append((source, target))
-            table.blocks.extend(islice(fresh, new_blocks))
+            if new_blocks:
+                table.blocks = [*table.blocks, *islice(fresh, new_blocks)]
             table.num_tokens += num_tokens
         self._counters.copies += len(copies)
         return Appended(copies)
@@ -225,6 +239,29 @@ class KVCacheManager:
             growths.append(_Growth(table, num_tokens, copy, new_blocks))
         return growths
 
+    def take_back(self, seq_id: int, count: int) -> None:
+        """Take the slots of the last `count` tokens back; blocks that are empty then become free.
+
+        For tokens that were only tried, see growth.py. MisuseError if others could see them: in a block that was
+        published, or that another sequence holds too.
+        """
+        table = self._table(self._gpu, seq_id)
+        left = table.num_tokens - count
+        if count < 0 or left < 0:
+            raise MisuseError(f"sequence {seq_id} has {table.num_tokens} tokens: {count} can't be taken back")
+        if not count:
+            return
+        touched = table.blocks[left // self.block_size :]
+        if left < table.num_published * self.block_size or any(map(self._is_shared, touched)):
+            raise MisuseError(f"sequence {seq_id}: some of its last {count} tokens are in a block that others can see")
+        kept = self.blocks_for(left)
+        for block in reversed(table.blocks[kept:]):
+            self._gpu.allocator.release(block)
+        table.blocks, table.num_tokens = table.blocks[:kept], left
+
+    def _is_shared(self, block: int) -> bool:
+        return self._gpu.allocator.ref_count(block) > 1
+
     def fork(self, parent: int, child: int) -> None:
         """Start `child` with all tokens of `parent`: it shares every block, and nothing is copied.
 
@@ -235,7 +272,7 @@ class KVCacheManager:
         table = home.tables[parent]
         for block in table.blocks:
             home.allocator.share(block)
-        home.tables[child] = replace(table, blocks=table.blocks.copy())
+        home.tables[child] = replace(table)
 
     def free(self, seq_id: int) -> None:
         """End a sequence, wherever it lives. Blocks that no other sequence holds become free.

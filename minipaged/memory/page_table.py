@@ -33,7 +33,9 @@ class PageTable:
     """
 
     block_size: int
-    blocks: list[int] = field(default_factory=list)  # logical -> physical
+    # Logical -> physical. Replaced, never changed: whoever was given the list may keep it, and a table that is still
+    # the same list has not changed.
+    blocks: list[int] = field(default_factory=list)
     num_tokens: int = 0  # tokens that have a slot
     num_published: int = 0  # leading blocks that were given to the prefix cache, or found in it
     salt: str | None = None  # and for whom; see prefix_cache.py

@@ -34,13 +34,14 @@ def move(
     places = moves | found
     unheld = kept.union(targets)  # their first reference waits for a holder
     for seq_id, table in tables.items():
-        for logical, source in reversed(list(enumerate(table.blocks))):
-            target = table.blocks[logical] = places[source]
+        for source in reversed(table.blocks):
+            target = places[source]
             old.allocator.release(source)
             if target in unheld:
                 unheld.remove(target)
             else:
                 new.allocator.share(target)
+        table.blocks = [places[source] for source in table.blocks]
         table.num_published = sum(block in kept for block in table.blocks)
         new.tables[seq_id] = old.tables.pop(seq_id)
     return Swapped(list(moves.items()))

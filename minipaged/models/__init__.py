@@ -1,7 +1,8 @@
 """What does the model compute, and where do its weights come from?
 
-Read fields.py and config.py, rope.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py, gguf_header.py,
-gguf.py, fetch.py. Models go by name: ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
+Read fields.py and config.py, rope.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py (a folder) with
+folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf.py, fetch.py. Models go by name:
+``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
 Does not own: keys and values (execution), or which tokens are computed together: a model sees one flat batch.
@@ -11,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -20,14 +21,17 @@ from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
-from minipaged.models.gguf import GGUFCheckpoint
+from minipaged.models.fields import Fields
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
 from minipaged.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from minipaged.models.gguf import GGUFCheckpoint
+
 __all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_model", "open_checkpoint"]
 
-Checkpoint = FolderCheckpoint | GGUFCheckpoint
+Checkpoint: TypeAlias = "FolderCheckpoint | GGUFCheckpoint"
 Model = Llama | GPT2
 Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 
@@ -61,24 +65,41 @@ def load(
     """
     checkpoint = open_checkpoint(name_or_path)
     tokenizer = checkpoint.tokenizer()
+    _add_end_of_text(checkpoint.config, tokenizer)
     config, model = load_model(checkpoint, dtype, device, progress, backend)
     tokenizer.eos_token_ids = config.eos_token_ids
     return Loaded(config, model, tokenizer, checkpoint.generation_config)
+
+
+def _add_end_of_text(config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """What the tokenizer calls its end of text ends text, too, though the config may not say so."""
+    end = tokenizer.backend.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
+    known = Fields(config).token_ids("eos_token_id")
+    if end is not None and end not in known:
+        config["eos_token_id"] = [*known, end]
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """Find a model's files, fetching them if need be, and read everything but the weights."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name == "smollm2":
-        return GGUFCheckpoint(fetch_smollm2())
+        return _open_gguf(fetch_smollm2())
     if path.is_dir():
         return FolderCheckpoint(path)
     if path.suffix == ".gguf" and path.is_file():
-        return GGUFCheckpoint(path)
+        return _open_gguf(path)
     if path.exists() or path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
         raise ModelError(f"{path} {what}: {INSTEAD}, or smollm2")
     return FolderCheckpoint(fetch_from_hub(name))
+
+
+def _open_gguf(path: Path) -> "GGUFCheckpoint":
+    try:
+        from minipaged.models.gguf import GGUFCheckpoint  # only such files need the package
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{path}: .gguf files need the package {error.name} (pip install {error.name})") from None
+    return GGUFCheckpoint(path)
 
 
 def load_model(
@@ -94,6 +115,10 @@ def load_model(
     config = ModelConfig.from_hf(checkpoint.config)
     expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
+    stored_as: dict[str, str] = {}
+    for stored, name in names.items():
+        if (other := stored_as.setdefault(name, stored)) != stored:
+            raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
     check_tensors(expected, found, checkpoint.path)
     weights = {}

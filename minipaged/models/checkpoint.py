@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer as Backend
 
-from minipaged.models.config import ModelError
-from minipaged.models.fields import Fields
+from minipaged.models.fields import Fields, ModelError
+from minipaged.models.folder_tokenizer import read_json, read_tokenizer
 from minipaged.text.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that chat templates use by name
+MERGE = "merge it into its base model first, with peft's merge_and_unload(), and save that"
 # Tensors that old exporters wrote although they can be computed: rope's frequencies and GPT-2's causal masks.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\bh\.\d+\.attn\.(bias|masked_bias)$")
 
 
 class FolderCheckpoint:
-    """A folder with config.json, model.safetensors (or several, with an index), tokenizer.json and the like.
+    """A folder with config.json, model.safetensors (or several, with an index) and a tokenizer.
 
     config: config.json, with the end-of-text tokens of generation_config.json added.
     generation_config: generation_config.json, or {}.
@@ -34,7 +33,8 @@ class FolderCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json; a model folder has one, and *.safetensors")
+            what = _what_it_is(path) or "; a model folder has one, and *.safetensors"
+            raise ModelError(f"{path} has no config.json{what}")
         self.config = read_json(path / "config.json")
         self.generation_config = read_json(path / "generation_config.json", missing_ok=True)
         both = Fields(self.config), Fields(self.generation_config)
@@ -48,6 +48,9 @@ class FolderCheckpoint:
                     raise ModelError(f"{file}: tensor {name} is in another file of the folder, too")
                 self._files[name] = handle
         self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        if wrapped := next((name for name in self.shapes if name.startswith("base_model.model.")), None):
+            raise ModelError(f"{path}: its tensors are named as PEFT's are ({wrapped}): it is a LoRA adapter, or a "
+                             f"model with one around it; {MERGE}")  # fmt: skip
         if "lm_head.weight" in self.shapes:  # stored, so used, whatever the config says: as transformers does
             self.config["tie_word_embeddings"] = False
 
@@ -64,22 +67,7 @@ class FolderCheckpoint:
         return tensor.to(dtype, copy=True)
 
     def tokenizer(self) -> Tokenizer:
-        file = self.path / "tokenizer.json"
-        if not file.is_file():
-            how = "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one"
-            raise ModelError(f"{self.path} has no tokenizer.json; {how}")
-        settings = read_json(self.path / "tokenizer_config.json", missing_ok=True)
-        try:
-            named = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name)}
-            named = {name: t["content"] if isinstance(t, dict) else t for name, t in named.items()}
-            template = settings.get("chat_template")
-            if isinstance(template, list):  # several, with names
-                template = {entry["name"]: entry["template"] for entry in template}.get("default")
-            if (self.path / "chat_template.jinja").is_file():
-                template = (self.path / "chat_template.jinja").read_text("utf-8")
-            return Tokenizer(Backend.from_file(str(file)), template, named)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ModelError(f"{file} or what belongs to it is damaged: {error}") from error
+        return read_tokenizer(self.path, self.config.get("model_type"))
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -88,14 +76,31 @@ def _weight_files(path: Path) -> list[Path]:
         return [path / "model.safetensors"]
     if not index.is_file():
         raise ModelError(
-            f"{path} has no model.safetensors. Pickles such as pytorch_model.bin can run code and are never "
-            "opened; transformers' from_pretrained(folder), then save_pretrained(folder) converts them"
+            f"{path} has no model.safetensors{_what_it_is(path)}. Pickles such as pytorch_model.bin can run code and "
+            "are never opened; transformers' from_pretrained(folder), then save_pretrained(folder) converts them"
         )
-    names = set(Fields(read_json(index).get("weight_map"), "weight_map").values.values())
+    names = Fields(read_json(index).get("weight_map"), "weight_map").values.values()
     for name in names:
-        if Path(str(name)).name != name or not (path / name).is_file() or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not (path / name).is_file():
             raise ModelError(f"{index} names {name!r:.60}, which is no .safetensors file in this folder")
-    return sorted(path / name for name in names)
+        if Path(name).name != name:
+            raise ModelError(f"{index} names {name!r:.60}, and shards must lie in the folder itself: move them there")
+    return sorted(path / name for name in set(names))
+
+
+def _what_it_is(path: Path) -> str:
+    """What a folder seems to be that is no model in Hugging Face layout, as the end of a sentence; or nothing."""
+    if (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        return f": it is a LoRA adapter for {base!r:.80}, not a model; {MERGE}"
+    if (path / "params.json").is_file() or list(path.glob("consolidated*")):
+        return ": it is in the layout of Mistral's or Meta's own code (consolidated.*); get it in Hugging Face's"
+    if files := sorted(path.glob("*.gguf")):
+        return f": it holds GGUF files; name one of them, such as {files[0]}"
+    for pattern in ("*/config.json", "*/*.safetensors"):
+        if files := sorted(path.glob(pattern)):
+            return f", but {files[0].parent} has {files[0].name}: name that folder, or move its files here"
+    return ""
 
 
 def _open_weights(file: Path) -> Any:
@@ -118,16 +123,6 @@ def _first_cut_tensor(file: Path) -> str | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return None  # the header itself is broken
     return next((f"it ends before the end of tensor {name}" for end, name in ends if end > size), None)
-
-
-def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """The JSON object in a file. Raises ModelError naming the file."""
-    if missing_ok and not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_bytes()).items())
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise ModelError(f"{file} does not hold a JSON object: {error}") from error
 
 
 def check_tensors(expected: dict[str, Shape], found: dict[str, Shape], where: Path) -> None:

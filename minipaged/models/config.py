@@ -6,6 +6,7 @@ trained to, is worse than one that doesn't load.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,12 @@ from minipaged.models.rope import RopeConfig
 __all__ = ["ACTIVATIONS", "ModelConfig", "ModelError"]
 
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+# What transformers takes where a config.json lacks the key (null is something else), and what it takes is not ours.
+ABSENT: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"sliding_window": 4096, "num_key_value_heads": 32},
+    "qwen3": {"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+}
 MAX_LAYERS = 10_000  # far above any model: a broken config must not make us list a billion tensors
 
 
@@ -57,7 +64,7 @@ class ModelConfig:
     num_kv_heads: int
     head_size: int
     intermediate_size: int
-    max_model_len: int  # positions that the model can tell apart: prompt and output together
+    max_model_len: int  # positions that it can tell apart, and all see each other: prompt and output together
     norm_eps: float
     tie_word_embeddings: bool
     activation: str
@@ -79,8 +86,8 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
         """Parse the dict of a ``config.json``. ModelError names the field that is wrong or unsupported."""
-        fields = Fields(config)
-        model_type = fields.choice("model_type", ..., ("gpt2", *LLAMA_FAMILY))
+        model_type = Fields(config).choice("model_type", ..., ("gpt2", *LLAMA_FAMILY))
+        fields = Fields(ABSENT.get(model_type, {}) | config)
         _refuse_unsupported(fields)
         return cls(**(_gpt2(fields) if model_type == "gpt2" else _llama(fields, model_type)))
 
@@ -103,24 +110,31 @@ def _refuse_unsupported(fields: Fields) -> None:
             raise fields.error(name, "would change the output and is not supported")
 
 
-def _refuse_sliding_window(fields: Fields, model_type: str, max_len: int) -> None:
-    """A window that no position can leave is no window; any other is refused."""
+def _window(fields: Fields, model_type: str, max_len: int) -> int:
+    """The longest context in which every position still sees all before it. There a window is no window."""
     layer_types = fields.values.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise fields.error("layer_types", "is not supported; only a list of 'full_attention' is")
     qwen = model_type.startswith("qwen")  # has a switch for it, and obeys layer_types
     active = fields.flag("use_sliding_window", False) and not layer_types if qwen else True
-    if active and fields.integer("sliding_window", max_len) < max_len:
-        raise fields.error("sliding_window", f"is not supported below the longest context, {max_len}")
+    window = fields.integer("sliding_window", max_len)
+    return min(max_len, window) if active else max_len
 
 
 def _common(fields: Fields) -> dict[str, Any]:
-    bos = fields.token_ids("bos_token_id")
-    return {
-        "vocab_size": fields.integer("vocab_size"),
-        "eos_token_ids": fields.token_ids("eos_token_id"),
-        "bos_token_id": bos[0] if bos else None,
-    }
+    vocab_size = fields.integer("vocab_size")
+    bos, eos = (_token_ids(fields, name, vocab_size) for name in ("bos_token_id", "eos_token_id"))
+    return {"vocab_size": vocab_size, "eos_token_ids": eos, "bos_token_id": bos[0] if bos else None}
+
+
+def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
+    """Ids beyond the vocabulary are left out, with a warning: the model can't say them."""
+    ids = fields.token_ids(name)
+    if beyond := [i for i in ids if i >= vocab_size]:
+        warnings.warn(
+            f"model config: {name} {beyond} is left out: the vocabulary has only {vocab_size} tokens", stacklevel=2
+        )
+    return tuple(i for i in ids if i < vocab_size)
 
 
 def _multiple(fields: Fields, name: str, of: str) -> int:
@@ -160,8 +174,7 @@ def _llama(fields: Fields, model_type: str) -> dict[str, Any]:
         raise fields.error("head_dim", f"gives heads of size {head_size}; rope needs an even size")
     max_positions = fields.integer("max_position_embeddings")
     rope = RopeConfig.from_hf(fields, max_positions)
-    max_len = rope.stretched_len(max_positions)
-    _refuse_sliding_window(fields, model_type, max_len)
+    max_len = _window(fields, model_type, rope.stretched_len(max_positions))
     attention_bias = fields.flag("attention_bias", False)
     return _common(fields) | {
         "architecture": "llama",

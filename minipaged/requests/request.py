@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.sampling_params import Draw, PromptTargets, SamplingParams
+from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, RequestOutputKind, SamplingParams
 from minipaged.requests.sequence import Sequence
+
+
+class RequestRefused(ValueError):
+    """A request that can never be served; the message has the numbers."""
 
 
 class Search(Protocol):
@@ -18,6 +22,9 @@ class Search(Protocol):
 
     @property
     def num_candidates(self) -> int: ...
+
+    @property
+    def num_wanted(self) -> int: ...
 
     def advance(self, candidates: Many[Many[tuple[int, float]]]) -> list[Any]: ...
 
@@ -64,14 +71,17 @@ class Request:
     seed: int = 0
     prompt: str | None = None
     cache_salt: str | None = None  # only requests with the same one share what is cached
+    bad_word_ids: list[list[int]] = field(default_factory=list)  # the tokens of params.bad_words
+    was_admitted: bool = False  # at least once: what it finds later may be its own
     num_overtaken: int = 0  # how many requests came in before it that arrived later; see admission.py
     sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
     search: Search | None = None  # the scheduler gives it one
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: str | None = None  # why it, or a sample of it, ended with finish_reason "error"
 
     def __post_init__(self) -> None:
         asked = isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
-        self.prompt_logprobs: list[dict[int, float] | None] | None = [None] if asked else None  # as far as computed
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if asked else None  # as far as computed
         own = frozenset(self.params.stop_token_ids or ())
         self.stop_ids = own if self.params.ignore_eos else own | self.eos_token_ids
 
@@ -81,6 +91,15 @@ class Request:
         if isinstance(self.params, BeamSearchParams):
             return self.params.beam_width
         return len(self.live) if len(self.sequences) > 1 else self.params.n
+
+    @property
+    def only_new(self) -> bool:
+        """Whether who asked is told only what is new."""
+        return getattr(self.params, "output_kind", None) is RequestOutputKind.DELTA
+
+    @property
+    def only_the_end(self) -> bool:
+        return getattr(self.params, "output_kind", None) is RequestOutputKind.FINAL_ONLY
 
     @property
     def live(self) -> list[Sequence]:
@@ -93,6 +112,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return not self.live
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all its sequences together."""
+        return sum(len(seq.output_token_ids) for seq in self.sequences)
 
     @property
     def needs_prompt_logits(self) -> bool:
@@ -120,7 +144,12 @@ class Request:
         assert isinstance(self.params, SamplingParams)
         num_draws = 1 if seq.output_token_ids else self.params.n
         prompt, output = seq.prompt_token_ids, seq.output_token_ids
-        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids)
+        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids, self.bad_word_ids)
+
+    def stop_reason(self, token_id: int) -> int | None:
+        """What is told of a token that ended the text: nothing if it is the model's own end."""
+        own_end = token_id in self.eos_token_ids and not self.params.ignore_eos
+        return None if own_end else token_id
 
     def targets(self, end: int) -> PromptTargets | None:
         """Which logprobs of the prompt can be told next, once all tokens before position `end` are computed."""
@@ -135,6 +164,12 @@ class Request:
         """The blocks for all the tokens that it has now, with only the full blocks of the prompt shared."""
         shared = len(self.prompt_token_ids) // block_size
         return shared + sum(math.ceil(len(seq) / block_size) - shared for seq in self.live)
+
+    def most_tokens(self, num_blocks: int, block_size: int) -> int:
+        """The longest output that a pool has room for: `most_blocks` turned round."""
+        shared = len(self.prompt_token_ids) // block_size
+        longest = shared + max(0, num_blocks - shared) // self.width
+        return longest * block_size + 1 - len(self.prompt_token_ids)
 
     def most_blocks(self, block_size: int) -> int:
         """The blocks it can need at the worst: the full blocks of the prompt are shared, the rest is not.

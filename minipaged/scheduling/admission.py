@@ -70,15 +70,25 @@ class Admission:
         if step.spare < 1 or not (self._queues.waiting or self._queues.swapped):
             return
         for request in self._in_order():
-            room -= request.width
-            if room < 0:
+            if step.spare < 1 or request.width > room:
                 return
+            if self._has_to_wait(request, step):
+                continue
+            room -= request.width
             if self.schedule == "prefix" and not self._may_overtake(request):
                 return
             come_in = self._resume if request in self._queues.swapped else self._admit
             if not come_in(request, step):
                 return
             put(self._queues.running, request)
+
+    def _has_to_wait(self, request: Request, step: Step) -> bool:
+        """Whether other long prompts have taken all that a long one may have: then shorter ones may pass.
+
+        Not for long: once these are through, nobody passes it any more. So it doesn't starve.
+        """
+        todo = request.target(request.live[0])  # all of it: looking up what is there of it would take long
+        return todo > step.short and step.grant(todo) < 1 and request not in self._queues.swapped
 
     # --- in which order -----------------------------------------------------------------------------------------
 
@@ -112,10 +122,9 @@ class Admission:
         leader = request.live[0]
         prefix = self._find(request)
         wanted = request.target(leader) - prefix.num_tokens
-        cut = wanted > step.spare
-        if step.spare < 1 or (cut and step.filled and not self._chunked_prefill):
+        count = min(wanted, step.grant(wanted))
+        if count < 1 or (count < wanted and step.filled and not self._chunked_prefill):
             return False  # in the latter case it waits for a step that has room for it
-        count = min(wanted, step.spare)
         slots = prefix.num_tokens + count
         rest = request.num_blocks(self._memory.block_size) - self._memory.blocks_for(slots)
         if isinstance(self._memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
@@ -124,8 +133,7 @@ class Admission:
         self._count_hits(request, prefix)
         step.plan.admitted.append(request.request_id)
         self._leave(self._queues.waiting, request)
-        step.spare -= 1
-        step.take(request, {leader.seq_id: count}, [])
+        step.take(request, {leader.seq_id: count}, [], set_aside=0)
         return True
 
     def _resume(self, request: Request, step: Step) -> bool:
@@ -144,7 +152,7 @@ class Admission:
         step.spare -= len(request.live)
         counts = step.counts_of(request)
         if not isinstance(grown := self._memory.append(counts), NoSpace):
-            step.take(request, counts, grown.copies)  # otherwise it computes in the next step
+            step.take(request, counts, grown.copies, set_aside=len(counts))  # otherwise it computes in the next step
         return True
 
     def _leave(self, queue: list[Request], request: Request) -> None:
@@ -170,7 +178,8 @@ class Admission:
         return self._memory.find(tokens, request.cache_salt)
 
     def _count_hits(self, request: Request, prefix: Prefix) -> None:
-        if request.metrics.num_preemptions:
+        was_admitted, request.was_admitted = request.was_admitted, True
+        if was_admitted:
             self.prefixes.recovered += prefix.num_tokens
         elif not request.needs_prompt_logits:
             request.metrics.num_cached_tokens = prefix.num_tokens

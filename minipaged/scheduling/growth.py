@@ -21,6 +21,10 @@ class LiveSequences:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def start_over(self) -> None:
+        """Nothing lives; ids are not given again."""
+        self._by_id.clear()
+
     def add(self, seq: Sequence) -> Sequence:
         """Give it its id."""
         seq.seq_id = self._next_id
@@ -38,29 +42,44 @@ class LiveSequences:
 
     def grow(self, request: Request, output: StepOutput) -> bool:
         """Append what was drawn for a request. Returns whether there was anything."""
+        if failed := [seq for seq in request.live if seq.seq_id in output.errors]:
+            request.error = output.errors[failed[0].seq_id]
+            for seq in request.live if request.search else failed:  # beams are nothing without each other
+                self.end(seq, "error")
         if request.search:
-            return self._grow_beams(request, output)
+            return self._grow_beams(request, output) if request.live else True
         if request.prompt_logprobs is not None:
             for seq in request.live:
                 request.prompt_logprobs.extend(output.prompt_logprobs.get(seq.seq_id, ()))
         grown = [seq for seq in request.live if seq.seq_id in output.tokens]
         for seq in grown:
             self._append(request, seq, output)
-        return bool(grown)
+        return bool(grown or failed)
 
     def _append(self, request: Request, seq: Sequence, output: StepOutput) -> None:
-        """One token; or the first ones of n samples, when their prompt has just been computed: fork, then append."""
-        tokens = output.tokens[seq.seq_id]
-        children = [self._fork(seq, index) for index in range(1, len(tokens))]
+        """What one sequence has drawn; or n samples, when their prompt has just been computed: fork, then append."""
+        rows = output.tokens[seq.seq_id]
+        children = [self._fork(seq, index) for index in range(1, len(rows))]
         request.sequences.extend(children)
-        for one, token in zip([seq, *children], tokens, strict=True):
-            one.sampled.append(token)
-            one.output_token_ids.append(token.token_id)
-            if token.token_id in request.stop_ids:
-                own = token.token_id not in request.eos_token_ids
-                self.end(one, "stop", token.token_id if own else None)
-            elif len(one.output_token_ids) >= request.max_tokens:
-                self.end(one, "length")
+        for one, tokens in zip([seq, *children], rows, strict=True):
+            for token in tokens:
+                one.sampled.append(token)
+                one.output_token_ids.append(token.token_id)
+                if token.token_id in request.stop_ids:
+                    self.end(one, "stop", request.stop_reason(token.token_id))
+                    break
+                if len(one.output_token_ids) >= request.max_tokens:
+                    self.end(one, "length")
+                    break
+            else:
+                self._take_back(one)
+
+    def _take_back(self, seq: Sequence) -> None:
+        """Of what was computed, only what became a token stays, and the newest token is never computed yet."""
+        surplus = seq.num_computed_tokens - (len(seq) - 1)
+        if surplus > 0:
+            self._memory.take_back(seq.seq_id, surplus)
+            seq.num_computed_tokens -= surplus
 
     def _grow_beams(self, request: Request, output: StepOutput) -> bool:
         search, beams = request.search, request.sequences

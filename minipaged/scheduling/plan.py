@@ -3,12 +3,13 @@
 A plan can be printed, drawn, written to a file, replayed, and tested with no model at all.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minipaged.requests.request import Request
-from minipaged.requests.sampling_params import Draw, PromptTargets, SampledToken
+from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, SampledToken
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,15 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What came of a step, by sequence id."""
+    """What came of a step, by sequence id.
 
-    tokens: dict[int, list[SampledToken]] = field(default_factory=dict)
+    tokens: a list for each sample: n of them after a prompt of n samples, else one. In it its new tokens, in order.
+    """
+
+    tokens: dict[int, list[list[SampledToken]]] = field(default_factory=dict)
     candidates: dict[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[dict[int, float]]] = field(default_factory=dict)  # one for each target
+    prompt_logprobs: dict[int, list[dict[int, Logprob]]] = field(default_factory=dict)  # one for each target
+    errors: dict[int, str] = field(default_factory=dict)  # why nothing can be drawn for a sequence, ever
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,27 +78,49 @@ class StepOutput:
 
 @dataclass
 class Step:
-    """The plan of one step while it is being made."""
+    """The plan of one step while it is being made.
+
+    A prompt is long if what is left of it would not fit into one step. Long ones leave to the others what these need,
+    but not more than half of what there is: so nobody waits until a very long prompt is through, and that takes twice
+    as long at the worst. Among long ones, and among the others, who came first is first.
+    """
 
     plan: StepPlan
     spare: int  # tokens of the budget that are nobody's yet
+    short: int = sys.maxsize  # the most tokens of a short prompt
+    wanted_by_short: Callable[["Step"], int] = lambda step: 0  # asked only if there is a long one
+    for_long: int | None = None  # the tokens of `spare` that long prompts may take; None: no long one has asked
     filled: bool = False  # whether a request got more than one token for each sequence
     counts: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
 
     def counts_of(self, request: Request) -> dict[int, int]:
         """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
-        counts, spare = {}, self.spare
+        counts, granted = {}, 0
         for seq in request.live:
             todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
             if todo > 0:
-                counts[seq.seq_id] = 1 + min(todo - 1, spare)
-                spare -= counts[seq.seq_id] - 1
+                counts[seq.seq_id] = 1 + max(0, min(todo - 1, self.grant(todo) - granted))
+                granted += counts[seq.seq_id] - 1
         return counts
 
-    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]]) -> None:
-        """The request computes so many tokens; one for each of its sequences was set aside before."""
-        extra = sum(counts.values()) - len(counts)
+    def grant(self, todo: int) -> int:
+        """The most tokens for somebody who has so many to compute."""
+        if todo <= self.short or self.spare < 1:
+            return self.spare
+        if self.for_long is None:
+            self.for_long = self.spare - min(self.spare // 2, self.wanted_by_short(self))
+        return min(self.spare, self.for_long)
+
+    def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]], set_aside: int) -> None:
+        """The request computes so many tokens; `set_aside` of them are out of the budget already."""
+        extra = sum(counts.values()) - set_aside
         self.spare -= extra
-        self.filled |= extra > 0
+        if self.for_long is not None and self._is_long(request):
+            self.for_long -= extra
+        self.filled |= sum(counts.values()) > len(counts)
         self.plan.copies.extend(copies)
         self.counts.append((request, counts))
+
+    def _is_long(self, request: Request) -> bool:
+        todos = (request.target(seq) - seq.num_computed_tokens for seq in request.live if seq.in_memory)
+        return any(todo > self.short for todo in todos)

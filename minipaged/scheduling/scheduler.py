@@ -10,25 +10,23 @@ the earliest request always moves on, and nothing starves.
 
 Chunked prefill (Sarathi-Serve): a step computes at most so many tokens. Every running sequence gets one; what is
 left goes to prompts under way, then to new ones, and a prompt that doesn't fit is cut: the rest follows in the next
-steps. So nobody's next token waits for somebody's long prompt.
+steps. So nobody's next token waits for somebody's long prompt. Nor does a short prompt: see `Step`.
 """
 
+import sys
 from collections.abc import Iterable
+from itertools import islice
 
 from minipaged.decoding.beam_search import BeamSearch
 from minipaged.memory import KVCacheManager, NoSpace
 from minipaged.requests.beam_search_params import BeamSearchParams
-from minipaged.requests.request import Request
+from minipaged.requests.request import Request, RequestRefused
 from minipaged.requests.sequence import Sequence
-from minipaged.scheduling.admission import Admission
+from minipaged.scheduling.admission import WINDOW, Admission
 from minipaged.scheduling.growth import LiveSequences
 from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepPlan
 from minipaged.scheduling.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.scheduling.queues import Queues, put
-
-
-class RequestRefused(ValueError):
-    """A request that can never be served; the message has the numbers."""
 
 
 class Scheduler:
@@ -79,7 +77,15 @@ class Scheduler:
     # --- requests come and go -----------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Let a request wait. RequestRefused if it could not be served even if it were alone."""
+        """Let a request wait. RequestRefused as `check` has it."""
+        self.check(request)
+        request.sequences = [self.sequences.add(Sequence(request.prompt_token_ids))]
+        if isinstance(request.params, BeamSearchParams):
+            request.search = BeamSearch(request.params, request.max_tokens, request.eos_token_ids)
+        put(self.waiting, request)
+
+    def check(self, request: Request) -> None:
+        """RequestRefused if it could not be served even if it were alone."""
         if request.width > self.max_num_seqs:
             raise RequestRefused(
                 f"the request wants {request.width} sequences at once, but max_num_seqs is {self.max_num_seqs}"
@@ -92,15 +98,15 @@ class Scheduler:
                 f"{self.memory.block_size}), but the pool has {self.memory.num_blocks}: "
                 "lower max_tokens, shorten the prompt, or give the pool more blocks"
             )
-        request.sequences = [self.sequences.add(Sequence(request.prompt_token_ids))]
-        if isinstance(request.params, BeamSearchParams):
-            request.search = BeamSearch(request.params, request.max_tokens, request.eos_token_ids)
-        put(self.waiting, request)
 
     def abort(self, request: Request) -> None:
         """End a request at once, wherever it is, and free everything it holds."""
+        self.fail(request, "abort")
+
+    def fail(self, request: Request, reason: str) -> None:
+        """End what lives of a request."""
         for seq in request.live:
-            self.finish(request, seq, "abort")
+            self.finish(request, seq, reason)
 
     def finish(self, request: Request, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End one sequence, and its request with the last of them."""
@@ -120,7 +126,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide on the next step, and book the slots for it."""
         self._num_steps += 1
-        step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens)
+        short = self.max_num_batched_tokens if self.chunked_prefill else sys.maxsize
+        step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens, short, self._wanted_by_short)
         self._continue_running(step)
         if not step.plan.preempted:
             self.admission.let_in(step, self.max_num_seqs - self.num_promised_seqs())
@@ -141,7 +148,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                step.take(request, counts, grown.copies)
+                step.take(request, counts, grown.copies, set_aside=len(counts))
 
     # These three look at every running request in every step; a simulation, which knows the answers, overrides them.
 
@@ -168,7 +175,7 @@ class Scheduler:
                 seq.tokens(start, count),
                 start,
                 self.memory.slots(seq_id, start, count),
-                self.memory.block_table(seq_id),
+                self.memory.current_table(seq_id),
                 draw=request.draw(seq) if last and not request.search else None,
                 num_candidates=request.search.num_candidates if last and request.search else 0,
                 targets=request.targets(start + count),
@@ -183,14 +190,32 @@ class Scheduler:
         request.metrics.num_preemptions += 1
         self.num_preemptions[done.mode] += 1
 
-    def abandon(self, plan: StepPlan) -> None:
-        """The plan was not carried out, or nobody knows how far: whoever was part of it is computed again."""
-        lost = {request_id for request_id, _ in plan.preempted}
-        for queue in (self.running, self.swapped):
-            for request in [r for r in queue if queue is self.running or r.request_id in lost]:
-                queue.remove(request)
-                preempt(request, self.memory, "recompute")
-                put(self.waiting, request)
+    def _wanted_by_short(self, step: Step) -> int:
+        """Tokens that short prompts could have now: those under way, and those that wait and find room."""
+        done = {id(request) for request, _ in step.counts}
+        todos = [r.target(r.live[0]) - r.live[0].num_computed_tokens for r in self.running if id(r) not in done]
+        wanted = sum(todo - 1 for todo in todos if todo <= step.short)
+        room, free = self.max_num_seqs - self.num_promised_seqs(), self.memory.num_free
+        for request in islice(self.waiting, WINDOW):
+            todo = request.target(request.live[0])
+            if todo <= step.short and request.width <= room and self.memory.blocks_for(todo) <= free:
+                wanted, room, free = wanted + todo, room - request.width, free - self.memory.blocks_for(todo)
+        return wanted
+
+    def start_over(self, requests: Iterable[Request]) -> None:
+        """After something was broken off, wherever: of these requests only the tokens count. The rest is computed anew.
+
+        They wait, in the order of arrival, and memory is empty. Doing it twice does no harm.
+        """
+        self.memory.reset()
+        self.sequences.start_over()
+        for queue in self.queues.lists():
+            queue.clear()
+        for request in requests:
+            for seq in request.live:
+                seq.in_memory, seq.num_computed_tokens = False, 0
+                self.sequences.add(seq)
+            put(self.waiting, request)
 
     # --- learning what came of it -------------------------------------------------------------------------------
 

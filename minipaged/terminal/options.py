@@ -4,6 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
+from minipaged.execution.engine_args import bytes_of
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.preemption import MODES
@@ -54,6 +55,10 @@ PREEMPTION_HELP = (
     "to CPU memory; auto swaps if it has several sequences"
 )
 KERNELS_HELP = "who computes: auto is triton on a GPU, and cpp on a CPU where there is a compiler; torch needs neither"
+JSON_HELP = (
+    "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
+    'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
+)
 TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
 
 
@@ -144,7 +149,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     def add(flag: str, words: str) -> None:
         group.add_argument(flag, action="store_true", help=words)
 
-    add("--json", "one JSON object for each prompt, with tokens, scores and times")
+    add("--json", JSON_HELP)
     add("--stats", "end with the account of the memory")
     add("--watch", "show the memory live (where standard error is no terminal: a line for each event)")
     group.add_argument("--trace", metavar="FILE", help=TRACE_HELP)
@@ -159,13 +164,7 @@ def _count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """A size with a unit: of KB, MB, GB (thousands), KiB, MiB, GiB (1024s), or none.
-
-    >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes("4096")
-    (536870912, 1500000000, 4096)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512MiB, 2GB or a number of bytes")
-    power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -23,7 +23,7 @@ DECODING_FLAGS = (
 )
 Asked = tuple[dict[str, Any], str]  # what a line of JSON may hold, and how the user knows it
 CHANCE = ("top_p", "top_k", "min_p", "seed")  # who gives one of these wants a temperature above 0
-SAMPLING_KEYS = {field.name for field in fields(SamplingParams)}
+SAMPLING_KEYS = {field.name for field in fields(SamplingParams)} - {"output_kind"}  # it prints whole outputs
 BEAM_KEYS = {field.name for field in fields(BeamSearchParams)}
 PROMPT_KINDS: dict[str, tuple[type, str]] = {  # what a line of JSON calls it: type of its items, and in words
     "prompt": (str, "a text that is not empty"),

@@ -17,8 +17,8 @@ from minipaged.memory import RadixCache
 from minipaged.terminal.snapshot import letters
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import
-    from minipaged.engine import LLM
     from minipaged.execution.stats import EngineStats
+    from minipaged.llm import LLM
     from minipaged.terminal.prompts import Job
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 
@@ -41,6 +41,7 @@ class Results:
         self._ready = ""
         self.num_finished = 0
         self.num_cut = 0  # prompts with an output that reached its limit
+        self.errors: list[str] = []  # of prompts whose answers broke
 
     def add(self, output: "RequestOutput") -> None:
         """Take what a step gave."""
@@ -50,6 +51,8 @@ class Results:
         elif output.finished:
             self._finished[int(output.request_id)] = output
         self.num_finished += output.finished
+        if output.finished and output.error:
+            self.errors.append(f"{self._jobs[int(output.request_id)].where}: {output.error}")
         self.num_cut += output.finished and any(one.finish_reason == "length" for one in output.outputs)
         while self._next in self._finished:
             self._ready += self._written(self._finished.pop(self._next))
@@ -93,16 +96,16 @@ class Results:
 
 
 def as_json(output: "RequestOutput") -> dict[str, Any]:
-    """A finished request as plain data; times in seconds."""
-    outputs = [asdict(one) for one in output.outputs]
+    """A finished request as plain data; times in seconds, logprobs as {token id: {logprob, rank, decoded_token}}."""
+    plain = asdict(output)
     metrics = output.metrics
-    asked = output.prompt_logprobs is not None
     return {
         "request_id": output.request_id,
         "prompt": output.prompt,
         "prompt_token_ids": output.prompt_token_ids,
-        **({"prompt_logprobs": output.prompt_logprobs} if asked else {}),
-        "outputs": [{k: v for k, v in one.items() if k != "logprobs" or v is not None} for one in outputs],
+        **({"error": output.error} if output.error else {}),
+        **({"prompt_logprobs": plain["prompt_logprobs"]} if plain["prompt_logprobs"] else {}),
+        "outputs": [{k: v for k, v in one.items() if k != "logprobs" or v is not None} for one in plain["outputs"]],
         "metrics": {
             "queue_time": metrics.queue_time,
             "time_to_first_token": metrics.time_to_first_token,

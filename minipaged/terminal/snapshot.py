@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minipaged.memory import KVCacheManager, MemoryUsage
 
 if TYPE_CHECKING:  # only to name the types: a trace can be drawn without loading PyTorch
-    from minipaged.engine import LLM
+    from minipaged.llm import LLM
     from minipaged.requests.request import Request
     from minipaged.scheduling.plan import StepPlan
 

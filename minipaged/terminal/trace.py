@@ -17,7 +17,7 @@ from minipaged.terminal.draw import picture
 from minipaged.terminal.snapshot import Observer, Snapshot
 
 if TYPE_CHECKING:  # reading a trace must not load PyTorch
-    from minipaged.engine import LLM
+    from minipaged.llm import LLM
     from minipaged.scheduling.plan import StepOutput, StepPlan
 
 FORMAT, VERSION = "minipaged trace", 1

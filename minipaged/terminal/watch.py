@@ -25,7 +25,7 @@ from minipaged.terminal.draw import picture
 from minipaged.terminal.snapshot import Observer
 
 if TYPE_CHECKING:  # PyTorch is not needed to wait for PyTorch
-    from minipaged.engine import LLM
+    from minipaged.llm import LLM
     from minipaged.scheduling.plan import StepOutput, StepPlan
 
 FRAME_SECONDS = 0.08  # between two drawings; steps may be faster

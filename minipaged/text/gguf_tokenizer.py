@@ -1,62 +1,74 @@
-"""Builds a tokenizer from a GGUF file's metadata. Vocabulary and merges are given there, but the rule by
-which text is cut into words, which no merge crosses, is only named.
-"""
+"""Builds a tokenizer from a GGUF file's metadata, with llama.cpp's defaults for what they leave out."""
 
+import warnings
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import Tokenizer as Backend
-
+from minipaged.text.byte_level import byte_level
+from minipaged.text.sentencepiece import merges_by_score, sentencepiece
 from minipaged.text.tokenizer import Tokenizer, TokenizerError
+from minipaged.text.vocabulary import CONTROL, NORMAL, Vocabulary
+from minipaged.text.word_rules import WORD_RULES
 
-CONTROL, USER_DEFINED = 3, 4  # token types that are matched whole; control tokens are special, too
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# tokenizer.ggml.pre -> expressions that cut text into words, each what the one before has left.
-WORDS = {
-    "gpt-2": [GPT2_WORDS],
-    "smollm": [r"\p{N}", GPT2_WORDS],
-    "llama-bpe": [LLAMA3_WORDS],
-    "qwen2": [LLAMA3_WORDS.replace("{1,3}", "")],
-}
+INSTEAD = "try the model's folder in Hugging Face layout"
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer that the metadata describes. TokenizerError names what is unknown."""
-    kind, words = (str(metadata.get(f"tokenizer.ggml.{key}")) for key in ("model", "pre"))
-    if kind != "gpt2" or words not in WORDS:
+    """The tokenizer that the metadata describes. TokenizerError names what is unknown, wrong or damaged."""
+    kind = metadata.get("tokenizer.ggml.model")
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(str(kind))
+    if build is None:
         raise TokenizerError(
-            f"tokenizer.ggml.model={kind:.60} with pre={words:.60} is not supported, only gpt2 with "
-            f"{', '.join(WORDS)}; try the model's folder in Hugging Face layout"
+            f"tokenizer.ggml.model={kind!r:.60} is not supported; gpt2 (byte-level BPE) and llama (SentencePiece's "
+            f"BPE) are; {INSTEAD}"
         )
     try:
-        return _build({key.removeprefix("tokenizer."): value for key, value in metadata.items()}, words)
+        return build({key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()})
+    except TokenizerError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"its tokenizer is damaged: {type(error).__name__}: {error}") from error
 
 
-def _build(metadata: dict[str, Any], words: str) -> Tokenizer:
-    tokens = metadata["ggml.tokens"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in metadata["ggml.merges"]]
-    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=words == "llama-bpe"))
-    if words == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS[words]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    backend.decoder = decoders.ByteLevel()
+def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
+    name = metadata.get("pre")
+    if name is None:
+        warnings.warn(
+            "this GGUF file has no tokenizer.ggml.pre, which names the rule that cuts text into words: "
+            "llama.cpp's default is used, and may not be the model's own",
+            stacklevel=2,
+        )
+    rule = WORD_RULES.get("default" if name is None else str(name))
+    if rule is None:
+        raise TokenizerError(f"tokenizer.ggml.pre={name!r:.60} is not known, only {', '.join(WORD_RULES)}; {INSTEAD}")
+    return byte_level(_vocabulary(metadata, add_bos=rule.add_bos), metadata["merges"], rule)
 
-    kinds = zip(tokens, metadata["ggml.token_type"], strict=True)
-    whole = [(token, kind == CONTROL) for token, kind in kinds if kind in (CONTROL, USER_DEFINED)]
-    backend.add_tokens([AddedToken(token, normalized=False, special=control) for token, control in whole])
-    ids = {name: metadata.get(f"ggml.{name}_id") for name in ("bos_token", "eos_token")}
-    special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    bos, eos = ([special[name]] if metadata.get(f"ggml.add_{name}") else [] for name in ids)
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*bos, "$A", *eos], special_tokens=[(token, vocabulary[token]) for token in bos + eos]
+
+def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
+    if metadata.get("remove_extra_whitespaces"):
+        raise TokenizerError(f"tokenizer.ggml.remove_extra_whitespaces=True is not supported; {INSTEAD}")
+    vocabulary = _vocabulary({"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | metadata, add_bos=True)
+    scores, merges = metadata.get("scores", []), metadata.get("merges")
+    if len(set(scores)) > 1:
+        pairs = merges_by_score(vocabulary, scores)
+    elif merges:  # converted from a tokenizer.json, which has no scores
+        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    else:
+        raise TokenizerError(f"it has neither scores (tokenizer.ggml.scores) nor merges to go by; {INSTEAD}")
+    return sentencepiece(vocabulary, pairs, metadata.get("add_space_prefix", True))
+
+
+def _vocabulary(metadata: dict[str, Any], add_bos: bool) -> Vocabulary:
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(metadata["tokens"])]
+    kinds = list(metadata.get("token_type") or [NORMAL] * len(tokens))
+    for name in ("eos_token_id", "eot_token_id", "eom_token_id"):  # some files call them normal tokens
+        if metadata.get(name) is not None and metadata[name] < len(kinds):
+            kinds[metadata[name]] = CONTROL
+    return Vocabulary(
+        tokens,
+        kinds,
+        metadata.get("bos_token_id"),
+        metadata.get("eos_token_id"),
+        metadata.get("add_bos_token", add_bos and metadata.get("bos_token_id") is not None),
+        metadata.get("add_eos_token", False),
+        metadata.get("tokenizer.chat_template"),
     )
-    return Tokenizer(backend, metadata.get("chat_template"), special)

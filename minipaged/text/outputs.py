@@ -1,12 +1,13 @@
-"""What a caller gets back: names as in vLLM's `RequestOutput`."""
+"""What a caller gets back. Names as in vLLM's `RequestOutput`, and for beam search its `BeamSearchOutput`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from minipaged.requests.request import Request, RequestMetrics
-from minipaged.requests.sampling_params import SamplingParams
+from minipaged.requests.sampling_params import Logprob
 from minipaged.requests.sequence import Sequence
-from minipaged.text.detokenizer import StreamDecoder
+from minipaged.text.logprobs import with_text
 from minipaged.text.sequence_text import SequenceText
 from minipaged.text.tokenizer import Tokenizer
 
@@ -19,10 +20,14 @@ class CompletionOutput:
     text: str
     token_ids: list[int]  # with the stop token, if one ended it
     cumulative_logprob: float | None = None  # sampling: only if logprobs were asked for
-    logprobs: list[dict[int, float]] | None = None  # for each token: {token id: logprob}, the drawn one among them
-    finish_reason: str | None = None  # "stop", "length", "abort"; None while it runs
+    logprobs: list[dict[int, Logprob]] | None = None  # for each token, by token id; the drawn one is among them
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop string, or the id of one of stop_token_ids
     score: float | None = None  # beam search: the length-normalised score
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 @dataclass
@@ -34,8 +39,10 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # for each token of the prompt; None for the first
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # for each token of the prompt; None for the first
+    error: str | None = None  # why an output ended with finish_reason "error"
+    only_new = False  # whether the request is told only what is new: SamplingParams.output_kind
 
     @property
     def num_cached_tokens(self) -> int:
@@ -47,75 +54,126 @@ class RequestOutput:
         """Mean seconds between the tokens after the first."""
         return self.metrics.time_per_output_token(max((len(o.token_ids) for o in self.outputs), default=0))
 
-
-class Texts:
-    """The texts of all sequences that are not finished, up to date with their tokens."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._by_id: dict[int, SequenceText] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def read(self, request: Request, finish: Callable[[Request, Sequence, str, str], None]) -> int:
-        """Read the new tokens of a request, and return how many they are.
-
-        finish: called for a sequence that a stop string ends, with "stop" and the string.
-        """
-        return sum(self._read(request, seq, finish) for seq in request.sequences)
-
-    def _read(self, request: Request, seq: Sequence, finish: Callable[[Request, Sequence, str, str], None]) -> bool:
-        params = request.params
-        assert isinstance(params, SamplingParams)
-        text = self._by_id.get(seq.seq_id)
-        if text is None:
-            text = self._by_id[seq.seq_id] = SequenceText(self._tokenizer, request.prompt_token_ids, params)
-        if text.num_tokens == len(seq.output_token_ids):
-            return False
-        silent = seq.finish_reason == "stop" and not params.include_stop_str_in_output
-        stop = text.add(seq.output_token_ids[-1], silent, check_stops=len(seq.output_token_ids) >= params.min_tokens)
-        if stop is not None:
-            if seq.finish_reason is None:
-                finish(request, seq, "stop", stop)
-            seq.finish_reason, seq.stop_reason = "stop", stop
-        elif seq.finish_reason is not None:
-            text.finish()
-        return True
-
-    def outputs(self, request: Request) -> list[CompletionOutput]:
-        """The outputs of a sampling request, as far as they were read."""
-        return [_sampled_output(seq, self._by_id[seq.seq_id]) for seq in request.sequences]
-
-    def forget(self, request: Request) -> None:
-        for seq in request.sequences:
-            self._by_id.pop(seq.seq_id, None)
+    def since(self, told: "RequestOutput | None") -> "RequestOutput":
+        """The same with what came after `told` only."""
+        known = {output.index: output for output in told.outputs} if told else {}
+        outputs = [_since(output, known.get(output.index)) for output in self.outputs]
+        prompt_logprobs = None if told else self.prompt_logprobs
+        return RequestOutput(
+            self.request_id, self.prompt, self.prompt_token_ids, outputs, self.finished, self.metrics,
+            prompt_logprobs, self.error,
+        )  # fmt: skip
 
 
-def _sampled_output(seq: Sequence, text: SequenceText) -> CompletionOutput:
-    logprobs = [t.top_logprobs for t in seq.sampled if t.top_logprobs is not None]
-    own = [t.logprob for t in seq.sampled if t.logprob is not None]
-    asked = bool(seq.sampled) and len(own) == len(seq.sampled)
+def _since(output: CompletionOutput, told: CompletionOutput | None) -> CompletionOutput:
+    text, tokens = (len(told.text), len(told.token_ids)) if told else (0, 0)
+    logprobs = output.logprobs[tokens:] if output.logprobs is not None else None
     return CompletionOutput(
-        index=seq.index,
-        text=text.shown(seq.finish_reason is not None),
-        token_ids=seq.output_token_ids.copy(),
-        cumulative_logprob=sum(own) if asked else None,
-        logprobs=logprobs if asked else None,
-        finish_reason=seq.finish_reason,
-        stop_reason=seq.stop_reason,
-    )
+        output.index, output.text[text:], output.token_ids[tokens:], output.cumulative_logprob, logprobs,
+        output.finish_reason, output.stop_reason, output.score,
+    )  # fmt: skip
 
 
-def beam_outputs(request: Request, tokenizer: Tokenizer) -> list[CompletionOutput]:
-    """The best hypotheses of a beam search, as far as it got."""
-    assert request.search is not None
-    skip = request.params.skip_special_tokens
-    outputs = []
-    for index, h in enumerate(request.search.hypotheses()):
-        ids = list(h.token_ids)
-        decoder = StreamDecoder(tokenizer, request.prompt_token_ids, skip)
-        text = "".join(map(decoder.add, ids)) + decoder.flush()
-        own = h.stop_token_id if h.stop_token_id not in request.eos_token_ids else None
-        outputs.append(CompletionOutput(index, text, ids, h.cumulative_logprob, None, h.finish_reason, own, h.score))
-    return outputs
+# --- while they grow --------------------------------------------------------------------------------------------------
+# A step must not cost what was there before it. So these hold where the step ended, and make lists and text when
+# somebody looks at them. They are copies: whatever a caller does with them, the engine goes on with its own.
+
+
+class GrowingOutput(CompletionOutput):
+    """The output of one sequence as it is now, whenever it is looked at."""
+
+    def __init__(self, seq: Sequence, text: SequenceText, tokenizer: Tokenizer):
+        self.index, self.finish_reason, self.stop_reason = seq.index, seq.finish_reason, seq.stop_reason
+        self._seq, self._num_tokens = seq, len(seq.output_token_ids)
+        self._text, self._length, self._tokenizer = text, text.shown_length(self.finished), tokenizer
+
+    @cached_property
+    def text(self) -> str:  # type: ignore[override]
+        return self._text.start(self._length)
+
+    @cached_property
+    def token_ids(self) -> list[int]:  # type: ignore[override]
+        return self._seq.output_token_ids[: self._num_tokens]
+
+    @cached_property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:  # type: ignore[override]
+        sampled = self._seq.sampled[: self._num_tokens]
+        if not sampled or any(token.top_logprobs is None for token in sampled):
+            return None
+        for token in sampled:  # once: the next output of this sequence finds it
+            token.top_logprobs = with_text(token.top_logprobs or {}, self._tokenizer)
+        return [dict(token.top_logprobs or {}) for token in sampled]
+
+    @cached_property
+    def cumulative_logprob(self) -> float | None:  # type: ignore[override]
+        sampled = self._seq.sampled[: self._num_tokens]
+        own = [token.logprob for token in sampled if token.logprob is not None]
+        return sum(own) if sampled and len(own) == len(sampled) else None
+
+
+class BeamOutput(CompletionOutput):
+    """A hypothesis, or a beam that runs."""
+
+    def __init__(
+        self, index: int, token_ids: tuple[int, ...], logprob: float, decode: Callable[[], str],
+        finish_reason: str | None = None, stop_reason: int | None = None, score: float | None = None,
+    ):  # fmt: skip
+        self.index, self.cumulative_logprob, self.score = index, logprob, score
+        self.finish_reason, self.stop_reason = finish_reason, stop_reason
+        self._token_ids, self._decode = token_ids, decode
+
+    @cached_property
+    def text(self) -> str:  # type: ignore[override]
+        return self._decode()
+
+    @cached_property
+    def token_ids(self) -> list[int]:  # type: ignore[override]
+        return list(self._token_ids)
+
+
+class Answer(RequestOutput):
+    """The state of a request as it is now."""
+
+    def __init__(self, request: Request, outputs: list[CompletionOutput], tokenizer: Tokenizer):
+        self.request_id, self.prompt, self.outputs = request.request_id, request.prompt, outputs
+        self.finished, self.metrics, self.error = request.finished, request.metrics, request.error
+        self.only_new = request.only_new
+        self._request, self._num_logprobs, self._tokenizer = request, len(request.prompt_logprobs or ()), tokenizer
+
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:  # type: ignore[override]
+        return self._request.prompt_token_ids.copy()
+
+    @cached_property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:  # type: ignore[override]
+        if self._request.prompt_logprobs is None:
+            return None
+        return [one and with_text(one, self._tokenizer) for one in self._request.prompt_logprobs[: self._num_logprobs]]
+
+
+# --- beam search, in vLLM's form --------------------------------------------------------------------------------------
+
+
+@dataclass
+class BeamSearchSequence:
+    """A hypothesis with its prompt. tokens, text: of both together."""
+
+    tokens: list[int]
+    cum_logprob: float
+    text: str
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass
+class BeamSearchOutput:
+    """What `LLM.beam_search` returns for a prompt: its hypotheses, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+def as_beam_search_output(output: RequestOutput) -> BeamSearchOutput:
+    prompt, text = output.prompt_token_ids, output.prompt or ""
+    whole = [(prompt + one.token_ids, one.cumulative_logprob or 0.0, text + one.text) for one in output.outputs]
+    ends = [(one.finish_reason, one.stop_reason) for one in output.outputs]
+    return BeamSearchOutput([BeamSearchSequence(*a, *b) for a, b in zip(whole, ends, strict=True)])

@@ -1,4 +1,4 @@
-"""The text of a sequence while it grows, and where a stop string ends it."""
+"""The text of a sequence while it grows, and where it ends."""
 
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.text.detokenizer import StreamDecoder
@@ -41,10 +41,15 @@ class SequenceText:
 
     def shown(self, finished: bool) -> str:
         """The text so far, without an ending that may turn out to be the beginning of a stop string."""
-        if finished:
-            return self._text
+        return self._text[: self.shown_length(finished)]
+
+    def shown_length(self, finished: bool) -> int:
         longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(self._text)), 0, -1):
+        for length in range(0 if finished else min(longest, len(self._text)), 0, -1):
             if any(stop.startswith(self._text[-length:]) for stop in self._stops):
-                return self._text[:-length]
-        return self._text
+                return len(self._text) - length
+        return len(self._text)
+
+    def start(self, length: int) -> str:
+        """Its first characters; what was shown once stays."""
+        return self._text[:length]

@@ -1,0 +1,144 @@
+"""The tables of minipaged/VLLM.md against vLLM's names and ours: what is there by them is there, and no more."""
+
+import inspect
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
+from minipaged.requests.sampling_params import Logprob
+
+TEXT = (Path(__file__).parents[1] / "minipaged" / "VLLM.md").read_text(encoding="utf-8")
+
+# Read from vLLM 0.32. Of LLM(...) these are the arguments that it names itself; it takes those of EngineArgs besides.
+VLLM = {
+    "LLM(...)": """
+        model runner convert tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code allowed_local_media_path
+        allowed_media_domains tensor_parallel_size dtype quantization revision tokenizer_revision chat_template seed
+        gpu_memory_utilization cpu_offload_gb offload_group_size offload_num_in_group offload_prefetch_step
+        offload_params enforce_eager enable_return_routed_experts return_sampling_mask disable_custom_all_reduce
+        hf_token hf_overrides mm_processor_kwargs pooler_config structured_outputs_config profiler_config
+        attention_config kv_cache_memory_bytes compilation_config quantization_config logits_processors spec_method
+        spec_model spec_tokens""",
+    "Methods of LLM": """
+        generate chat beam_search get_tokenizer reset_prefix_cache enqueue enqueue_chat wait_for_completion get_metrics
+        get_default_sampling_params get_world_size collective_rpc apply_model from_engine_args sleep wake_up
+        release_kv_cache_memory start_profile stop_profile reset_mm_cache""",
+    "Arguments of generate": """
+        prompts sampling_params use_tqdm lora_request priority tokenization_kwargs mm_processor_kwargs""",
+    "SamplingParams": """
+        n presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p top_k min_p seed stop
+        stop_token_ids ignore_eos max_tokens min_tokens logprobs prompt_logprobs prompt_logprob_token_ids
+        prompt_logprob_start logprob_token_ids flat_logprobs detokenize skip_special_tokens
+        spaces_between_special_tokens include_stop_str_in_output output_kind stream_interval skip_clone
+        output_text_buffer_length structured_outputs logit_bias allowed_token_ids extra_args bad_words
+        skip_reading_prefix_cache thinking_token_budget repetition_detection routed_experts_prompt_start
+        trace_decode_token_ids""",
+    "BeamSearchParams": """
+        beam_width max_tokens ignore_eos temperature length_penalty include_stop_str_in_output structured_outputs
+        skip_special_tokens watermarking""",
+    "RequestOutput": """
+        request_id prompt prompt_token_ids prompt_logprobs outputs finished metrics lora_request encoder_prompt
+        encoder_prompt_token_ids num_cached_tokens num_cache_creation_tokens prompt_token_id_logprobs
+        kv_transfer_params ec_transfer_params""",
+    "CompletionOutput": """
+        index text token_ids cumulative_logprob logprobs routed_experts finish_reason stop_reason lora_request
+        sampling_mask spec_decode_metrics weight_versions""",
+    "Logprob": "logprob rank decoded_token",
+}
+MORE = {"LLM(...)"}  # the table has names besides vLLM's own list: of EngineArgs
+OURS = {
+    "LLM(...)": LLM,
+    "Methods of LLM": LLM,
+    "Arguments of generate": LLM.generate,
+    "SamplingParams": SamplingParams,
+    "BeamSearchParams": BeamSearchParams,
+    "RequestOutput": RequestOutput,
+    "CompletionOutput": CompletionOutput,
+    "Logprob": Logprob,
+}
+NOT_LISTED = {"Methods of LLM", "Arguments of generate"}  # the table need not have all of ours
+# What the engine will have, and does not have yet.
+COMING = {
+    "LLM(...)": """
+        enable_prefix_caching enable_chunked_prefill gpu_memory_utilization kv_cache_memory_bytes
+        num_gpu_blocks_override max_logprobs enforce_eager""",
+    "Methods of LLM": "chat beam_search get_tokenizer",
+    "Arguments of generate": "sampling_params use_tqdm",
+}
+
+
+def names_of(section):
+    """What we have."""
+    ours = OURS[section]
+    if section == "Methods of LLM":
+        return {name for name in dir(ours) if not name.startswith("_")}
+    if is_dataclass(ours):
+        properties = {name for name, value in vars(ours).items() if isinstance(value, property)}
+        hidden = {"greedy", "penalises", "stop_strings"}  # for the engine, not for users
+        return {field.name for field in fields(ours)} | (properties - hidden)
+    return {*inspect.signature(ours).parameters} - {"self"}
+
+
+def read(section):
+    """What the section's tables say: {name: "yes", "no" or ours}, and the names that are only here."""
+    [body] = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)
+    said, only = {}, set()
+    for row in re.findall(r"^\|(.*)\|$", body, re.M):
+        cells = [cell.strip() for cell in row.split("|")]
+        names = re.findall(r"`(\w+)`", cells[0])
+        if len(cells) == 2:
+            only |= {*names}
+        for name in names if len(cells) == 3 else ():
+            assert name not in said, f"{name} stands there twice"
+            said[name] = cells[1]
+    return said, only
+
+
+def faults(section, said, only, ours, coming):
+    """What is wrong with a section, in words."""
+    found = [f"{name} has come: take it out of COMING" for name in ours & coming]
+    for name, here in said.items():
+        if here == "yes" and name not in ours | coming:
+            found.append(f"{name} isn't here, the table says it is")
+        if here != "yes" and name in ours | coming:
+            found.append(f"{name} is here, the table says it isn't")
+        if here not in ("yes", "no") and re.fullmatch(r"as `(\w+)`", here).group(1) not in ours:
+            found.append(f"{name}: there is no {here}")
+    vllm = {*VLLM[section].split()}
+    found += [f"vLLM has {name}: the table says nothing of it" for name in vllm - said.keys()]
+    found += [f"vLLM has no {name}" for name in said.keys() - vllm if section not in MORE]
+    found += [f"{name} isn't here, or is vLLM's" for name in only if name not in ours or name in vllm]
+    told = said.keys() | only if section not in NOT_LISTED else ours
+    return found + [f"{name} is here: the table says nothing of it" for name in ours - told]
+
+
+@pytest.mark.parametrize("section", VLLM)
+def test_the_table_says_what_is(section):
+    assert faults(section, *read(section), names_of(section), {*COMING.get(section, "").split()}) == []
+
+
+def test_every_section_is_read():
+    assert re.findall(r"^## (.*)$", TEXT, re.M) == [*VLLM] == [*OURS]
+
+
+def test_a_wrong_table_is_found():
+    said, only = read("SamplingParams")
+    ours = names_of("SamplingParams")
+
+    def broken(said=said, only=only, ours=ours):
+        return faults("SamplingParams", said, only, ours, set())
+
+    assert broken() == []
+    assert broken(said | {"n": "no"}) == ["n is here, the table says it isn't"]
+    assert broken(said | {"extra_args": "yes"}) == ["extra_args isn't here, the table says it is"]
+    assert broken(said | {"extra_args": "as `more`"}) == ["extra_args: there is no as `more`"]
+    assert broken({k: v for k, v in said.items() if k != "extra_args"}) == [
+        "vLLM has extra_args: the table says nothing of it"
+    ]
+    assert broken(said | {"best_of": "no"}) == ["vLLM has no best_of"]
+    assert broken(only=only | {"colour"}) == ["colour isn't here, or is vLLM's"]
+    assert broken(ours=ours | {"colour"}) == ["colour is here: the table says nothing of it"]
+    assert broken(ours=ours - {"n"}) == ["n isn't here, the table says it is"]
