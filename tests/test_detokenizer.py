@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import byte_ids, byte_tokenizer, metaspace_tokenizer, token_bytes, whole_text
 
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.text.detokenizer import HALF, StreamDecoder
 from minipaged.text.tokenizer import Tokenizer
-from tests.small_tokenizers import byte_ids, byte_tokenizer, metaspace_tokenizer, token_bytes, whole_text
 
 CHARACTERS = [
     "a",

@@ -5,12 +5,12 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from small_tokenizers import metaspace_tokenizer
 from tokenizers import pre_tokenizers
 
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
 from minipaged.text.tokenizer import Tokenizer
-from tests.small_tokenizers import metaspace_tokenizer
 
 TEXTS = [
     "",
