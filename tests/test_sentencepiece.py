@@ -111,9 +111,9 @@ def test_kinds_of_tokens():
     ids = {token: tokenizer.backend.token_to_id(token) for token in ("[INST]", "<|user|>", "<unk>", "<0x41>")}
     assert tokenizer.encode("[INST]<|user|>", add_special_tokens=False) == [ids["[INST]"], ids["<|user|>"]]
     assert tokenizer.decode([ids["[INST]"], ids["<|user|>"], ids["<unk>"], ids["<0x41>"]]) == "<|user|>A"
-    assert tokenizer.byte_ids == {tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    assert tokenizer.byte_values == {tokenizer.backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
     assert ids["<0x41>"] not in tokenizer.encode("<0x41>")  # a text that looks like a byte is not one
-    assert build_tokenizer(metadata("nobytes")).byte_ids == set()
+    assert build_tokenizer(metadata("nobytes")).byte_values == {}
 
 
 def test_without_scores_the_merges_count():

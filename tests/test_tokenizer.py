@@ -1,20 +1,15 @@
-"""Tokenizer, chat templates and the streaming detokenizer.
-
-Oracles: transformers on the same GGUF file; the tokenizers package's own decode of all tokens at once.
-"""
-
-from types import SimpleNamespace
+"""Tokenizer and chat templates. Oracle: transformers on the same GGUF file."""
 
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from small_tokenizers import metaspace_tokenizer
+from tokenizers import pre_tokenizers
 
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
-from minipaged.text.detokenizer import HALF, StreamDecoder
 from minipaged.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -60,32 +55,7 @@ def oracle():
 
 @pytest.fixture(scope="session")
 def metaspace() -> Tokenizer:
-    """A tokenizer as Llama 2 has it: ▁ for spaces, one of them before the text; bytes for the unknown."""
-    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces += list("▁abcdehlorw,.é") + ["▁h", "he", "▁he", "ll", "llo", "▁w", "or", "▁wor", "ld", "▁▁"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [("▁", "h"), ("▁h", "e"), ("h", "e"), ("l", "l"), ("ll", "o"), ("▁", "w"), ("o", "r")]
-    merges += [("▁w", "or"), ("l", "d"), ("▁", "▁")]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    to_text = [
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ]
-    backend.decoder = decoders.Sequence(to_text)
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in pieces[:3]])
-    return Tokenizer(backend)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level, with one token for each byte and no merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
+    return metaspace_tokenizer()
 
 
 @pytest.mark.parametrize("text", TEXTS + DIGITS)
@@ -204,125 +174,3 @@ def test_truncation_and_padding_of_the_file_are_switched_off(metaspace):
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     assert Tokenizer(backend).encode("he llo he llo") == metaspace.encode("he llo he llo")
-
-
-def stream(tokenizer, ids, **options):
-    decoder = StreamDecoder(tokenizer, **options)
-    return [decoder.add(i) for i in ids] + [decoder.flush()]
-
-
-def assert_streams_whole(tokenizer, ids, skip=True):
-    pieces = stream(tokenizer, ids, skip_special_tokens=skip)
-    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
-
-
-@settings(max_examples=300)
-@given(st.lists(st.integers(0, 49151), max_size=40), st.booleans())
-def test_stream_equals_decode_for_any_tokens_byte_level(smollm2, ids, skip):
-    assert_streams_whole(smollm2, ids, skip)
-
-
-@settings(max_examples=300)
-@given(st.lists(st.integers(0, 282), max_size=40), st.booleans())
-@example([3 + 0xE2, 3 + 0x82, 3 + 0xAC, 3 + 0x80, 260], True)
-def test_stream_equals_decode_for_any_tokens_metaspace(metaspace, ids, skip):
-    assert_streams_whole(metaspace, ids, skip)
-
-
-@settings(max_examples=300)
-@given(st.binary(max_size=60))
-@example(b"\x80" * 60)
-@example("😀".encode())
-@example(b"\xe2\x82" * 30)
-@example(b"a" + b"\xf0\x9f\x98" * 20 + b"\x80z")
-@example("\ufffd".encode() * 30)
-def test_stream_equals_decode_for_broken_bytes(data):
-    tokenizer = byte_tokenizer()
-    for garbage in (b"", b"\x80" * 13, b"\x80" * 14, b"\x80" * 15):  # up to where the window is cut
-        assert_streams_whole(tokenizer, byte_ids(tokenizer, garbage + data))
-
-
-def byte_ids(tokenizer, data):
-    """The tokens of single bytes; the letters that stand for bytes are GPT-2's."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = bytes_to_unicode()
-    return [tokenizer.backend.token_to_id(letters[byte]) for byte in data]
-
-
-@given(st.text())
-def test_stream_of_text_has_whole_characters_only(smollm2, metaspace, text):
-    for tokenizer in (smollm2, metaspace, byte_tokenizer()):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        pieces = stream(tokenizer, ids, skip_special_tokens=False)
-        decoded = tokenizer.decode(ids, skip_special_tokens=False)
-        assert "".join(pieces) == decoded
-        if HALF not in decoded:
-            assert not any(HALF in piece for piece in pieces)
-
-
-def test_a_character_comes_with_its_last_byte():
-    tokenizer = byte_tokenizer()
-    assert stream(tokenizer, byte_ids(tokenizer, "a😀é!".encode())) == [
-        "a",
-        "",
-        "",
-        "",
-        "😀",
-        "",
-        "é",
-        "!",
-        "",
-    ]
-    assert stream(tokenizer, byte_ids(tokenizer, b"a\xf0\x9f")) == ["a", "", "", HALF]
-    assert stream(tokenizer, byte_ids(tokenizer, b"\xf0\x9fa\x80b")) == [
-        "",
-        "",
-        HALF + "a",
-        "",
-        HALF + "b",
-        "",
-    ]
-
-
-def test_byte_fallback_waits_for_the_end_of_the_run(metaspace):
-    ids = [3 + byte for byte in "😀".encode()] + [metaspace.backend.token_to_id("a")]
-    assert stream(metaspace, ids) == ["", "", "", "", "😀a", ""]
-
-
-def test_text_continues_its_prompt(metaspace):
-    prompt, more = metaspace.encode("hello"), metaspace.encode("world")
-    assert stream(metaspace, more) == ["wor", "ld", ""]  # alone, the space before the first word is dropped
-    assert stream(metaspace, more, prompt_ids=prompt) == [" wor", "ld", ""]
-    assert stream(metaspace, more, prompt_ids=[*prompt, 1, 2]) == [
-        " wor",
-        "ld",
-        "",
-    ]  # special tokens say nothing
-
-
-@given(st.lists(st.integers(259, 282), min_size=1, max_size=30), st.lists(st.integers(259, 282), max_size=20))
-def test_prompt_and_stream_are_the_decode_of_both(metaspace, prompt, ids):
-    whole, head = metaspace.decode(prompt + ids), metaspace.decode(prompt)
-    assert "".join(stream(metaspace, ids, prompt_ids=prompt)) == whole[len(head) :]
-
-
-def test_special_and_unknown_tokens_are_passed_over(smollm2):
-    word = smollm2.encode("hello")
-    assert "".join(stream(smollm2, [2, *word, 2, 99999, *word, 2])) == "hellohello"
-    assert "".join(stream(smollm2, [*word, 2], skip_special_tokens=False)) == "hello<|im_end|>"
-
-
-@pytest.mark.parametrize("data", [b"ab \x80\xf0", b"\x80", b"\xe2\x82", "é".encode(), b"\xe2"])
-def test_work_per_token_does_not_grow(data):
-    """Counts the tokens decoded, also for endless garbage."""
-    tokenizer = byte_tokenizer()
-    decoded = []
-    counting = SimpleNamespace(
-        decode=lambda ids, skip: decoded.append(len(ids)) or tokenizer.decode(ids, skip),
-        is_silent=tokenizer.is_silent,
-        byte_ids=set(),
-    )
-    ids = byte_ids(tokenizer, data * 1000)
-    assert "".join(stream(counting, ids)) == tokenizer.decode(ids)
-    assert sum(decoded) <= 60 * len(ids)

@@ -6,13 +6,20 @@ from minipaged.text.tokenizer import Tokenizer
 
 
 class SequenceText:
-    """The text of one sequence: streamed token by token, and cut where a stop string is complete."""
+    """The text of one sequence: streamed token by token, and cut where a stop string is complete.
+
+    A token costs what it adds, however long the text is: pieces are joined when somebody reads them, and stop
+    strings are looked for at the end only.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
         self._decoder = StreamDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stops = params.stop_strings
         self._keep_stop = params.include_stop_str_in_output
-        self._text = ""
+        self._reach = max(map(len, self._stops), default=1) - 1  # a stop string may begin so far back
+        self._pieces: list[str] = []
+        self._length = 0  # of all pieces together
+        self._end = ""  # the last characters, as far as _reach
         self.num_tokens = 0
 
     def add(self, token_id: int, silent: bool = False, check_stops: bool = True) -> str | None:
@@ -22,34 +29,44 @@ class SequenceText:
         does not depend on where the borders between tokens happen to lie.
         """
         self.num_tokens += 1
-        old = len(self._text)
-        self._text += "" if silent else self._decoder.add(token_id)
+        piece = "" if silent else self._decoder.add(token_id)
+        known, near = len(self._end), self._end + piece
+        self._append(piece)
         found = []
         for stop in self._stops if check_stops else ():
-            start = self._text.find(stop, max(0, old - len(stop) + 1))
+            start = near.find(stop, max(0, known - len(stop) + 1))
             if start >= 0:
                 found.append((start + len(stop), start, stop))
         if not found:
             return None
         end, start, stop = min(found)
-        self._text = self._text[: end if self._keep_stop else start]
+        text = self.start(self._length - len(near) + (end if self._keep_stop else start))
+        self._pieces, self._length = [text], len(text)
         return stop
 
     def finish(self) -> None:
         """Nothing comes any more: give out what was held back for a character that might have become whole."""
-        self._text += self._decoder.flush()
+        self._append(self._decoder.flush())
 
     def shown(self, finished: bool) -> str:
         """The text so far, without an ending that may turn out to be the beginning of a stop string."""
-        return self._text[: self.shown_length(finished)]
+        return self.start(self.shown_length(finished))
 
     def shown_length(self, finished: bool) -> int:
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(0 if finished else min(longest, len(self._text)), 0, -1):
-            if any(stop.startswith(self._text[-length:]) for stop in self._stops):
-                return len(self._text) - length
-        return len(self._text)
+        for at in range(0 if not finished else len(self._end), len(self._end)):
+            rest = self._end[at:]
+            if any(len(stop) > len(rest) and stop.startswith(rest) for stop in self._stops):
+                return self._length - len(rest)
+        return self._length
 
     def start(self, length: int) -> str:
         """Its first characters; what was shown once stays."""
-        return self._text[:length]
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0][:length] if self._pieces else ""
+
+    def _append(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self._length += len(piece)
+            self._end = (self._end + piece)[-self._reach :] if self._reach else ""

@@ -38,9 +38,10 @@ class Tokenizer:
         self._template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         self.eos_token_ids: tuple[int, ...] = ()
         self.special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        # Sentencepiece's byte fallback: ids of <0x00> to <0xFF>, which the decoder joins to characters.
+        # Sentencepiece's byte fallback: token id -> byte, of <0x00> to <0xFF>, which the decoder joins to characters.
         fallback = backend.decoder is not None and b"ByteFallback" in backend.decoder.__getstate__()
-        self.byte_ids = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256 if fallback else 0)} - {None}
+        ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256 if fallback else 0)}
+        self.byte_values = {token_id: byte for token_id, byte in ids.items() if token_id is not None}
 
     @property
     def vocab_size(self) -> int:
