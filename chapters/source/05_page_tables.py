@@ -608,7 +608,7 @@ assert seen["tables in a row"] < seen["tables"] / 2
 # The page table, as the engine has it:
 
 # %%
-from minipaged.memory import Appended, KVCacheManager, PageTable
+from minipaged.memory import Appended, KVCacheManager, PageTable, copy_on_write
 
 show_source(PageTable.locate, PageTable.slot, PageTable.slots)
 
@@ -639,13 +639,13 @@ show_source(KVCacheManager.allocate, KVCacheManager.fork, KVCacheManager.free)
 # earlier request; such blocks are also the reason for the order in which `free` gives them back.
 
 # %%
-show_source(KVCacheManager.append, KVCacheManager._growths)
+show_source(copy_on_write.grow, copy_on_write._growths)
 
 # %% [markdown]
-# Your `append` gave one token to one sequence. This one gives any number of tokens to many sequences, **all or
-# nothing**: `_growths` finds out what everybody needs, then all blocks are taken in one go or none, and only then
-# anything changes. Half a step would be worse than none: some sequences would have slots for tokens that this step
-# does not compute.
+# Your `append` gave one token to one sequence. The package's gives any number of tokens to many sequences, **all or
+# nothing**, and it is a file of its own: `_growths` finds out what everybody needs, then all blocks are taken in one
+# go or none, and only then anything changes. Half a step would be worse than none: some sequences would have slots
+# for tokens that this step does not compute.
 #
 # One thing is subtle. When A1 and A2 write in the same step, only the first needs a copy; the second is alone by
 # then. `holders` counts how many are left. Figure 8 in one call:

@@ -1,7 +1,7 @@
 """Which token lives where?
 
-Read block_allocator.py, page_table.py, kv_manager.py, swapping.py, accounting.py; and then, where nothing is thrown
-away before it must be, prefix_cache.py and radix_cache.py.
+Read block_allocator.py, page_table.py, copy_on_write.py, swapping.py, kv_manager.py, accounting.py; and then, where
+nothing is thrown away before it must be, prefix_cache.py and radix_cache.py.
 
 Owns: block numbers, reference counts, page tables, and which blocks can be found again.
 Does not own: tensors, what tokens mean, who goes first. Integers and lists, and nothing but the standard library.
@@ -9,7 +9,8 @@ Does not own: tensors, what tokens mean, who goes first. Integers and lists, and
 
 from minipaged.memory.accounting import MemoryUsage
 from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
-from minipaged.memory.kv_manager import Allocated, Appended, KVCacheManager, Prefix
+from minipaged.memory.copy_on_write import Appended
+from minipaged.memory.kv_manager import Allocated, KVCacheManager, Prefix
 from minipaged.memory.page_table import PageTable, blocks_for
 from minipaged.memory.prefix_cache import HashCache, PrefixCache
 from minipaged.memory.radix_cache import RadixCache

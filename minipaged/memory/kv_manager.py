@@ -2,7 +2,7 @@
 
 Over the allocator (which block is free?) and the page tables (where is my token?) this file adds what
 sequences do: start (`allocate`), grow (`append`), split without copying (`fork`), end (`free`), and make way
-for others (`swap_out`, `swap_in`). Copy-on-write is all in `append`. With a prefix cache, a sequence starts with
+for others (`swap_out`, `swap_in`). Copy-on-write is in copy_on_write.py. With a prefix cache, a sequence starts with
 the blocks that `find` finds, and `publish` lets its own be found.
 
 Everything here is numbers. Where contents have to follow, the answer holds pairs (from, to), and the runner
@@ -13,11 +13,10 @@ Every operation is all or nothing: after the answer `NoSpace`, and after a Misus
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import NamedTuple
 
 from minipaged.memory.accounting import Counters, MemoryUsage, Pool, check_pool, measure
 from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
+from minipaged.memory.copy_on_write import Appended, grow
 from minipaged.memory.page_table import PageTable, blocks_for
 from minipaged.memory.prefix_cache import PrefixCache, Salt
 from minipaged.memory.swapping import Swapped, move
@@ -37,22 +36,6 @@ class Allocated:
     """A new sequence has its slots."""
 
     blocks: list[int]  # its page table
-
-
-@dataclass(frozen=True)
-class Appended:
-    """All sequences of the call have their new slots."""
-
-    copies: list[tuple[int, int]]  # (source, target), to be carried out before writing; no block is both
-
-
-class _Growth(NamedTuple):
-    """What one sequence needs to grow."""
-
-    table: PageTable
-    num_tokens: int
-    copy: bool  # its last block is shared and about to be written: it needs one of its own
-    new_blocks: int  # besides that one
 
 
 class KVCacheManager:
@@ -199,45 +182,12 @@ class KVCacheManager:
         self._gpu, self._cpu = (Pool(pool.allocator.renewed()) for pool in (self._gpu, self._cpu))
 
     def append(self, counts: dict[int, int], keep_free: int = 0) -> Appended | NoSpace:
-        """Give each sequence slots for `counts[seq_id]` more tokens: to all of them, or to none.
-
-        A sequence about to write into a block that others hold too gets a copy of it first. Only its last
-        block can be such a one, since the others are full: at most one copy for each sequence. When all
-        holders write, the last of them is alone by then and writes in place (paper, section 4.4).
-        """
-        growths = self._growths(counts)
-        blocks = self._gpu.allocator.allocate(sum(g.copy + g.new_blocks for g in growths), keep_free)
-        if isinstance(blocks, NoSpace):
-            return blocks
-        fresh, copies = iter(blocks), []
-        for table, num_tokens, copy, new_blocks in growths:
-            if copy:
-                source, target = table.blocks[-1], next(fresh)
-                self._gpu.allocator.release(source)
-                table.blocks = [*table.blocks[:-1], target]
-                copies.append((source, target))
-            if new_blocks:
-                table.blocks = [*table.blocks, *islice(fresh, new_blocks)]
-            table.num_tokens += num_tokens
-        self._counters.copies += len(copies)
-        return Appended(copies)
-
-    def _growths(self, counts: dict[int, int]) -> list[_Growth]:
-        growths = []
-        holders: dict[int, int] = {}  # of last blocks: how many are left once those before got their copies
-        for seq_id, num_tokens in counts.items():
-            table = self._table(self._gpu, seq_id)
-            if num_tokens < 0:
-                raise MisuseError(f"sequence {seq_id} cannot grow by {num_tokens} tokens")
-            copy = False
-            if num_tokens and table.room:
-                last = table.blocks[-1]
-                left = holders.get(last) or self._gpu.allocator.ref_count(last)
-                copy = left > 1
-                holders[last] = left - copy
-            new_blocks = self.blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
-            growths.append(_Growth(table, num_tokens, copy, new_blocks))
-        return growths
+        """Give each sequence slots for `counts[seq_id]` more tokens, or none of them any: see copy_on_write.py."""
+        growing = {seq_id: (self._table(self._gpu, seq_id), count) for seq_id, count in counts.items()}
+        answer = grow(growing, self._gpu, keep_free)
+        if isinstance(answer, Appended):
+            self._counters.copies += len(answer.copies)
+        return answer
 
     def take_back(self, seq_id: int, count: int) -> None:
         """Take the slots of the last `count` tokens back; blocks that are empty then become free.
