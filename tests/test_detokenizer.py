@@ -150,6 +150,7 @@ def test_broken_bytes_with_byte_fallback(metaspace):
     assert pieces(b"\xf0\x9f", a) == ["", "", HALF * 2 + "a", ""]
     assert pieces(b"\xf0\x9f") == ["", "", HALF * 2]
     assert pieces(b"\x80", space_h) == [HALF, " h", ""]  # the text's first space, and not its first character
+    assert pieces("\ufffda".encode()) == ["", "", HALF, "a", ""]  # written out: a character like others
     assert pieces(b"  ") == ["", " ", ""]
     broken = byte_ids(metaspace, "€".encode())
     assert stream(metaspace, [*broken[:2], special, broken[2]]) == ["", "", "", "€", ""]
@@ -164,6 +165,15 @@ def test_what_was_flushed_may_still_become_whole(all_kinds):
         first, second, third = byte_ids(tokenizer, "€".encode())
         assert decoder.add(first) == "" and decoder.flush() == HALF
         assert decoder.flush() == "" and decoder.add(second) == "" and decoder.add(third) == "€"
+
+
+def test_what_was_flushed_and_stays_broken_comes_once():
+    tokenizer = byte_tokenizer()
+    for garbage in range(20):  # up to where the window is cut
+        *ids, second, a = byte_ids(tokenizer, b"\x80" * garbage + b"\xf0\x9fa")
+        decoder = StreamDecoder(tokenizer)
+        pieces = [*map(decoder.add, ids), decoder.flush(), decoder.add(second), decoder.add(a)]
+        assert "".join(pieces) == tokenizer.decode([*ids, second, a])
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

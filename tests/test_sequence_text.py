@@ -128,6 +128,22 @@ def test_a_stop_string_on_the_last_of_min_tokens_does_not_count():
         assert text_of(tokenizer, ids, ["."], min_tokens=least) == expected
     assert text_of(tokenizer, ids, ["b.."], min_tokens=3) == ("a", "b..", 4)
 
+    text = SequenceText(tokenizer, [], SamplingParams(stop=[".", "never said"], min_tokens=3))
+    assert [text.add(i, check_stops=False) for i in ids[:3]] == [None] * 3
+    assert text.shown(False) == "ab."  # nor is it held back
+
+
+@pytest.mark.parametrize("least", range(6))
+def test_a_stop_string_behind_min_tokens_ends_the_sequence_there(least):
+    """However many tokens come at once: those behind it were never there."""
+    tokenizer, ended = byte_tokenizer(), []
+    ids = byte_ids(tokenizer, b"......")
+    seq = Sequence(ids[:1], seq_id=0, output_token_ids=ids.copy())
+    params = SamplingParams(stop=".", min_tokens=least, max_tokens=9)
+    texts = Texts(tokenizer, lambda request, seq, *why: ended.append(why))
+    [output] = texts.answer(Request("0", 0, ids[:1], params, 9, sequences=[seq])).outputs
+    assert (output.text, output.token_ids, ended) == ("." * least, ids[: least + 1], [("stop", ".")])
+
 
 def test_a_character_that_a_prompt_began_may_be_a_stop_string(all_kinds):
     for tokenizer in all_kinds[1:]:

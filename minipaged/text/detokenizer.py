@@ -13,7 +13,7 @@ from minipaged.text.tokenizer import Tokenizer
 
 HALF = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 LONG = 16  # tokens; a window beyond this length holds broken text, and is cut
-ENOUGH = 8  # tokens; more than a character has bytes, so their text ends as the whole text does
+ENOUGH = 4  # tokens; a character has no more bytes, so their text ends as the whole text does
 
 
 class StreamDecoder:
@@ -75,7 +75,7 @@ class StreamDecoder:
         elif len(self._ids) > LONG:
             pending = len(text) - len(self._sent)
             self._move(len(self._ids) - ENOUGH)
-            self._sent, self._context = self._sent[: len(self._sent) - pending], 0
+            self._sent = self._sent[: len(self._sent) - pending]
         return piece
 
     def _beyond(self, text: str) -> str:
