@@ -301,3 +301,29 @@ def test_more_logprobs_than_the_engine_gives_are_refused(llm, folder):
     free = LLM(str(folder), num_blocks=10, max_logprobs=-1)
     [output] = free.generate(PROMPTS[0], SamplingParams(max_tokens=1, logprobs=-1))
     assert len(output.outputs[0].logprobs[0]) == 96
+
+
+def test_what_a_request_computed_itself_is_no_hit_of_its_prompt(llm, monkeypatch):
+    """It was broken off after its prompt was computed, and finds its own blocks, or none."""
+    execute, broken = llm.executor.execute, []
+
+    def fails(plan):
+        output = execute(plan)
+        if plan.step == 3 and not broken:
+            broken.append(plan)
+            raise MemoryError
+        return output
+
+    monkeypatch.setattr(llm.executor, "execute", fails)
+    llm.add_request(PROMPTS[5], GREEDY)
+    outputs = []
+    while llm.has_unfinished_requests:
+        try:
+            outputs += llm.step()
+        except MemoryError:
+            continue
+    assert broken and outputs[-1].num_cached_tokens == 0
+    prefixes = llm.stats().prefixes
+    assert (prefixes.queried, prefixes.found) == (len(PROMPTS[5]), 0)
+    llm.generate(PROMPTS[5], GREEDY)
+    assert llm.stats().prefixes.found > 0  # this one's is one

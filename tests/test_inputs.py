@@ -43,7 +43,7 @@ def tokenizer(folder):
 
 
 DICTS = [{"prompt": "a"}, {"prompt_token_ids": [1]}, {"prompt": "b", "cache_salt": "s"}]
-ONE = ["text", "", {"prompt": "a"}, {"role": "user"}, {}, b"bytes", 5, 5.5, None, {"a", "b"}, np.int64(5)]
+ONE = ["text", "", {"prompt": "a"}, {"role": "user"}, {}, b"bytes", 5, 5.5, None, {"a"}, np.int64(5)]
 MANY = [[], ["a", "b"], [[5, 6], "a"], [CHAT, CHAT], DICTS, [{"prompt": "a"}, "b", [1], CHAT], [None, 5], [b"a"], [1.5]]
 
 
