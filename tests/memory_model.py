@@ -344,6 +344,7 @@ class CheckedMemory:
             assert self.memory.num_tokens(seq_id) == len(stream.tokens)
             blocks = self.memory.block_table(seq_id)
             assert stream.swapped or self.memory.current_table(seq_id) == blocks
+            assert self.memory._home(seq_id).tables[seq_id].num_published == stream.published
             assert len(blocks) == len(stream.cells) == self.memory.blocks_for(len(stream.tokens))
             places = [(stream.swapped, block) for block in blocks]
             pairs |= set(zip(stream.cells, places, strict=True))

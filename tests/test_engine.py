@@ -171,6 +171,10 @@ def test_greedy_is_the_same_alone_together_and_staggered(llm, greedy):
     assert [last[name].outputs[0].token_ids for name in ids] == greedy
 
 
+def test_new_memory_is_poison(make):
+    assert make(num_blocks=20).executor.runner.cache.isnan().all()
+
+
 @pytest.mark.parametrize("move", ["copy_blocks", "move_blocks"])
 def test_poison_shows_memory_that_was_not_moved(make, monkeypatch, move):
     llm = make(num_blocks=20, preemption="swap", watermark=0)

@@ -368,6 +368,14 @@ def test_swapped_out_requests_come_back_in_order_and_go_on():
             assert computed(plan)[name] == [1, 1, 1]
 
 
+def test_what_was_set_aside_for_a_victim_is_somebody_elses():
+    engine = Engine(num_blocks=8, max_num_seqs=3, max_num_batched_tokens=6)
+    for name, prompt, longest in (("a", 4, 12), ("b", 20, 2), ("c", 5, 8)):
+        engine.add(name, prompt=prompt, max_tokens=longest)
+    plan = engine.until(lambda plan: plan.preempted)
+    assert plan.preempted == [("c", "recompute")] and computed(plan) == {"a": [1], "b": [5]}  # all six
+
+
 def test_whoever_comes_back_keeps_to_the_budget():
     engine = Engine(num_blocks=7, num_cpu_blocks=9, max_num_seqs=4, max_num_batched_tokens=14)
     engine.add("a", prompt=8, max_tokens=10)
