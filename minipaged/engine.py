@@ -66,6 +66,8 @@ class LLMEngine:
         self._texts = Texts(self.tokenizer, self.scheduler.finish)
         self._unfinished: Callable[[], None] | None = None
         self._closed = False
+        self._computing: int | None = None  # in which thread
+        self._orphans: list[Mailbox] = []  # whose owner went away in the middle of a step
         self._totals, self._peak, self._times = Totals(), Peak(), self.executor.times
 
     # --- step by step -------------------------------------------------------------------------------------------
@@ -157,14 +159,20 @@ class LLMEngine:
 
     def _step(self, mailbox: Mailbox) -> list[RequestOutput]:
         """What waits in a mailbox; if there is nothing, a step is computed first."""
+        self._must_not_compute()
         mailbox.arrived()
         try:
             with self._lock:
                 self._make_whole()
                 if not mailbox and self._requests:
-                    self._compute()
+                    self._computing = threading.get_ident()
+                    plan, output = self._compute()
+                    self._computing = None
+                    for observer in self.observers:
+                        observer(plan, output)
                 return mailbox.take()
         except BaseException:
+            self._computing = None
             mailbox.not_taken()
             raise
 
@@ -172,11 +180,22 @@ class LLMEngine:
         """Finish what was broken off."""
         if self._closed:
             raise RuntimeError("this LLM was closed: make a new one")
+        self._must_not_compute()
+        self._finish_up()
+        while self._orphans:
+            self._abort_of(self._orphans[-1])
+            self._orphans.pop()
+
+    def _must_not_compute(self) -> None:
+        if self._computing == threading.get_ident():
+            raise RuntimeError("an LLM can't be asked in the middle of its own step, by a signal's handler for example")
+
+    def _finish_up(self) -> None:
         if self._unfinished is not None:
             self._unfinished()
             self._unfinished = None
 
-    def _compute(self) -> None:
+    def _compute(self) -> tuple[StepPlan, StepOutput]:
         times = [time.perf_counter()]
         self._unfinished = self._start_over
         plan = self.scheduler.schedule()
@@ -196,15 +215,14 @@ class LLMEngine:
         totals = replace(self._totals, num_steps=self._totals.num_steps + 1)
         answers = [self._answer(request, notes[request.request_id], totals) for request in changed]
         self._unfinished = partial(self._deliver, answers, totals)
-        self._make_whole()
+        self._finish_up()
         times.append(time.perf_counter())
         self._times.schedule += times[1] - times[0]
         self._times.update += times[3] - times[2]
         self._times.text += times[4] - times[3]
         if self.debug:
             self.memory.check()
-        for observer in self.observers:
-            observer(plan, output)
+        return plan, output
 
     def _answer(self, request: Request, before: Note, totals: Totals) -> tuple[Request, Answer]:
         now, metrics = time.monotonic(), request.metrics
@@ -303,11 +321,16 @@ class LLMEngine:
         self._texts.forget(request)
 
     def _abort_all(self, mailbox: Mailbox) -> None:
+        """Whoever asked went away. A generator may be found to be garbage at any moment: then it waits for its turn."""
+        self._orphans.append(mailbox)
         with self._lock:
-            self._make_whole()
-            for request, its in list(self._requests.values()):
-                if its is mailbox:
-                    self._abort(request, its)
+            if self._computing is None:
+                self._make_whole()
+
+    def _abort_of(self, mailbox: Mailbox) -> None:
+        for request, its in list(self._requests.values()):
+            if its is mailbox:
+                self._abort(request, its)
 
     def _contiguous_blocks(self) -> int:
         """Blocks that would be taken if each running sequence had reserved memory for the longest it may become."""

@@ -1,5 +1,6 @@
 """Each answer reaches whoever asked, whoever steps; what a caller holds is his own; options say what is wrong."""
 
+import gc
 import threading
 
 import pytest
@@ -74,6 +75,41 @@ def test_a_stream_checks_its_prompts_at_once_and_one_that_is_dropped_leaves_noth
     assert llm.has_unfinished_requests
     del stream
     assert not llm.has_unfinished_requests and llm.stats().memory.used == 0
+
+
+def test_a_stream_that_is_found_to_be_garbage_in_the_middle_of_a_step(llm, greedy, monkeypatch):
+    execute = llm.executor.execute
+
+    def collects(plan):
+        gc.collect()
+        return execute(plan)
+
+    monkeypatch.setattr(llm.executor, "execute", collects)
+    gc.disable()
+    try:
+        circle = [llm.stream(PROMPTS[1:], GREEDY)]
+        circle.append(circle)
+        del circle
+        assert tokens(llm.generate(PROMPTS[0], GREEDY)) == [greedy[0]]
+    finally:
+        gc.enable()
+    assert not llm.has_unfinished_requests and llm.stats().memory.used == 0
+
+
+def test_a_handler_of_signals_cannot_ask_in_the_middle_of_a_step(llm, greedy, monkeypatch):
+    execute, name, said = llm.executor.execute, llm.add_request(PROMPTS[0], GREEDY), []
+
+    def handled(plan):
+        for ask in (llm.step, lambda: llm.abort(name), lambda: llm.add_request(PROMPTS[1], GREEDY), llm.stats):
+            with pytest.raises(RuntimeError, match="in the middle of its own step") as error:
+                ask()
+        said.append(error)
+        return execute(plan)
+
+    monkeypatch.setattr(llm.executor, "execute", handled)
+    while llm.has_unfinished_requests:
+        [output] = llm.step()
+    assert len(said) == 12 and tokens([output]) == [greedy[0]]
 
 
 @pytest.mark.parametrize("way", ["generate", "stream", "by hand"])
