@@ -6,9 +6,10 @@ again (`Scheduler.start_over`), and of a request only its tokens count, as they 
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-from minipaged.requests.request import Request, RequestMetrics, Search
+from minipaged.requests.request import Request, Search
 from minipaged.requests.sequence import Sequence
 
 
@@ -22,7 +23,7 @@ class Note:
     search: Search | None
     num_prompt_logprobs: int
     num_output_tokens: int
-    metrics: RequestMetrics
+    metrics: dict[str, Any]
 
     @classmethod
     def of(cls, request: Request) -> "Note":
@@ -30,10 +31,10 @@ class Note:
             request,
             list(request.sequences),
             [(seq, len(seq.output_token_ids)) for seq in request.live],
-            copy.copy(request.search),  # a step replaces its lists, and changes none
+            request.search and copy.copy(request.search),  # a step replaces its lists, and changes none
             len(request.prompt_logprobs or ()),
             request.num_output_tokens,
-            replace(request.metrics),
+            vars(request.metrics).copy(),
         )
 
     def restore(self) -> None:
@@ -42,6 +43,7 @@ class Note:
             del seq.output_token_ids[length:], seq.sampled[length:]
             seq.finish_reason = seq.stop_reason = None
         request.sequences, request.error = list(self.sequences), None
-        request.search, request.metrics = copy.copy(self.search), replace(self.metrics)
+        request.search = self.search and copy.copy(self.search)
+        vars(request.metrics).update(self.metrics)
         if request.prompt_logprobs is not None:
             del request.prompt_logprobs[self.num_prompt_logprobs :]
