@@ -724,6 +724,8 @@ from minipaged.scheduling.scheduler import Scheduler
 show_source(Step.counts_of, Scheduler._scheduled)
 
 # %% [markdown]
+# (`grant` says what the budget allows: a very long prompt leaves some of it to others.)
+#
 # Read `start` and `count` in `_scheduled`: they are our `num_computed` and T. A token is drawn only if `last` holds,
 # that is, if after this step nothing is missing. Prompt, chunk of a prompt, one more token: all the same lines. So is
 # something that we have not met: if the engine takes a sequence's memory away, it sets `num_computed_tokens` to 0, and

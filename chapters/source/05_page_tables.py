@@ -725,9 +725,10 @@ from minipaged.execution.runner import ModelRunner
 show_source(ModelRunner._batch)
 
 # %% [markdown]
-# The tables themselves stay lists of Python integers; `_tensors` sends what a step needs of them to the device. A
-# tensor's rows have one length, so shorter tables are filled up with 0. Block 0 may belong to anybody, yet it is not
-# read by mistake: `context_lens` says how many tokens a sequence has, and readers stop there.
+# The tables themselves stay lists of Python integers. `self.tables` has them once more, as one tensor on the device,
+# and writes a row of it only when its table has changed: mostly it hasn't. A tensor's rows have one length, so shorter
+# tables are filled up with 0. Block 0 may belong to anybody, yet it is not read by mistake: `context_lens` says how
+# many tokens a sequence has, and readers stop there.
 #
 # Writing is what you did with `pool.view(N * B, D)[slots]`; chapter 2 showed the reference for it, `write_kv`.
 #
