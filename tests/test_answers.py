@@ -8,6 +8,7 @@ import torch
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, RequestOutputKind, RequestRefused, SamplingParams
+from minipaged.execution import pool_size
 from minipaged.execution.engine_args import EngineArgs
 
 PROMPTS = [[5 + i, 6, 7, 8 + i] * (1 + i) for i in range(6)]
@@ -233,6 +234,20 @@ def test_without_a_limit_an_output_ends_where_the_pool_does(folder):
 def test_an_option_is_refused_before_anything_is_loaded(option, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         LLM("there/is/no/such/model", **option)
+
+
+def test_a_share_of_the_free_memory_is_meant_on_a_cpu_too(folder, monkeypatch):
+    size = LLM(str(folder), num_blocks=1).block_bytes
+    monkeypatch.setattr(pool_size, "free_memory", lambda device: 100 * size)
+    for share, blocks in ((None, 25), (0.9, 90), (0.1, 10)):
+        assert LLM(str(folder), device="cpu", gpu_memory_utilization=share).memory.num_blocks == blocks
+
+
+@pytest.mark.parametrize("name", ["", 5, b"a", ["a"]])
+def test_a_name_that_is_none_is_refused(llm, name):
+    with pytest.raises(ValueError, match="^request_id=.*must be None or a string that is not empty"):
+        llm.add_request(PROMPTS[0], GREEDY, request_id=name)
+    assert not llm.has_unfinished_requests
 
 
 def test_options_that_there_are_not():

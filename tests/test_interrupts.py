@@ -16,7 +16,7 @@ from tiny_model import make_folder
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.memory import KVCacheManager
 
-TRIALS = int(os.environ.get("MINIPAGED_INTERRUPTS", "1500"))
+TRIALS = int(os.environ.get("MINIPAGED_INTERRUPTS", "2400"))
 PACKAGE = os.sep + "minipaged" + os.sep
 
 

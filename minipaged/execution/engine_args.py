@@ -40,7 +40,7 @@ class EngineArgs:
     cuda_graphs: on a GPU with Triton, replay decode steps: see decode_graphs.py.
     block_size: token slots in a block.
     num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes (also "512MiB" or "2GB").
-    gpu_memory_utilization: by default the pool takes a share of the memory that is free; this one on a GPU.
+    gpu_memory_utilization: or as a share of the memory that is free when the model is loaded, on a CPU too.
     num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has, if they fit.
     max_model_len: the longest prompt and output together, if less than the model's own.
     prefix_cache: "none", "hash" or "radix": how blocks are found again, see memory/prefix_cache.py.

@@ -14,7 +14,7 @@ def choose_num_blocks(
 ) -> int:  # fmt: skip
     """The size of the pool: as told, in blocks or in bytes, else a share of the memory that is free.
 
-    most: as many blocks as can ever be used; more is never taken by default. share: that share, on a GPU.
+    most: as many blocks as can ever be used; more is never taken by default. share: that share, if told.
     """
     if num_blocks is None:
         given = kv_cache_memory is not None
@@ -46,7 +46,7 @@ def choose_num_cpu_blocks(
 
 def default_kv_cache_memory(device: str, share: float | None = None) -> int:
     """A share of the bytes that are free now."""
-    return int(((share or CUDA_SHARE) if device.startswith("cuda") else CPU_SHARE) * free_memory(device))
+    return int((share or (CUDA_SHARE if device.startswith("cuda") else CPU_SHARE)) * free_memory(device))
 
 
 def free_memory(device: str) -> int:

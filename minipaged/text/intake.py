@@ -32,8 +32,10 @@ class Intake:
         params.check(self.vocab_size, self.max_logprobs)
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise ValueError(f"cache_salt={cache_salt!r}: must be None or a string that is not empty")
-        if request_id is not None and (not isinstance(request_id, str) or request_id in taken):
-            raise ValueError(f"request_id {request_id!r} is in use, or no text")
+        if request_id is not None and not (isinstance(request_id, str) and request_id):
+            raise ValueError(f"request_id={request_id!r}: must be None or a string that is not empty")
+        if request_id in taken:
+            raise ValueError(f"request_id {request_id!r} is in use")
         keep = kept_tokens(params, self.max_model_len)
         text, token_ids, own_salt = encode(prompt, self.tokenizer, self.vocab_size, keep)
         room = self.max_model_len - len(token_ids)
