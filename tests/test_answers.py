@@ -78,6 +78,7 @@ def test_a_stream_checks_its_prompts_at_once_and_one_that_is_dropped_leaves_noth
     assert not llm.has_unfinished_requests and llm.stats().memory.used == 0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_stream_that_is_found_to_be_garbage_in_the_middle_of_a_step(llm, greedy, monkeypatch):
     execute = llm.executor.execute
 

@@ -559,3 +559,48 @@ def test_bad_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError) as refused:
         Engine(**settings)
     assert message in str(refused.value)
+
+
+# ---- several tokens in a step: the door for speculation --------------------------------------------------------------
+
+
+def several(engine, name, said, tried=0):
+    """A step in which a request gets several tokens; `tried` tokens were computed besides those that it knew."""
+    plan = engine.scheduler.schedule()
+    [s] = [s for s in plan.sequences if s.request_id == name]
+    if tried:
+        engine.memory.append({s.seq_id: tried})
+        engine.scheduler.sequences[s.seq_id].num_computed_tokens += tried
+    engine.scheduler.update(plan, StepOutput({s.seq_id: [[SampledToken(token) for token in said]]}))
+    engine.memory.check()
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "reason"),
+    [((7, 8, 9), [7, 8, 9], None), ((7, END, 9), [7, END], "stop"), ((7, 8, 9, 5, 6), [7, 8, 9, 5], "length")],
+)
+def test_a_sequence_may_get_several_tokens_up_to_its_end(said, kept, reason):
+    engine = Engine(block_size=4)
+    request = engine.add("a", prompt=6, max_tokens=4)
+    several(engine, "a", said)
+    [seq] = request.sequences
+    assert (seq.output_token_ids, seq.finish_reason) == (kept, reason)
+    assert [token.token_id for token in seq.sampled] == kept
+    if reason is None:  # what it has more than one of is computed in the next step
+        assert computed(engine.step()) == {"a": [3]}
+    engine.run()
+    assert engine.memory.usage().used == 0
+
+
+@pytest.mark.parametrize(("tried", "said"), [(4, 1), (4, 3), (4, 5), (9, 2)])
+def test_slots_of_what_was_only_tried_are_taken_back(tried, said):
+    engine = Engine(block_size=4, num_blocks=10)
+    request = engine.add("a", prompt=6, max_tokens=20)
+    engine.step()
+    several(engine, "a", [7] * said, tried)
+    [seq] = request.sequences
+    assert seq.num_computed_tokens == engine.memory.num_tokens(seq.seq_id) == 6 + said and len(seq) == 6 + 1 + said
+    assert engine.memory.usage().used == -(-(6 + said) // 4)
+    assert computed(engine.step()) == {"a": [1]}
+    engine.run()
+    assert len(seq.output_token_ids) == 20 and engine.memory.usage().used == 0
