@@ -22,10 +22,11 @@ from minipaged.requests.sampling_params import SamplingParams
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling import queues
 from minipaged.scheduling.admission import SCHEDULES
-from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.speculation import Speculation
 from minipaged.scheduling.undo import Note
-from tests.recall_model import CUT, END, STOP, WORD, RecallRunner, expected, expected_search
+from tests.recall_model import CUT, END, STOP, WORD, Drafter, RecallRunner, expected, expected_search
 
 # --- a random schedule ----------------------------------------------------------------------------------------
 
@@ -44,6 +45,9 @@ class Scenario:
     resets: list[int] = field(default_factory=list)  # steps before which the prefix cache is reset
     failures: list[int] = field(default_factory=list)  # steps in which the runner fails
     patience: int = 16
+    drafter: Drafter | None = None
+    guesses: dict[str, Any] | None = None  # how speculation is set up; None: there is none
+    runner_guesses: bool = False  # else the scheduler asks
 
 
 def random_prompt(rng: random.Random, length: int, earlier: list[Request]) -> list[int]:
@@ -124,6 +128,17 @@ def scenario(seed: int) -> Scenario:
     if rng.random() < 0.1:
         result.failures = [rng.randint(1, 20) for _ in range(3)]
     result.patience = rng.choice([0, 1, 2, 16])
+    if rng.random() < 0.6:
+        result.drafter = Drafter(rng.choice([0, 0.5, 0.8, 1, 1]), random.Random(seed), requests)
+        result.runner_guesses = rng.random() < 0.4
+        result.guesses = {
+            "num_speculative_tokens": rng.randint(1, 8),
+            "num_branches": rng.choice([1, 1, 2, 3, 4]),
+            "free_rows": rng.choice([4, 24, 1000]),
+            "cost": rng.choice([0, 0.1]),
+            "adaptive": rng.random() < 0.5,
+        }
+        result.scheduler["max_num_batched_tokens"] += rng.choice([0, 0, 5, 40])
     return result
 
 
@@ -138,10 +153,13 @@ class Run:
         index = PREFIX_CACHES[given.cache]
         cache = index(given.memory["block_size"]) if index else None
         self.memory = KVCacheManager(**given.memory, cache=cache)
-        self.scheduler = Scheduler(self.memory, **given.scheduler)
+        speculation = None
+        if given.guesses:
+            speculation = Speculation(**given.guesses, proposer=None if given.runner_guesses else given.drafter)
+        self.scheduler = Scheduler(self.memory, **given.scheduler, speculation=speculation)
         self.scheduler.admission.patience = given.patience
         sizes = (given.memory["num_blocks"], given.memory["block_size"], given.memory["num_cpu_blocks"])
-        self.runner = RecallRunner(*sizes)
+        self.runner = RecallRunner(*sizes, given.drafter)
         self.seen: Counter[str] = Counter()
         self.aborted: set[str] = set()
         self.tenants: dict[int, str | None] = {}  # whose tokens were written to a block, by salt
@@ -213,21 +231,32 @@ class Run:
         output = self.runner.execute(plan)
         self.check_free_blocks()
         live = {s.seq_id for r in self.given.requests for s in r.live}
-        tables = {s.seq_id: s.block_table for s in plan.sequences}
+        tables = {s.seq_id: s.block_table for s in plan.sequences if s.branch_of is None}
+        tables = {i: table for i, table in tables.items() if i not in output.winners}
         changed = self.scheduler.update(plan, output)
         for seq_id in tables.keys() & set(self.memory.sequences()):
             self.seen["computed twice"] += self.memory.block_table(seq_id)[: len(tables[seq_id])] != tables[seq_id]
         self.memory.check()
         self.count(plan, live)
+        self.count_guesses(plan, output)
         assert {r.request_id for r in changed} == {
             s.request_id for s in plan.sequences if s.seq_id in output.tokens or s.seq_id in output.candidates
         }
-        for request in changed:  # the engine's part: stop strings
-            for seq in request.live if not request.search else ():
-                if seq.output_token_ids[-1] == CUT:
-                    self.scheduler.finish(request, seq, "cut")
-                    self.seen["cut"] += 1
+        for request in changed:
+            for seq in request.sequences if not request.search else ():
+                self.cut(request, seq)
         self.memory.check()
+
+    def cut(self, request: Request, seq: Sequence) -> None:
+        """The engine's part: a stop string ends a sequence, though there may be more tokens behind it."""
+        tokens = seq.output_token_ids
+        if CUT not in tokens or (seq.finish_reason and tokens.index(CUT) == len(tokens) - 1):
+            return
+        del tokens[tokens.index(CUT) + 1 :]
+        if seq.finish_reason is None:
+            self.scheduler.finish(request, seq, "cut")
+        seq.finish_reason = "cut"
+        self.seen["cut"] += 1
 
     def fail(self, plan: StepPlan) -> None:
         """The step is broken off, and nobody knows where: before its end, or when all tokens were appended."""
@@ -268,6 +297,8 @@ class Run:
             for seq in request.live if moved else ():
                 mine = moved.intersection(self.memory.block_table(seq.seq_id) if seq.in_memory else ())
                 self.tenants.update(dict.fromkeys(mine, request.cache_salt))
+        for s in plan.sequences:
+            self.tenants.update(dict.fromkeys(moved.intersection(s.block_table), salts[s.request_id]))
         self.tenants.update({slot // size: salts[s.request_id] for s in plan.sequences for slot in s.slots})
         for s in plan.sequences:
             for block in s.block_table:
@@ -288,9 +319,23 @@ class Run:
         for s in plan.sequences:
             prompt = len(by_id[s.request_id].prompt_token_ids)
             seen["chunks of a prompt"] += s.context_len < prompt
-            seen["again after a preemption"] += s.context_len > prompt and len(s.token_ids) > 1
+            seen["again after a preemption"] += s.context_len > prompt and s.num_own > 1
         born = {s.seq_id: bool(r.search) for r in self.given.requests for s in r.live if s.seq_id not in before}
         seen.update(forked_samples=list(born.values()).count(False), forked_beams=list(born.values()).count(True))
+
+    def count_guesses(self, plan: StepPlan, output: StepOutput) -> None:
+        branches = [s for s in plan.sequences if s.branch_of is not None]
+        taken = {seq_id: len(rows[0]) - 1 for seq_id, rows in output.tokens.items()}
+        self.seen.update(guessed=sum(map(len, output.drafts.values())), right=sum(taken.values()))
+        self.seen.update(branches=len(branches), winners=len(output.winners))
+        self.seen["all right"] += sum(taken.get(i, 0) == len(guess) for i, guess in output.drafts.items())
+        live = {s.seq_id for r in self.given.requests for s in r.live}
+        self.seen["ended in the middle"] += sum(
+            len(rows[0]) > 1 and i not in live and i in output.drafts for i, rows in output.tokens.items()
+        )
+        for seq_id in live.intersection(output.tokens):
+            seq = self.scheduler.sequences[seq_id]
+            assert self.memory.num_tokens(seq_id) == seq.num_computed_tokens == len(seq) - 1, "not all was taken back"
 
     def check_end(self) -> None:
         usage = self.memory.usage()
@@ -344,7 +389,7 @@ def check_plan(plan: StepPlan, run: Run) -> None:
     assert len(set(written)) == len(written), "a slot is written twice"
     for s in plan.sequences:
         size = memory.block_size
-        own = [s.block_table[p // size] * size + p % size for p in range(s.start, s.context_len)]
+        own = [s.block_table[p // size] * size + p % size for p in range(s.start, s.context_len + s.num_to_draft)]
         assert s.token_ids and s.slots == own, "a sequence writes where it does not read"
     check_moves(plan)
     arrival = {r.request_id: r.arrival for r in run.given.requests}

@@ -8,7 +8,7 @@ import transformers
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.execution import runner
+from minipaged.execution import answers
 from minipaged.generate import main
 from minipaged.requests.sampling_params import Logprob
 from minipaged.scheduling.admission import Admission
@@ -119,7 +119,7 @@ def test_logits_are_held_in_pieces_of_bounded_size(make, check, monkeypatch):
     monkeypatch.setattr(llm.executor.runner.model, "logits", counted)
     prompts = [[(5 * i * i + i + n) % 95 for i in range(n)] for n in (100, 300)]
     outputs = llm.generate(prompts, [wish(1), wish(3)])
-    assert max(sizes) == runner.PIECE == 128 and sum(sizes) == 99 + 299 + 3 * 2
+    assert max(sizes) == answers.PIECE == 128 and sum(sizes) == 99 + 299 + 3 * 2
     for prompt, k, output in zip(prompts, (1, 3), outputs, strict=True):
         check(prompt, k, output.prompt_logprobs)
 

@@ -52,9 +52,9 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[list[SampledToken] | B
     for way in (_best_token, _draw_any, _draw_truncated):
         rows = [r for r, d in enumerate(draws) if _way(d.params) is way]
         if rows:
-            tokens |= zip(rows, way(_take(adjusted, rows), [draws[r] for r in rows]), strict=True)
+            tokens |= zip(rows, way(take(adjusted, rows), [draws[r] for r in rows]), strict=True)
     sampled = {r: [SampledToken(token) for token in found] for r, found in tokens.items() if found}
-    bad = _add_logprobs(logits, draws, sampled)
+    bad = add_logprobs(logits, draws, sampled)
     return [bad.get(r) or sampled.get(r) or why_bad(logits[r], draws[r]) for r in range(len(draws))]
 
 
@@ -64,7 +64,7 @@ def _way(params: SamplingParams) -> Callable[[Tensor, list[Draw]], list[list[int
     return _draw_truncated if params.top_k > 0 or params.top_p < 1 else _draw_any
 
 
-def _take(x: Tensor, rows: list[int]) -> Tensor:
+def take(x: Tensor, rows: list[int]) -> Tensor:
     """x[rows] for rows in rising order, but faster, and no copy if that's all of them."""
     return x if len(rows) == len(x) else x.index_select(0, torch.tensor(rows, device=x.device))
 
@@ -102,11 +102,11 @@ def _by_chance(
     if not rows:
         return [None] * len(draws)
     some = [draws[r] for r in rows]
-    tokens = dict(zip(rows, draw(_scale(_take(x, rows), _take(peaks, rows), some), some), strict=True))
+    tokens = dict(zip(rows, draw(scale(take(x, rows), take(peaks, rows), some), some), strict=True))
     return [tokens.get(r) for r in range(len(draws))]
 
 
-def _scale(x: Tensor, peaks: Tensor, draws: list[Draw]) -> Tensor:
+def scale(x: Tensor, peaks: Tensor, draws: list[Draw]) -> Tensor:
     """Temperature and min_p: a new tensor, each row's best token at 0, dropped tokens at -inf."""
     x = x - peaks
     x /= _column([d.params.temperature for d in draws], x)
@@ -131,13 +131,13 @@ def _draw_from_nucleus(x: Tensor, draws: list[Draw]) -> list[list[int]]:
         rows = [r for r in range(len(draws)) if r not in tokens]
         if rows:
             left = [draws[r] for r in rows]
-            weights, ids, enough = _nucleus(_take(x, rows), min(rung, vocab), left)
+            weights, ids, enough = nucleus(take(x, rows), min(rung, vocab), left)
             drawn = zip(rows, _draw(weights, left, ids), enough.tolist(), strict=True)
             tokens |= {r: row_tokens for r, row_tokens, ok in drawn if ok}
     return [tokens[r] for r in range(len(draws))]
 
 
-def _nucleus(x: Tensor, rung: int, draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(x: Tensor, rung: int, draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
     """The weights [R, rung] of the best tokens, 0 where top_k or top_p cuts, their ids, and if that's all who count.
 
     x is scaled, so that exp(x) is a weight of at most 1. top_p is a part of what min_p and top_k have left.
@@ -192,15 +192,15 @@ def _draw(weights: Tensor, draws: list[Draw], ids: Tensor | None = None) -> list
     blocks = _blocks(weights)
     sums = _block_sums(blocks)[owner]  # [draws, blocks]
     target = _column(u, sums) * sums[:, -1:]
-    block = _first_above(sums, target)
+    block = first_above(sums, target)
     target -= pad(sums, (1, 0)).gather(1, block)  # what is left of it at the start of the block
     inner = blocks[owner, block.squeeze(1)].cumsum(-1, dtype=torch.float64)  # [draws, BLOCK]
-    index = (block * BLOCK + _first_above(inner, target)).squeeze(1)
+    index = (block * BLOCK + first_above(inner, target)).squeeze(1)
     tokens = iter((index if ids is None else ids[owner, index]).tolist())
     return [[next(tokens) for _ in range(d.num_draws)] for d in draws]
 
 
-def _first_above(running: Tensor, target: Tensor) -> Tensor:
+def first_above(running: Tensor, target: Tensor) -> Tensor:
     """Index [.., 1] of the first running sum above target: never one of weight 0, for that adds nothing.
 
     Rounding may have put target at the last sum or beyond; it's moved below, to the last weight that counts.
@@ -210,17 +210,19 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(running, below, right=True)
 
 
-def uniform(seed: int, sample: int, position: int) -> float:
+def uniform(seed: int, sample: int, position: int, purpose: str = "") -> float:
     """The random number in [0, 1) for token `position` of a sample's output: 53 bits of a hash.
+
+    purpose: other numbers for the same position, for what is decided besides (rejection.py).
 
     >>> uniform(7, 0, 0) == uniform(7, 0, 0) != uniform(7, 1, 0)
     True
     """
-    digest = hashlib.blake2b(f"{seed}/{sample}/{position}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{sample}/{position}{purpose}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _add_logprobs(
+def add_logprobs(
     logits: Tensor, draws: Sequence[Draw], sampled: dict[int, list[SampledToken]]
 ) -> dict[int, BadLogits]:
     """Give the tokens drawn their logprobs, where they are asked for. Returns the rows that have none."""
@@ -229,7 +231,7 @@ def _add_logprobs(
         return {}
     rows = sorted(limits)
     drawn = [(place, r, token) for place, r in enumerate(rows) for token in sampled[r]]
-    found = top_logprobs(_take(logits, rows), [(place, limits[r], token.token_id) for place, r, token in drawn])
+    found = top_logprobs(take(logits, rows), [(place, limits[r], token.token_id) for place, r, token in drawn])
     bad = {}
     for (_, r, token), logprobs in zip(drawn, found, strict=True):
         if isinstance(logprobs, BadLogits):

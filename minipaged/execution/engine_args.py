@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.preemption import MODES
@@ -46,6 +47,7 @@ class EngineArgs:
     prefix_cache: "none", "hash" or "radix": how blocks are found again, see memory/prefix_cache.py.
     max_num_batched_tokens: see `Scheduler`; by default BUDGET, and a token for each sequence at the least.
     max_num_seqs, chunked_prefill, schedule, preemption, watermark: see `Scheduler`.
+    speculative_config: who guesses tokens that the model checks, such as {"method": "ngram"}: see SpeculativeConfig.
     max_logprobs: the most logprobs that a request may ask for, for each token; -1: as many as there are tokens.
     seed: for requests that have none of their own; None draws a new one each time.
     debug: fill freed blocks with NaN and check every table and count at every step.
@@ -69,6 +71,7 @@ class EngineArgs:
     schedule: str = "fcfs"
     preemption: str = "auto"
     watermark: float = 0.01
+    speculative_config: SpeculativeConfig | None = None
     max_logprobs: int = 20
     seed: int | None = None
     debug: bool = False
@@ -95,6 +98,7 @@ class EngineArgs:
         return cls(**given)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
         for name, low in _INTEGERS.items():
             value = getattr(self, name)
             optional = name not in ("block_size", "max_num_seqs", "max_logprobs")

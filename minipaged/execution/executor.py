@@ -41,6 +41,8 @@ class Executor:
             (args.max_num_seqs, longest) if replays else None,
         )  # fmt: skip
 
+    free_rows, guess_cost = 24.0, 0.0
+
     @property
     def times(self) -> Times:
         """Of all steps that are over."""

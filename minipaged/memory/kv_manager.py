@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from minipaged.memory.accounting import Counters, MemoryUsage, Pool, check_pool, measure
 from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
+from minipaged.memory.branching import adopt, branch
 from minipaged.memory.copy_on_write import Appended, grow
 from minipaged.memory.page_table import PageTable, blocks_for
 from minipaged.memory.prefix_cache import PrefixCache, Salt
@@ -223,6 +224,31 @@ class KVCacheManager:
         for block in table.blocks:
             home.allocator.share(block)
         home.tables[child] = replace(table)
+
+    def branch(self, parent: int, child: int, start: int, count: int, keep_free: int = 0) -> Appended | NoSpace:
+        """Start `child` with the parent's tokens before position `start`, and `count` slots of its own behind them.
+
+        See branching.py. The parent's slots before `start` must be written by then.
+        """
+        table = self._table(self._gpu, parent)
+        self._must_be_new(child)
+        if not 0 <= start <= table.num_tokens or count < 1:
+            raise MisuseError(
+                f"sequence {parent} has {table.num_tokens} tokens: no branch of {count} tokens can start at {start}"
+            )
+        answer = branch(table, start, count, self._gpu, keep_free)
+        if isinstance(answer, NoSpace):
+            return answer
+        self._gpu.tables[child], appended = answer
+        self._counters.copies += len(appended.copies)
+        return appended
+
+    def adopt(self, seq_id: int, branch_id: int) -> None:
+        """The sequence goes on with the page table of one of its branches, which ends with that."""
+        self._table(self._gpu, seq_id), self._table(self._gpu, branch_id)
+        if seq_id == branch_id:
+            raise MisuseError(f"sequence {seq_id} is no branch of itself")
+        adopt(self._gpu, seq_id, branch_id)
 
     def free(self, seq_id: int) -> None:
         """End a sequence, wherever it lives. Blocks that no other sequence holds become free.

@@ -41,6 +41,9 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of the prompt: found in the prefix cache, and not computed for this request
+    num_drafts: int = 0  # speculation: steps with guesses for a sequence of it, tokens guessed, tokens that were right
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:

@@ -7,7 +7,7 @@ it tells about, or `BadLogits`. `PromptTargets` names the tokens of a prompt who
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -160,6 +160,10 @@ class Draw:
     output_token_ids: Sequence[int]
     stop_ids: frozenset[int]  # end of text and stop_token_ids, forbidden before min_tokens
     bad_word_ids: Sequence[Sequence[int]] = ()  # the tokens of params.bad_words: see text/inputs.py
+
+    def behind(self, output_token_ids: Sequence[int]) -> "Draw":
+        """The same, further on."""
+        return replace(self, output_token_ids=output_token_ids)
 
     @property
     def forbidden(self) -> frozenset[int]:

@@ -25,6 +25,7 @@ class Sequence:
     in_memory: bool = False  # whether it has a page table, on the GPU or swapped out
     sampled: list[SampledToken] = field(default_factory=list)  # the output again, with logprobs where asked for
     finish_reason: str | None = None  # "stop", "length", or "abort"
+    acceptance: float = 0.7  # speculation: about how many of the last guesses were right
     stop_reason: int | str | None = None  # the stop token or the stop string, if one of the request's own ended it
 
     def __len__(self) -> int:

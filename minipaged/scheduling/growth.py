@@ -3,6 +3,7 @@
 from minipaged.decoding.beam_search import memory_moves
 from minipaged.memory import KVCacheManager
 from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SampledToken
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.plan import StepOutput
 
@@ -27,10 +28,14 @@ class LiveSequences:
 
     def add(self, seq: Sequence) -> Sequence:
         """Give it its id."""
-        seq.seq_id = self._next_id
-        self._next_id += 1
+        seq.seq_id = self.new_id()
         self._by_id[seq.seq_id] = seq
         return seq
+
+    def new_id(self) -> int:
+        """An id that nobody had. A branch has no more of a sequence than that."""
+        self._next_id += 1
+        return self._next_id - 1
 
     def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Its memory is free at once, wherever it is."""
@@ -62,24 +67,32 @@ class LiveSequences:
         children = [self._fork(seq, index) for index in range(1, len(rows))]
         request.sequences.extend(children)
         for one, tokens in zip([seq, *children], rows, strict=True):
-            for token in tokens:
-                one.sampled.append(token)
-                one.output_token_ids.append(token.token_id)
-                if token.token_id in request.stop_ids:
-                    self.end(one, "stop", request.stop_reason(token.token_id))
-                    break
-                if len(one.output_token_ids) >= request.max_tokens:
-                    self.end(one, "length")
-                    break
-            else:
-                self._take_back(one)
+            reason, stop_reason = self._append_tokens(request, one, tokens)
+            self._settle(one)
+            if reason:
+                self.end(one, reason, stop_reason)
 
-    def _take_back(self, seq: Sequence) -> None:
-        """Of what was computed, only what became a token stays, and the newest token is never computed yet."""
-        surplus = seq.num_computed_tokens - (len(seq) - 1)
-        if surplus > 0:
+    def _append_tokens(
+        self, request: Request, seq: Sequence, tokens: list[SampledToken]
+    ) -> tuple[str | None, int | None]:
+        """Append them, to the end of the sequence at most; returns why it ended, if it did."""
+        for token in tokens:
+            seq.sampled.append(token)
+            seq.output_token_ids.append(token.token_id)
+            if token.token_id in request.stop_ids:
+                return "stop", request.stop_reason(token.token_id)
+            if len(seq.output_token_ids) >= request.max_tokens:
+                return "length", None
+        return None, None
+
+    def _settle(self, seq: Sequence) -> None:
+        """Of what was computed, only what became a token stays, and can be found; the newest is not computed yet."""
+        slots = self._memory.num_tokens(seq.seq_id)
+        seq.num_computed_tokens = min(slots, len(seq) - 1)
+        surplus = slots - seq.num_computed_tokens
+        if surplus:
             self._memory.take_back(seq.seq_id, surplus)
-            seq.num_computed_tokens -= surplus
+        self._memory.publish(seq.seq_id, seq.num_computed_tokens, seq.tokens)
 
     def _grow_beams(self, request: Request, output: StepOutput) -> bool:
         search, beams = request.search, request.sequences

@@ -14,17 +14,33 @@ from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, Sam
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """The tokens that one sequence computes in this step."""
+    """The tokens that one sequence computes in this step.
+
+    Speculation: behind its own tokens it may have guesses computed, of which it keeps those that turn out right. A
+    branch is another guess for the same sequence, in the place of a sequence of its own: see speculation.py.
+    """
 
     seq_id: int
     request_id: str
     token_ids: list[int]
     start: int  # the position of the first of them: so many tokens were computed before
-    slots: list[int]  # where their keys and values go, one for each token
+    slots: list[int]  # where their keys and values go, one for each token, and for each that is to be guessed
     block_table: list[int]
     draw: Draw | None = None  # what to draw from the logits of the last token
     num_candidates: int = 0  # beam search: how many of the best next tokens to return instead
     targets: PromptTargets | None = None  # tokens of the prompt whose logprobs are to be returned too
+    num_drafts: int = 0  # so many of token_ids, the last ones, are guesses
+    num_to_draft: int = 0  # so many more are guessed by whoever executes the plan, who appends them
+    branch_of: int | None = None  # the sequence that it is a branch of
+
+    @property
+    def num_own(self) -> int:
+        """How many of token_ids are certain."""
+        return len(self.token_ids) - self.num_drafts
+
+    @property
+    def draft_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_own :]
 
     @property
     def context_len(self) -> int:
@@ -50,7 +66,8 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(s.token_ids) for s in self.sequences)
+        """Guesses among them."""
+        return sum(len(s.token_ids) + s.num_to_draft for s in self.sequences)
 
     def to_json(self) -> dict[str, Any]:
         """For a trace. A draw is reduced to a yes: what it draws from is in the request."""
@@ -64,16 +81,29 @@ class StepPlan:
 class StepOutput:
     """What came of a step, by sequence id.
 
-    tokens: a list for each sample: n of them after a prompt of n samples, else one. In it its new tokens, in order.
+    tokens: a list for each sample: n of them after a prompt of n samples, else one. In it its new tokens, in order:
+        the guesses that were right, and one more, which the model drew where they end.
+    winners: the branch that was right, for sequences whose own guess was not. Its memory holds the new tokens.
     """
 
     tokens: dict[int, list[list[SampledToken]]] = field(default_factory=dict)
     candidates: dict[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[dict[int, Logprob]]] = field(default_factory=dict)  # one for each target
     errors: dict[int, str] = field(default_factory=dict)  # why nothing can be drawn for a sequence, ever
+    drafts: dict[int, list[int]] = field(default_factory=dict)  # what was guessed, by branches too
+    winners: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Booked:
+    """A row of guesses that has its slots. seq_id: of the sequence that it is for, or of a branch."""
+
+    seq_id: int
+    drafts: list[int]
+    num_to_draft: int = 0
 
 
 @dataclass
@@ -90,8 +120,10 @@ class Step:
     short: int = sys.maxsize  # the most tokens of a short prompt
     wanted_by_short: Callable[["Step"], int] = lambda step: 0  # asked only if there is a long one
     for_long: int | None = None  # the tokens of `spare` that long prompts may take; None: no long one has asked
+    set_aside: int = 0  # for guesses
     filled: bool = False  # whether a request got more than one token for each sequence
     counts: list[tuple[Request, dict[int, int]]] = field(default_factory=list)
+    drafts: dict[int, list[Booked]] = field(default_factory=dict)  # by sequence: its own row first, then its branches'
 
     def counts_of(self, request: Request) -> dict[int, int]:
         """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
@@ -118,8 +150,13 @@ class Step:
         if self.for_long is not None and self._is_long(request):
             self.for_long -= extra
         self.filled |= sum(counts.values()) > len(counts)
-        self.plan.copies.extend(copies)
+        self.add_copies(copies)
         self.counts.append((request, counts))
+
+    def add_copies(self, copies: list[tuple[int, int]]) -> None:
+        """All copies of a step are made at once: of a block that is a copy itself, its source is copied."""
+        sources = {target: source for source, target in self.plan.copies}
+        self.plan.copies.extend((sources.get(source, source), target) for source, target in copies)
 
     def _is_long(self, request: Request) -> bool:
         todos = (request.target(seq) - seq.num_computed_tokens for seq in request.live if seq.in_memory)

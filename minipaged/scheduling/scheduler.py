@@ -11,6 +11,8 @@ the earliest request always moves on, and nothing starves.
 Chunked prefill (Sarathi-Serve): a step computes at most so many tokens. Every running sequence gets one; what is
 left goes to prompts under way, then to new ones, and a prompt that doesn't fit is cut: the rest follows in the next
 steps. So nobody's next token waits for somebody's long prompt. Nor does a short prompt: see `Step`.
+
+Speculation: between the tokens that are sure and new prompts, guesses are computed too: see speculation.py.
 """
 
 import sys
@@ -24,9 +26,10 @@ from minipaged.requests.request import Request, RequestRefused
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.admission import WINDOW, Admission
 from minipaged.scheduling.growth import LiveSequences
-from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepPlan
+from minipaged.scheduling.plan import Booked, ScheduledSequence, Step, StepOutput, StepPlan
 from minipaged.scheduling.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.scheduling.queues import Queues, put
+from minipaged.scheduling.speculation import Speculation, Wish
 
 
 class Scheduler:
@@ -41,6 +44,7 @@ class Scheduler:
     schedule: "fcfs" or "prefix": see admission.py.
     preemption: "recompute", "swap" or "auto": see preemption.py.
     watermark: the share of blocks that an admission leaves free, so that it does not cause a preemption at once.
+    speculation: what guesses may be computed besides; None: none.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Scheduler:
         watermark: float = 0.01,
         schedule: str = "fcfs",
         chunked_prefill: bool = True,
+        speculation: Speculation | None = None,
     ):
         if preemption not in MODES:
             raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(MODES)}")
@@ -66,7 +71,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
-        self.preemption = preemption
+        self.preemption, self.speculation = preemption, speculation
         self.queues = Queues()
         self.waiting, self.running, self.swapped = self.queues.lists()
         self.admission = Admission(memory, self.queues, schedule, watermark, chunked_prefill)
@@ -128,16 +133,33 @@ class Scheduler:
         self._num_steps += 1
         short = self.max_num_batched_tokens if self.chunked_prefill else sys.maxsize
         step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens, short, self._wanted_by_short)
+        wishes = self._wishes(step)
         self._continue_running(step)
+        self._book_drafts(step, wishes)
         if not step.plan.preempted:
             self.admission.let_in(step, self.max_num_seqs - self.num_promised_seqs())
         for request, counts in step.counts:
-            step.plan.sequences.extend(self._scheduled(request, counts))
+            step.plan.sequences.extend(self._scheduled(request, counts, step))
         step.plan.freed.extend(self.memory.take_freed())
         return step.plan
 
-    def _continue_running(self, step: Step) -> None:
+    def _wishes(self, step: Step) -> dict[int, Wish]:
+        """What sequences would like to have guessed. The tokens for it are set aside before prompts take them."""
         step.spare -= self.num_live_seqs()
+        if self.speculation is None:
+            return {}
+        wishes = self.speculation.wishes(self.ready(), self.num_live_seqs())
+        step.set_aside = min(step.spare, sum(wish.num_tokens for wish in wishes.values()))
+        step.spare -= step.set_aside
+        return wishes
+
+    def _book_drafts(self, step: Step, wishes: dict[int, Wish]) -> None:
+        """Once everybody has the token that is sure, and if nobody had to make way for that."""
+        step.spare += step.set_aside
+        if self.speculation is not None and not step.plan.preempted:
+            self.speculation.book(step, wishes, self.memory, self.sequences.new_id)
+
+    def _continue_running(self, step: Step) -> None:
         for request in self.ready():
             if not self.running or self.running[-1].arrival < request.arrival:
                 break  # it was preempted just now, and so were all behind it
@@ -164,22 +186,27 @@ class Scheduler:
         """Sequences that run, and those that will when a prompt is forked."""
         return sum(request.width for request in self.running)
 
-    def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
+    def _scheduled(self, request: Request, counts: dict[int, int], step: Step) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():
             seq = self.sequences[seq_id]
             start = seq.num_computed_tokens
             last = start + count == len(seq)  # its logits tell the next token
-            yield ScheduledSequence(
-                seq_id,
-                request.request_id,
-                seq.tokens(start, count),
-                start,
-                self.memory.slots(seq_id, start, count),
-                self.memory.current_table(seq_id),
-                draw=request.draw(seq) if last and not request.search else None,
-                num_candidates=request.search.num_candidates if last and request.search else 0,
-                targets=request.targets(start + count),
-            )
+            for row in step.drafts.get(seq_id) or [Booked(seq_id, [])]:
+                tokens = seq.tokens(start, count) + row.drafts
+                yield ScheduledSequence(
+                    row.seq_id,
+                    request.request_id,
+                    tokens,
+                    start,
+                    self.memory.slots(row.seq_id, start, len(tokens) + row.num_to_draft),
+                    self.memory.current_table(row.seq_id),
+                    draw=request.draw(seq) if last and not request.search else None,
+                    num_candidates=request.search.num_candidates if last and request.search else 0,
+                    targets=request.targets(start + count),
+                    num_drafts=len(row.drafts),
+                    num_to_draft=row.num_to_draft,
+                    branch_of=seq_id if row.seq_id != seq_id else None,
+                )
 
     def _preempt(self, request: Request, step: Step) -> None:
         done = preempt(request, self.memory, self.preemption)
@@ -209,6 +236,8 @@ class Scheduler:
         """
         self.memory.reset()
         self.sequences.start_over()
+        if self.speculation is not None:
+            self.speculation.start_over()
         for queue in self.queues.lists():
             queue.clear()
         for request in requests:
@@ -223,10 +252,14 @@ class Scheduler:
         """Append the new tokens, fork and free. Returns the requests that got new tokens."""
         touched = {s.request_id for s in plan.sequences}
         requests = [request for request in self.running if request.request_id in touched]
+        if self.speculation is not None:
+            self.speculation.settle(plan, output, self.memory)
+            self.speculation.learn(plan, output, requests, self.sequences.__getitem__)
         for s in plan.sequences:
-            seq = self.sequences[s.seq_id]
-            seq.num_computed_tokens += len(s.token_ids)
-            self.memory.publish(s.seq_id, seq.num_computed_tokens, seq.tokens)
+            if s.branch_of is None:
+                seq = self.sequences[s.seq_id]
+                seq.num_computed_tokens += s.num_own
+                self.memory.publish(s.seq_id, seq.num_computed_tokens, seq.tokens)
         changed = []
         for request in requests:
             share_rebuilt_prompt(request, self.memory)
