@@ -3,30 +3,49 @@
 Today it is one runner in this process.
 """
 
-from kernels import load as load_kernels
+import math
+
+import torch
+
+import kernels
 from minipaged import cache_folder
+from minipaged.execution.draft_proposer import DraftProposer, check_draft
 from minipaged.execution.engine_args import EngineArgs
+from minipaged.execution.flat_batch import FlatBatches
+from minipaged.execution.head_proposer import HeadProposer
 from minipaged.execution.pool_size import choose_num_blocks, choose_num_cpu_blocks
+from minipaged.execution.proposer import Proposer
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
 from minipaged.execution.stats import Times
-from minipaged.models import load
+from minipaged.models import Loaded, ModelConfig, load
+from minipaged.models.head import Head, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
+
+# How many tokens a step computes in the time that it takes to read the weights: where speculation is for nothing.
+FREE_ROWS = {("cpu", torch.float32): 24.0, ("cpu", torch.bfloat16): 48.0}
+FREE_ROWS_OF_A_GPU = 256.0
 
 
 class Executor:
     """The model and the memory for its keys and values.
 
-    config, tokenizer: the model's. num_blocks, num_cpu_blocks: the sizes of both pools, in blocks of block_bytes bytes.
-    max_model_len: the longest prompt and output together. times: seconds, by what they were spent on.
+    config, tokenizer: the model's. num_blocks, num_cpu_blocks: the sizes of both pools, in blocks of block_bytes bytes,
+    what a proposer keeps of each token included. max_model_len: the longest prompt and output together.
+    times: seconds, by what they were spent on. free_rows, guess_cost: see `Speculation`.
     """
 
     def __init__(self, args: EngineArgs):
-        dtype, self.device = resolve(args.dtype, args.device)
-        backend = load_kernels(args.kernels, self.device, dtype, cache_folder())
-        loaded = load(args.model, dtype, self.device, backend=backend)
+        self._args = args
+        self._dtype, self.device = resolve(args.dtype, args.device)
+        backend = kernels.load(args.kernels, self.device, self._dtype, cache_folder())
+        loaded = load(args.model, self._dtype, self.device, backend=backend)
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self.max_model_len = min(args.max_model_len or self.config.max_model_len, self.config.max_model_len)
-        self.block_bytes = args.block_size * kv_bytes_per_token(self.config, dtype)
+        guesser = self._load_guesser(loaded)
+        own, extra = kv_bytes_per_token(self.config, self._dtype), _bytes_per_token(guesser, self.config, self._dtype)
+        self.block_bytes = args.block_size * (own + extra)
+        self.guess_cost = _num_weights(guesser) / _num_weights(loaded) if guesser else 0.0
+        self.free_rows = FREE_ROWS.get((self.device, backend.dtype), FREE_ROWS_OF_A_GPU)
         longest = -(-self.max_model_len // args.block_size)  # blocks of a page table
         self.num_blocks = choose_num_blocks(
             args.num_blocks, args.kv_cache_memory, self.block_bytes, longest * args.max_num_seqs, self.device,
@@ -37,11 +56,39 @@ class Executor:
         )
         replays = args.cuda_graphs and self.device == "cuda" and backend.name == "triton"
         self.runner = ModelRunner(
-            loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, dtype, self.device, args.debug,
-            (args.max_num_seqs, longest) if replays else None,
+            loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, self._dtype, self.device, args.debug,
+            (args.max_num_seqs, longest) if replays else None, self._proposer(guesser),
         )  # fmt: skip
 
-    free_rows, guess_cost = 24.0, 0.0
+    def _load_guesser(self, loaded: Loaded) -> Loaded | Head | None:
+        """The draft model, or the head, that the engine was told of."""
+        config = self._args.speculative_config
+        if config is None or config.method == "ngram":
+            return None
+        if config.method == "head":
+            return load_head(config.model, loaded.model, self._args.model)
+        assert config.model is not None
+        draft = load(config.model, self._dtype, self.device, backend=loaded.model.backend)
+        check_draft(config.model, draft, self.tokenizer, self.max_model_len)
+        return draft
+
+    def _proposer(self, guesser: Loaded | Head | None) -> Proposer | None:
+        config = self._args.speculative_config
+        if guesser is None or config is None:
+            return None
+        batches = FlatBatches(self.num_blocks, self._args.block_size, self.device, self._args.debug)
+        rest = batches, self.config.vocab_size, config.acceptance == "rejection"
+        if isinstance(guesser, Head):
+            states = self._caches(1, 1, self.config.hidden_size // 2)
+            return HeadProposer(guesser, states, self._caches(1, guesser.kv_heads, guesser.head_size), *rest)
+        theirs = guesser.config
+        return DraftProposer(guesser, *self._caches(theirs.num_layers, theirs.num_kv_heads, theirs.head_size), *rest)
+
+    def _caches(self, layers: int, kv_heads: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a proposer, under the page tables of both pools."""
+        shape = self._args.block_size, kv_heads, head_size, self._dtype
+        here = kernels.new_cache(layers, self.num_blocks, *shape, device=self.device)
+        return here, kernels.new_cache(layers, self.num_cpu_blocks, *shape, pinned=self.device == "cuda")
 
     @property
     def times(self) -> Times:
@@ -56,3 +103,18 @@ class Executor:
     def close(self) -> None:
         """Give the memory of weights, keys and values back. Doing it twice does no harm."""
         self.__dict__.pop("runner", None)
+
+
+def _bytes_per_token(guesser: Loaded | Head | None, config: ModelConfig, dtype: torch.dtype) -> int:
+    """What a proposer keeps of each token."""
+    if isinstance(guesser, Head):
+        return (config.hidden_size + 2 * guesser.kv_heads * guesser.head_size) * dtype.itemsize
+    return kv_bytes_per_token(guesser.config, dtype) if guesser else 0
+
+
+def _num_weights(what: Loaded | Head) -> int:
+    """All numbers that it reads to compute a token."""
+    if isinstance(what, Head):
+        return what.num_weights
+    shapes = type(what.model).tensor_shapes(what.config)
+    return sum(math.prod(shape) for shape in shapes.values())

@@ -11,11 +11,12 @@ import kernels
 from minipaged.execution.answers import answer, wanted_logits
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.flat_batch import FlatBatches
+from minipaged.execution.proposer import Guesses, Proposer, stack
 from minipaged.execution.stats import Times
 from minipaged.execution.timing import StepTimer
 from minipaged.models import Model
 from minipaged.models.config import ModelConfig
-from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
+from minipaged.scheduling.plan import StepOutput, StepPlan
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,
@@ -49,6 +50,7 @@ class ModelRunner:
 
     debug: fill freed blocks with NaN, so that a stale read shows in the output, and check every table.
     replay: (sequences, blocks of a page table) at the most in decode steps that are replayed as CUDA graphs.
+    proposer: who guesses where the plan leaves that to us.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ModelRunner:
         device: str = "cpu",
         debug: bool = False,
         replay: tuple[int, int] | None = None,
+        proposer: Proposer | None = None,
     ):
         self.model, self.backend = model, model.backend
         self.device = device
@@ -72,8 +75,11 @@ class ModelRunner:
         shape = (block_size, config.num_kv_heads, config.head_size, dtype)
         self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
         self.cpu_cache = kernels.new_cache(config.num_layers, num_cpu_blocks, *shape, pinned=device == "cuda")
+        self.proposer = proposer
+        self.pools = [(self.cache, self.cpu_cache), *(proposer.caches if proposer else ())]  # they move together
         if debug:
-            self.cache.fill_(torch.nan)
+            for pool, _ in self.pools:
+                pool.fill_(torch.nan)
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
         if self.graphs:
             self.graphs.record_all()
@@ -86,7 +92,10 @@ class ModelRunner:
         self._move_memory(plan)
         if not plan.sequences:
             return StepOutput()
-        sequences = self._with_drafts(plan.sequences)
+        self.timer.end("prepare")
+        guesses = self.proposer.propose(plan.sequences) if self.proposer else Guesses()
+        self.timer.end("draft")
+        sequences = guesses.appended(plan.sequences)
         input_ids, positions, batch = self.batches.of(sequences)
         self.timer.end("prepare")
         if self.graphs and self.graphs.fits(batch):
@@ -95,23 +104,24 @@ class ModelRunner:
             hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
         logits = wanted_logits(self.model, sequences, hidden)
         self.timer.end("model")
-        output = answer(self.model, sequences, hidden, logits)
+        output = answer(self.model, sequences, hidden, logits, stack(guesses.chances))
         self.timer.end("sample")
+        if self.proposer:
+            self.proposer.follow(sequences, (input_ids, positions, batch), hidden, output)
+            self.timer.end("draft")
         return output
-
-    def _with_drafts(self, sequences: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        return sequences
 
     def _move_memory(self, plan: StepPlan) -> None:
         """The order matters: out before freed blocks are poisoned or reused, in and copies before new tokens."""
-        if plan.swap_out:
-            self.backend.move_blocks(self.cache, self.cpu_cache, *self._pairs(plan.swap_out))
-        if self.debug and plan.freed:
-            self.cache[:, :, :, plan.freed] = torch.nan
-        if plan.swap_in:
-            self.backend.move_blocks(self.cpu_cache, self.cache, *self._pairs(plan.swap_in))
-        if plan.copies:
-            self.backend.copy_blocks(self.cache, *self._pairs(plan.copies))
+        for pool, cpu_pool in self.pools:
+            if plan.swap_out:
+                self.backend.move_blocks(pool, cpu_pool, *self._pairs(plan.swap_out))
+            if self.debug and plan.freed:
+                pool[:, :, :, plan.freed] = torch.nan
+            if plan.swap_in:
+                self.backend.move_blocks(cpu_pool, pool, *self._pairs(plan.swap_in))
+            if plan.copies:
+                self.backend.copy_blocks(pool, *self._pairs(plan.copies))
 
     def _pairs(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         source, target = torch.tensor(pairs).T

@@ -24,6 +24,7 @@ class Times:
 
     schedule: float = 0.0
     prepare: float = 0.0  # memory moves and batch building
+    draft: float = 0.0  # guessing, by a draft model or a head
     model: float = 0.0
     sample: float = 0.0
     update: float = 0.0

@@ -1,0 +1,133 @@
+"""Guesses change how many tokens a step gives, and never which: everything here is compared with an engine that guesses
+nothing, by equality, whatever else is on.
+
+SPECULATION_TRIES=500 looks longer.
+"""
+
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import make_folder
+
+import kernels
+from minipaged import LLM, BeamSearchParams, SamplingParams
+
+TRIES = int(os.environ.get("SPECULATION_TRIES", 24))
+WORDS = ["the cat sat on the mat. ", "a dog, a cat, a dog, a cat, ", "once more: the cat sat on ", "x=1; y=2; x=1; y=2; "]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model, and drafts for it: the same one, one that is nearly the same, and one that has nothing of it."""
+    root = tmp_path_factory.mktemp("speculation")
+    folders = {"model": make_folder(root / "model"), "same": root / "model"}
+    shutil.copytree(root / "model", root / "near")
+    weights = load_file(root / "near" / "model.safetensors")
+    torch.manual_seed(1)
+    noisy = {name: w + 0.02 * torch.randn_like(w) for name, w in weights.items()}
+    save_file(noisy, root / "near" / "model.safetensors", metadata={"format": "pt"})
+    return folders | {"near": root / "near", "far": make_far(root / "far", root / "model")}
+
+
+def make_far(folder, model):
+    """Another shape, one layer, and a vocabulary that is padded differently."""
+    import transformers
+
+    shutil.copytree(model, folder)
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=4096, bos_token_id=None, eos_token_id=95,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def guesses(rng, folders):
+    """A speculative_config."""
+    how = {
+        "num_speculative_tokens": rng.randint(1, 8), "num_branches": rng.choice([1, 1, 2, 3, 4]),
+        "adaptive": rng.random() < 0.5,
+    }  # fmt: skip
+    if rng.random() < 0.4:
+        low = rng.randint(1, 3)
+        return how | {"method": "ngram", "prompt_lookup_min": low, "prompt_lookup_max": low + rng.randint(0, 2)}
+    return how | {"method": "draft", "model": str(folders[rng.choice(["same", "near", "near", "far"])])}
+
+
+def job(rng):
+    """A prompt, and what is asked for it."""
+    prompt = "".join(rng.choice(WORDS) for _ in range(rng.randint(1, 3)))[: rng.randint(3, 60)].strip()
+    limit = rng.randint(1, 30)
+    params = {
+        "max_tokens": limit, "seed": rng.randint(0, 99), "temperature": rng.choice([0, 0, 0.3, 1.0]),
+        "min_tokens": rng.choice([0, 0, limit]), "stop": rng.choice([None, None, ["a", "zz"], ["e "]]),
+        "stop_token_ids": rng.choice([None, None, [5, 11, 64]]), "ignore_eos": rng.random() < 0.5,
+        "logprobs": rng.choice([None, None, 0, 3]), "prompt_logprobs": rng.choice([None, None, None, 2]),
+    }  # fmt: skip
+    if rng.random() < 0.4:
+        params |= {
+            "presence_penalty": rng.choice([0, 0.5]), "frequency_penalty": rng.choice([0, 0.3]),
+            "repetition_penalty": rng.choice([1, 1.3]), "logit_bias": rng.choice([None, {7: 4.0}]),
+            "bad_words": rng.choice([None, ["at"]]), "allowed_token_ids": rng.choice([None, list(range(60, 95))]),
+        }  # fmt: skip
+    if params["temperature"]:
+        params |= {
+            "n": rng.choice([1, 1, 3]), "top_k": rng.choice([0, 0, 5]), "top_p": rng.choice([1.0, 1.0, 0.8]),
+            "min_p": rng.choice([0, 0, 0.05]),
+        }  # fmt: skip
+    return prompt, SamplingParams(**params)
+
+
+def settings(rng):
+    """How an engine may be set up; the pool is tiny now and then."""
+    return {
+        "block_size": rng.choice([1, 2, 4, 16]), "max_num_seqs": rng.choice([4, 8, 16]),
+        "max_num_batched_tokens": rng.choice([16, 24, 64, 512]), "prefix_cache": rng.choice(["none", "hash", "radix"]),
+        "preemption": rng.choice(["auto", "swap", "recompute"]), "chunked_prefill": rng.random() < 0.7,
+        "schedule": rng.choice(["fcfs", "prefix"]),
+    }  # fmt: skip
+
+
+def pool(rng, jobs, block_size):
+    longest = max((p.n or 1) * (len(prompt) + (p.max_tokens or 1)) for prompt, p in jobs)
+    return -(-longest // block_size) + rng.choice([4, 10, 100])
+
+
+def told(outputs):
+    """All that an answer says."""
+    return [(one.prompt_logprobs, [asdict_of(o) for o in one.outputs], one.error) for one in outputs]
+
+
+def asdict_of(output):
+    return {k: v for k, v in asdict(output).items() if not k.startswith("_")}
+
+
+def run(llm, jobs):
+    return told(llm.generate([prompt for prompt, _ in jobs], [params for _, params in jobs]))
+
+
+@pytest.fixture(scope="module")
+def plain(folders):
+    return LLM(str(folders["model"]), block_size=16, num_blocks=400, prefix_cache="none", max_num_seqs=64)
+
+
+@pytest.mark.parametrize("seed", range(TRIES))
+def test_the_same_answers_with_guesses_and_without(folders, plain, seed):
+    if not plain.executor.runner.backend.same_bits:
+        pytest.skip("only equal numbers give equal tokens: the C++ backend is not there")
+    rng = random.Random(seed)
+    jobs = [job(rng) for _ in range(rng.randint(1, 6))]
+    wanted, how, setting = run(plain, jobs), guesses(rng, folders), settings(rng)
+    setting["num_blocks"] = pool(rng, jobs, setting["block_size"])
+    with LLM(str(folders["model"]), speculative_config=how, debug=True, **setting) as llm:
+        for _ in range(2):  # the second time with what the prefix cache has
+            assert run(llm, jobs) == wanted, (how, setting)
+        llm.memory.check()
+        assert llm.memory.usage().used == 0
