@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     shutil.copytree(root / "model", root / "near")
     weights = load_file(root / "near" / "model.safetensors")
     torch.manual_seed(1)
-    noisy = {name: w + 0.02 * torch.randn_like(w) for name, w in weights.items()}
+    noisy = {name: w + 0.005 * torch.randn_like(w) for name, w in weights.items()}
     save_file(noisy, root / "near" / "model.safetensors", metadata={"format": "pt"})
     return folders | {"near": root / "near", "far": make_far(root / "far", root / "model")}
 
