@@ -19,12 +19,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from kernels import say
 from minipaged.decoding.ngram import NgramProposer
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.executor import Executor
 from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.execution.stats import EngineStats, Peak, Totals
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
+from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import Request
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
@@ -69,6 +71,7 @@ class LLMEngine:
         self._texts = Texts(self.tokenizer, self.scheduler.finish)
         self._unfinished: Callable[[], None] | None = None
         self._closed = False
+        self._told_of_beams = False
         self._computing: int | None = None  # in which thread
         self._orphans: list[Mailbox] = []  # whose owner went away in the middle of a step
         self._totals, self._peak, self._times = Totals(), Peak(), self.executor.times
@@ -81,6 +84,11 @@ class LLMEngine:
             config.num_speculative_tokens, config.num_branches, ngram, self.executor.free_rows,
             self.executor.guess_cost, config.adaptive,
         )  # fmt: skip
+
+    def _say_what_beams_do_without(self, request: Request) -> None:
+        if isinstance(request.params, BeamSearchParams) and self.scheduler.speculation and not self._told_of_beams:
+            self._told_of_beams = True
+            say("beam search runs without speculation: each step ranks all beams, so none can be ahead")
 
     # --- step by step -------------------------------------------------------------------------------------------
 
@@ -151,6 +159,7 @@ class LLMEngine:
                 prefix_cache=self.prefix_cache,
                 prefixes=replace(scheduler.admission.prefixes),
                 times=replace(self.executor.times),
+                speculation=scheduler.speculation.counts.copy() if scheduler.speculation else None,
             )
 
     def close(self) -> None:
@@ -293,6 +302,7 @@ class LLMEngine:
                 self._make_whole()
                 request = self._checked(prompt, params, request_id, cache_salt, where)
                 name = request.request_id
+                self._say_what_beams_do_without(request)
                 self._unfinished = self._start_over
                 self.scheduler.add(request)
                 self._requests[name] = request, mailbox

@@ -8,12 +8,12 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from minipaged.execution.engine_args import EngineArgs
-from minipaged.terminal.options import HINTS, BadInput, parse
+from minipaged.terminal.options import HINTS, BadInput, parse, speculative_config
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.terminal.report import Results, ignore_closed_pipe, show_account, show_prefixes
 from minipaged.terminal.trace import TraceError, TraceWriter
@@ -73,9 +73,14 @@ def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitS
 def _check_options(args: argparse.Namespace) -> None:
     """Say what is wrong with them now, and not after loading."""
     try:
-        EngineArgs.of(args.model, {name: getattr(args, name) for name in OPTIONS})
+        EngineArgs.of(args.model, _options(args))
     except ValueError as error:
         raise BadInput(str(error)) from None
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {name: getattr(args, name) for name in OPTIONS}
+    return options | {"speculative_config": speculative_config(args)}
 
 
 def _open_trace(path: str) -> IO[str]:
@@ -97,7 +102,7 @@ def _load(args: argparse.Namespace, console: Console) -> "LLM":
         fetched = args.model == "smollm2" or Path(args.model).exists()
         words = f"loading {args.model}"
         with waiting(console, words) if fetched else contextlib.nullcontext():
-            return LLM(args.model, **{name: getattr(args, name) for name in OPTIONS})
+            return LLM(args.model, **_options(args))
     except (ValueError, OSError, MemoryError) as error:
         raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
     except RuntimeError as error:  # PyTorch's way to say that there is no memory

@@ -270,6 +270,31 @@ class CheckedMemory:
         new = self.streams[child] = Stream(list(old.tokens), list(old.cells), old.salt, old.published)
         new.swapped, new.publishes = old.swapped, old.publishes
 
+    def branch(self, parent, start, count, keep_free=0):
+        """A stream that goes its own way from `start` on, with `count` tokens."""
+        old, shared = self.streams[parent], start // self.size
+        needed = -(-(start + count) // self.size) - shared
+        child, self.next_id = self.next_id, self.next_id + 1
+        answer = self.ask(needed, keep_free, lambda: self.memory.branch(parent, child, start, count, keep_free))
+        if answer is None:
+            return
+        assert isinstance(answer, Appended) and len(answer.copies) == bool(start % self.size)
+        self.seen.update(copies=len(answer.copies), branches=1)
+        new = self.take((), needed)
+        tokens = old.tokens[:start] + self.new_tokens(count)
+        published = min(old.published, shared)
+        self.streams[child] = Stream(tokens, old.cells[:shared] + new, old.salt, published)
+        self.streams[child].publishes = old.publishes
+        self.poison_freed()
+        self.carry_out(answer.copies, self.gpu, self.gpu)
+        self.write(child, start)
+
+    def adopt(self, seq_id, branch):
+        self.ask(0, 0, lambda: self.memory.adopt(seq_id, branch))
+        self.let_go(self.streams[seq_id])
+        self.streams[seq_id] = self.streams.pop(branch)
+        self.seen["adopted"] += 1
+
     def free(self, seq_id):
         self.ask(0, 0, lambda: self.memory.free(seq_id))
         self.let_go(self.streams.pop(seq_id))
@@ -325,6 +350,14 @@ class CheckedMemory:
             lambda: (memory.swap_in if stream.swapped else memory.swap_out)(group),
             lambda: (memory.swap_out if stream.swapped else memory.swap_in)([seq_id]),
             lambda: memory.slots(seq_id, len(stream.tokens), 1),
+            lambda: memory.branch(seq_id, UNKNOWN, len(stream.tokens) + 1, 1),
+            lambda: memory.branch(seq_id, UNKNOWN, 0, 0),
+            lambda: memory.branch(seq_id, UNKNOWN, -1, 1),
+            lambda: memory.branch(seq_id, seq_id, 0, 1),
+            lambda: memory.branch(UNKNOWN, UNKNOWN + 1, 0, 1),
+            lambda: memory.adopt(seq_id, seq_id),
+            lambda: memory.adopt(seq_id, UNKNOWN),
+            lambda: memory.adopt(UNKNOWN, seq_id),
             lambda: memory.publish(UNKNOWN, 0, lambda start, count: []),
             lambda: memory.publish(seq_id, len(stream.tokens) + 1, lambda start, count: []),
         ]

@@ -237,8 +237,8 @@ def test_watch_draws_frames_that_fit(llm):
 def test_names_stay_with_their_sequences(llm):
     observer, seen = Observer(llm), {}
 
-    def check(plan, _):
-        observer.follow(plan)
+    def check(plan, output):
+        observer.follow(plan, output)
         for seq, name in observer._names.items():
             assert seen.setdefault(seq, name) == name
         names = [table.name for table in observer.snapshot().tables]

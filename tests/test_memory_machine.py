@@ -76,6 +76,18 @@ class MemoryMachine(RuleBasedStateMachine):
     def take_back(self, data, count):
         self.memory.take_back(data.draw(st.sampled_from(self.memory.ids(swapped=False))), count)
 
+    @precondition(lambda self: self.memory.ids(swapped=False))
+    @rule(data=st.data(), count=st.integers(1, 6), keep_free=KEEP_FREE)
+    def branch(self, data, count, keep_free):
+        parent = data.draw(st.sampled_from(self.memory.ids(swapped=False)))
+        start = data.draw(st.integers(0, len(self.memory.streams[parent].tokens)))
+        self.memory.branch(parent, start, count, keep_free)
+
+    @precondition(lambda self: len(self.memory.ids(swapped=False)) > 1)
+    @rule(data=st.data())
+    def adopt(self, data):
+        self.memory.adopt(*data.draw(st.permutations(self.memory.ids(swapped=False)))[:2])
+
     @rule(often=st.integers(0, 7))
     def reset(self, often):
         if often == 0:
@@ -102,7 +114,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory.swap_in(self.some(data, swapped=True), keep_free)
 
     @precondition(lambda self: self.memory.streams)
-    @rule(data=st.data(), which=st.integers(0, 8))
+    @rule(data=st.data(), which=st.integers(0, 19))
     def misuse(self, data, which):
         self.memory.misuse(data.draw(st.sampled_from(list(self.memory.streams))), which)
 
@@ -134,7 +146,8 @@ def one_operation(rng, memory, past):
     here, away, keep_free = memory.ids(swapped=False), memory.ids(swapped=True), rng.choice([0, 0, 0, 1, 3])
     rng.shuffle(here)
     weights = {"allocate": 10}
-    weights |= {"append": 40, "fork": 18, "swap out": 7, "publish": 30, "take back": 8} if here else {}
+    weights |= {"append": 40, "fork": 18, "swap out": 7, "publish": 30, "take back": 8, "branch": 8} if here else {}
+    weights |= {"adopt": 5} if len(here) > 1 else {}
     weights |= {"begin alike": 15} | ({"forget": 1} if memory.known else {})
     weights |= {"swap in": 10} if away else {}
     weights |= {"fork anywhere": 2, "free": 10, "misuse": 3} if memory.streams else {}
@@ -156,6 +169,11 @@ def one_operation(rng, memory, past):
             memory.append({seq_id: rng.choice([1, 1, 1, 0, 5]) for seq_id in some}, keep_free)
         case "take back":
             memory.take_back(here[0], rng.choice([0, 1, 1, 2, 5]))
+        case "branch":
+            length = len(memory.streams[here[0]].tokens)
+            memory.branch(here[0], max(0, length - rng.choice([0, 1, 1, 2, 7])), rng.randint(1, 5), keep_free)
+        case "adopt":
+            memory.adopt(*here[:2])
         case "fork":
             memory.fork(here[0])
         case "fork anywhere":
@@ -179,7 +197,7 @@ def test_random_walks():
             raise AssertionError(f"walk({seed}) fails") from error
         done += memory.seen
     often = {"copies": 200, "moved out": 600, "moved in": 200, "found": 200, "evicted": 600, "not moved": 100}
-    often |= {"computed twice": 20, "taken back": 100}
+    often |= {"computed twice": 20, "taken back": 100, "branches": 100, "adopted": 60}
     rare = {name: done[name] for name, least in often.items() if done[name] < least}
     assert not rare, "the walks no longer reach what they are for"
 

@@ -4,7 +4,6 @@ nothing, by equality, whatever else is on.
 SPECULATION_TRIES=500 looks longer.
 """
 
-import json
 import os
 import random
 import shutil
@@ -15,11 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import make_folder
 
-import kernels
-from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged import LLM, SamplingParams
 
 TRIES = int(os.environ.get("SPECULATION_TRIES", 24))
-WORDS = ["the cat sat on the mat. ", "a dog, a cat, a dog, a cat, ", "once more: the cat sat on ", "x=1; y=2; x=1; y=2; "]
+WORDS = ["the cat sat on the mat. ", "a dog, a cat, a dog, a cat, ", "once more: the cat sat on ", "x=1; y=2; x=1; "]
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,10 @@ class NgramProposer:
 
     def propose(self, seq: Sequence, count: int, num_branches: int = 1) -> list[list[int]]:
         """At most num_branches guesses of at most `count` tokens, the likeliest first; all begin differently."""
-        text, found = self._text(seq), {}
-        for end in islice(_places(text, self.prompt_lookup_min, self.prompt_lookup_max), 1 if num_branches == 1 else MOST):
+        text = self._text(seq)
+        found: dict[str, list[int]] = {}  # by their first letter
+        places = _places(text, self.prompt_lookup_min, self.prompt_lookup_max)
+        for end in islice(places, 1 if num_branches == 1 else MOST):
             found.setdefault(text[end], [ord(letter) for letter in text[end : end + count]])
             if len(found) == num_branches:
                 break

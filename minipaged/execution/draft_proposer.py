@@ -21,14 +21,14 @@ from minipaged.scheduling.plan import ScheduledSequence, StepOutput
 
 
 class DraftProposer(Proposer):
-    """loaded: the draft. cache, cpu_cache: its keys and values, for as many blocks as the model's pools have."""
+    """loaded: the draft. caches: for its keys and values, of as many blocks as the model's two pools have."""
 
     def __init__(
-        self, loaded: Loaded, cache: Tensor, cpu_cache: Tensor, batches: FlatBatches, vocab_size: int, by_chance: bool
+        self, loaded: Loaded, caches: tuple[Tensor, Tensor], batches: FlatBatches, vocab_size: int, by_chance: bool
     ):
         super().__init__(by_chance)
         self.model, self.batches, self.vocab_size = loaded.model, batches, vocab_size
-        self.cache, self.caches = cache, [(cache, cpu_cache)]
+        self.cache, self.caches = caches[0], [caches]
 
     def start(self, sequences: list[ScheduledSequence]) -> Tensor:
         own = [_own_tokens(s) for s in sequences]

@@ -64,9 +64,9 @@ class HeadProposer(Proposer):
     def _states_before(self, sequences: list[ScheduledSequence]) -> Tensor:
         """The true state before the first token of each, [S, E]; zeros at the very beginning."""
         size = self.batches.block_size
-        last = [s.start - 1 for s in sequences]
-        slots = [s.block_table[p // size] * size + p % size if p >= 0 else 0 for s, p in zip(sequences, last, strict=True)]
+        last = [max(0, s.start - 1) for s in sequences]
+        slots = [s.block_table[p // size] * size + p % size for s, p in zip(sequences, last, strict=True)]
         first, second = self.states[:, 0].flatten(1, 2)[:, slots]
         found = torch.cat((first, second), -1)
-        found[[place for place, p in enumerate(last) if p < 0]] = 0
+        found[[place for place, s in enumerate(sequences) if s.start == 0]] = 0
         return found

@@ -85,7 +85,7 @@ class Proposer:
         """The next guess of each row, noted in `guesses`; None where nothing can be drawn."""
         draws = [_behind(s, guesses.tokens[s.seq_id]) for s in rows]
         found: list[int | None] = []
-        for s, draw, drawn in zip(rows, draws, sample(logits, draws), strict=True):
+        for drawn in sample(logits, draws):
             found.append(None if isinstance(drawn, BadLogits) else drawn[0].token_id)
         if self._by_chance:
             self._draw_by_chance(rows, logits, draws, found, guesses)
@@ -125,7 +125,9 @@ def _branch_out(rows: list[ScheduledSequence], logits: Tensor, found: list[int |
 
 def _behind(s: ScheduledSequence, guessed: list[int]) -> Draw:
     assert s.draw is not None
-    draw = replace(s.draw, params=replace(s.draw.params, logprobs=None)) if s.draw.params.logprobs is not None else s.draw
+    draw = s.draw
+    if draw.params.logprobs is not None:  # nobody looks at those of a guess
+        draw = replace(draw, params=replace(draw.params, logprobs=None))
     return draw.behind([*draw.output_token_ids, *guessed]) if guessed else draw
 
 

@@ -1,4 +1,4 @@
-"""What `LLM(speculative_config={...})` may say: who guesses, and how. Names and meanings are vLLM's where it has them."""
+"""What `LLM(speculative_config={...})` may say: who guesses, and how. The names are vLLM's where it has one."""
 
 import difflib
 from dataclasses import dataclass, fields

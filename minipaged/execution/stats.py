@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from minipaged.memory import MemoryUsage
 from minipaged.scheduling.admission import PrefixCounts
+from minipaged.scheduling.speculation import SpeculationCounts
 
 
 @dataclass
@@ -60,6 +61,7 @@ class EngineStats:
     prefix_cache: str = "none"
     prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     times: Times = field(default_factory=Times)
+    speculation: SpeculationCounts | None = None  # None: nothing is guessed
 
     @property
     def prefix_hit_rate(self) -> float:

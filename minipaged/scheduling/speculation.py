@@ -19,7 +19,7 @@ How many are worth it is told by `Speculation.count`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from minipaged.memory import Appended, KVCacheManager
@@ -42,7 +42,7 @@ class Proposer(Protocol):
 
 @dataclass
 class SpeculationCounts:
-    """Since the beginning; vLLM's names. A draft is what was guessed for a sequence in a step, with all its branches."""
+    """Since the beginning; vLLM's names. A draft is what was guessed for a sequence in a step, by all its branches."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -55,9 +55,17 @@ class SpeculationCounts:
         return self.num_accepted_tokens / max(1, self.num_draft_tokens)
 
     @property
+    def acceptance_rate_per_pos(self) -> list[float]:
+        """Of all drafts, the share that was right so far at least: behind the first guess, the second, ..."""
+        return [count / max(1, self.num_drafts) for count in self.num_accepted_tokens_per_pos]
+
+    @property
     def mean_acceptance_length(self) -> float:
         """Tokens that a step with guesses gave: those that were right, and the one after them."""
         return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
+
+    def copy(self) -> "SpeculationCounts":
+        return replace(self, num_accepted_tokens_per_pos=self.num_accepted_tokens_per_pos.copy())
 
 
 @dataclass
@@ -101,9 +109,9 @@ class Speculation:
         found = {}
         for request in requests:
             for seq in request.live if request.search is None else ():
-                if seq.in_memory and seq.output_token_ids and seq.num_uncomputed == 1:
-                    if wish := self._wish(request, seq, num_running):
-                        found[seq.seq_id] = wish
+                ready = seq.in_memory and seq.output_token_ids and seq.num_uncomputed == 1
+                if ready and (wish := self._wish(request, seq, num_running)):
+                    found[seq.seq_id] = wish
         return found
 
     def _wish(self, request: Request, seq: Sequence, num_running: int) -> Wish | None:

@@ -2,9 +2,10 @@
 
 import argparse
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minipaged.execution.engine_args import bytes_of
+from minipaged.execution.speculative_config import METHODS, NUM_SPECULATIVE_TOKENS
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.preemption import MODES
@@ -59,6 +60,13 @@ JSON_HELP = (
     "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
     'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
 )
+SPECULATE_HELP = (
+    "have tokens guessed, which the model checks several at a time; the answers stay the same. ngram: what followed "
+    "the same tokens before, for answers that repeat their prompt; draft: a smaller model with the same vocabulary; "
+    "head: a small network on the model's own state, trained by python -m minipaged.train_head"
+)
+SPECULATIVE_MODEL_HELP = "of draft, a model; of head, a file (default: the one that stands in the package)"
+BRANCHES_HELP = "rows of guesses for a sequence at a time, which begin differently (default: 1)"
 TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
 
 
@@ -92,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--raw", dest="chat", action="store_false", help="a prompt is text to be continued")
     _add_decoding(parser.add_argument_group("decoding"))
     _add_memory(parser.add_argument_group("memory and scheduling"))
+    _add_speculation(parser.add_argument_group("speculation"))
     _add_output(parser.add_argument_group("output"))
     return parser
 
@@ -143,6 +152,28 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
     backends = ("auto", "torch", "triton", "cpp")
     group.add_argument("--kernels", choices=backends, default="auto", help=KERNELS_HELP)
+
+
+def _add_speculation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--speculate", choices=METHODS, help=SPECULATE_HELP)
+    group.add_argument("--speculative-model", metavar="MODEL", help=SPECULATIVE_MODEL_HELP)
+    most = ", ".join(f"{method} {count}" for method, count in NUM_SPECULATIVE_TOKENS.items())
+    words = f"the most guesses in a row (default: {most})"
+    group.add_argument("--num-speculative-tokens", type=_count, metavar="N", help=words)
+    group.add_argument("--num-branches", type=_count, metavar="N", help=BRANCHES_HELP)
+
+
+def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What these flags say together. BadInput if one is given, and nothing is guessed."""
+    names = {"speculative_model": "model", "num_speculative_tokens": "num_speculative_tokens",
+             "num_branches": "num_branches"}  # fmt: skip
+    given = {key: getattr(args, name) for name, key in names.items() if getattr(args, name) is not None}
+    if args.speculate is None:
+        for name, key in names.items():
+            if key in given:
+                raise BadInput(f"--{name.replace('_', '-')}: needs --speculate {' or '.join(METHODS)}")
+        return None
+    return {"method": args.speculate, **given}
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:

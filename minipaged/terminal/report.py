@@ -112,6 +112,9 @@ def as_json(output: "RequestOutput") -> dict[str, Any]:
             "time_per_output_token": output.time_per_output_token,
             "num_preemptions": metrics.num_preemptions,
             "num_cached_tokens": metrics.num_cached_tokens,
+            "num_drafts": metrics.num_drafts,
+            "num_draft_tokens": metrics.num_draft_tokens,
+            "num_accepted_tokens": metrics.num_accepted_tokens,
         },
     }
 
@@ -149,6 +152,7 @@ def account(stats: "EngineStats", seconds: float) -> list[tuple[str, str]]:
         ("swapped", f"{now.swapped_out_blocks:,} blocks out, {now.swapped_in_blocks:,} in"),
         ("preemptions", preemptions),
         ("prefix cache", _prefixes(stats)),
+        *_speculation(stats),
         ("in use now", f"{now.used:,} blocks{kept}"),
         ("tokens", f"{stats.num_prompt_tokens:,} of prompts, {stats.num_output_tokens:,} of outputs"),
         ("speed", f"{stats.num_output_tokens / max(seconds, 1e-9):,.1f} output tokens/s"),
@@ -163,6 +167,19 @@ def _prefixes(stats: "EngineStats") -> str:
     found = f"{counts.found:,} of {counts.queried:,} prompt tokens found, {100 * stats.prefix_hit_rate:.1f} %"
     again = f"; {counts.recovered:,} more after preemptions" if counts.recovered else ""
     return f"{found}{again}; {stats.memory.evicted:,} blocks evicted"
+
+
+def _speculation(stats: "EngineStats") -> list[tuple[str, str]]:
+    """Nothing if nothing is guessed."""
+    if (counts := stats.speculation) is None:
+        return []
+    share = f"{counts.num_accepted_tokens:,} of {counts.num_draft_tokens:,} guessed tokens were right"
+    rates = " ".join(f"{100 * rate:.0f}" for rate in counts.acceptance_rate_per_pos)
+    return [
+        ("speculation", f"{share}, {100 * counts.acceptance_rate:.1f} %"),
+        ("- drafts", f"{counts.num_drafts:,}, with {counts.mean_acceptance_length:.2f} tokens each"),
+        ("- right by position", f"{rates} %"),
+    ]
 
 
 def show_prefixes(llm: "LLM", console: Console) -> None:

@@ -16,7 +16,7 @@ from minipaged.memory import KVCacheManager, MemoryUsage
 if TYPE_CHECKING:  # only to name the types: a trace can be drawn without loading PyTorch
     from minipaged.llm import LLM
     from minipaged.requests.request import Request
-    from minipaged.scheduling.plan import StepPlan
+    from minipaged.scheduling.plan import StepOutput, StepPlan
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ class Observer:
             **{key: [letters(request.arrival) for request in requests] for key, requests in lists.items()},
         )
 
-    def follow(self, plan: StepPlan) -> list[str]:
+    def follow(self, plan: StepPlan, output: StepOutput) -> list[str]:
         """Learn of a step that is over. Returns what it did to the memory, a sentence for each thing."""
         before, names = self._requests, self._names
         self._name_all()
         names = {**names, **self._names}
         requests = {**before, **self._requests}
         finished = [name for i, name in before.items() if i not in self._requests]
-        return list(_tell(plan, requests, names, finished))
+        return [*_tell(plan, requests, names, finished), *_tell_guesses(plan, output, names)]
 
     def _name_all(self) -> None:
         scheduler = self._llm.scheduler
@@ -155,11 +155,28 @@ def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finis
         found = {s.request_id: f" ({s.start} tokens found)" for s in plan.sequences if s.start}
         yield " ".join(requests.get(i, i) + found.get(i, "") for i in plan.admitted) + " admitted"
     if plan.copies:
-        writers = {block: names.get(s.seq_id, "?") for s in plan.sequences for block in s.block_table}
+        writers = {block: names.get(s.seq_id, "branch") for s in plan.sequences for block in s.block_table}
         copies = [f"{writers.get(new, '?')} {old}->{new}" for old, new in plan.copies]
         yield f"{len(copies)} copied on write: {', '.join(copies)}"
     if finished:
         yield f"{' '.join(finished)} finished"
+
+
+def _tell_guesses(plan: StepPlan, output: StepOutput, names: dict[int, str]) -> Iterator[str]:
+    """For each sequence: guesses that were computed, by all its branches, and slots that were taken back."""
+    guessed: dict[int, int] = {}
+    booked: dict[int, int] = {}
+    for s in plan.sequences:
+        seq_id = s.seq_id if s.branch_of is None else s.branch_of
+        guessed[seq_id] = guessed.get(seq_id, 0) + len(output.drafts.get(s.seq_id, ()))
+        booked[seq_id] = booked.get(seq_id, 0) + len(s.slots)
+    parts = []
+    for seq_id in [i for i, number in guessed.items() if number and i in output.tokens]:
+        right = len(output.tokens[seq_id][0]) - 1
+        back = booked[seq_id] - right - 1
+        parts.append(f"{names.get(seq_id, '?')} {guessed[seq_id]}, {right} right, {back} slots taken back")
+    if parts:
+        yield f"guessed for {'; '.join(parts)}"
 
 
 def _moved(pairs: list[tuple[int, int]]) -> str:

@@ -47,7 +47,7 @@ class TraceWriter:
         )
 
     def __call__(self, plan: "StepPlan", output: "StepOutput") -> None:
-        events = self._observer.follow(plan)
+        events = self._observer.follow(plan, output)
         memory = self._observer.snapshot().to_json()
         step = {"step": plan.step, "plan": plan.to_json(), "output": output.to_json()}
         self._write({**step, "memory": memory, "events": events})
@@ -113,6 +113,6 @@ def drawn(header: dict[str, Any], step: TraceStep) -> Text:
 
 def in_words(step: TraceStep) -> str:
     usage = step.memory.usage
-    tokens = sum(len(one["token_ids"]) for one in step.plan["sequences"])
+    tokens = sum(len(one["token_ids"]) + one.get("num_to_draft", 0) for one in step.plan["sequences"])
     counts = f"{tokens:5} tokens, {usage.used:5} blocks in use, {usage.shared:4} shared"
     return f"step {step.step:5}: {counts}  {'; '.join(step.events)}"

@@ -96,9 +96,9 @@ class EventLines(Display):
         super().__init__(llm, console)
         self._observer = Observer(llm)
 
-    def _after_step(self, plan: "StepPlan", _: "StepOutput") -> None:
+    def _after_step(self, plan: "StepPlan", output: "StepOutput") -> None:
         usage = self._llm.memory.usage()
-        for event in self._observer.follow(plan):
+        for event in self._observer.follow(plan, output):
             where = f"{usage.used} of {usage.num_blocks} blocks in use"
             print(f"step {plan.step}: {event} [{where}]", file=self._console.file)
 
@@ -117,9 +117,9 @@ class Watch(Display):
         self._draw(self.frame())
         super().__exit__(*details)
 
-    def _after_step(self, plan: "StepPlan", _: "StepOutput") -> None:
+    def _after_step(self, plan: "StepPlan", output: "StepOutput") -> None:
         self._step = plan.step
-        self._events.extend(f"step {plan.step}: {event}" for event in self._observer.follow(plan))
+        self._events.extend(f"step {plan.step}: {event}" for event in self._observer.follow(plan, output))
         if self._is_time():
             text = self.frame()
             lines = text.plain.count("\n")
