@@ -9,6 +9,7 @@ import pytest
 
 from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
 from minipaged.execution.engine_args import ALIASES, EngineArgs
+from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.requests.sampling_params import Logprob
 
 TEXT = (Path(__file__).parents[1] / "minipaged" / "VLLM.md").read_text(encoding="utf-8")
@@ -23,6 +24,16 @@ VLLM = {
         hf_token hf_overrides mm_processor_kwargs pooler_config structured_outputs_config profiler_config
         attention_config kv_cache_memory_bytes compilation_config quantization_config logits_processors spec_method
         spec_model spec_tokens""",
+    "speculative_config": """
+        enforce_eager num_speculative_tokens model method draft_tensor_parallel_size tensor_parallel_size quantization
+        moe_backend attention_backend kv_cache_dtype max_model_len revision code_revision
+        index_share_for_mtp_iteration disable_padded_drafter_batch disable_eagle_block_drop
+        use_local_argmax_reduction use_heterogeneous_vocab prompt_lookup_max prompt_lookup_min parallel_drafting
+        target_model_config target_parallel_config num_speculative_tokens_per_batch_size draft_model_config
+        draft_parallel_config suffix_decoding_max_tree_depth suffix_decoding_max_cached_requests
+        suffix_decoding_max_spec_factor suffix_decoding_min_token_prob draft_load_config rejection_sample_method
+        synthetic_acceptance_rates synthetic_acceptance_length enable_adaptive_verification draft_sample_method
+        dspark_draft_topk""",
     "Methods of LLM": """
         generate chat beam_search get_tokenizer reset_prefix_cache enqueue enqueue_chat wait_for_completion get_metrics
         get_default_sampling_params get_world_size collective_rpc apply_model from_engine_args sleep wake_up
@@ -52,6 +63,7 @@ VLLM = {
 MORE = {"LLM(...)"}  # the table has names besides vLLM's own list: of EngineArgs
 OURS = {
     "LLM(...)": EngineArgs,
+    "speculative_config": SpeculativeConfig,
     "Methods of LLM": LLM,
     "Arguments of generate": LLM.generate,
     "SamplingParams": SamplingParams,

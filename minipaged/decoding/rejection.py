@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minipaged.decoding.acceptance import Drawn
 from minipaged.decoding.adjust import adjust
-from minipaged.decoding.sampling import add_logprobs, first_above, nucleus, scale, take, uniform
+from minipaged.decoding.sampling import first_above, nucleus, scale, take, uniform
 from minipaged.requests.sampling_params import BadLogits, Draw, SampledToken
 
 # What the random numbers of a position are for. The one without a purpose draws the token after all guesses.
@@ -50,14 +50,13 @@ def pick(chances: Tensor, draw: Draw, purpose: str) -> int:
 
 
 def accept_by_chance(
-    drafts: Sequence[int], drawn: Sequence[Drawn], logits: Tensor, chances: Tensor, draws: Sequence[Draw]
+    drafts: Sequence[int], drawn: Sequence[Drawn], wanted: Tensor, chances: Tensor, draws: Sequence[Draw]
 ) -> list[SampledToken]:
     """The tokens that a sequence gets; as `accept`, by the rule above.
 
-    drawn, logits [k+1, V], draws: for the position of each of the k drafts, and the one behind them; chances [k, V]:
-    what the drafts were drawn from.
+    drawn, wanted [k+1, V], draws: for the position of each of the k drafts, and the one behind them: a draw, and the
+    probabilities p. chances [k, V]: what the drafts were drawn from, q.
     """
-    wanted = probabilities(logits, draws)
     tokens: list[SampledToken] = []
     for place, row in enumerate(drawn):
         if isinstance(row, BadLogits):
@@ -68,7 +67,6 @@ def accept_by_chance(
         u = uniform(draw.seed, draw.index, len(draw.output_token_ids), KEEP)
         kept = u * float(q[guess]) < float(p[guess])
         token = SampledToken(guess if kept else pick((p - q).clamp(min=0), draw, REDRAW))
-        add_logprobs(logits[place : place + 1], [draw], {0: [token]})
         tokens.append(token)
         if not kept:
             break

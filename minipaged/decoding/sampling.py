@@ -205,7 +205,7 @@ def first_above(running: Tensor, target: Tensor) -> Tensor:
 
     Rounding may have put target at the last sum or beyond; it's moved below, to the last weight that counts.
     """
-    last = running[:, -1:]
+    last = running[..., -1:]
     below = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
     return torch.searchsorted(running, below, right=True)
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from minipaged.decoding.acceptance import Drawn, accept, draws_behind
 from minipaged.decoding.logprobs import top_candidates, top_logprobs
-from minipaged.decoding.rejection import accept_by_chance
-from minipaged.decoding.sampling import sample
+from minipaged.decoding.rejection import accept_by_chance, probabilities
+from minipaged.decoding.sampling import add_logprobs, sample
 from minipaged.models import Model
 from minipaged.requests.sampling_params import BadLogits
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput
@@ -61,17 +61,20 @@ def _draw(
     drawing = [(s, place) for s, place in _places(wanted) if s.draw]
     if not drawing:
         return
-    rows = [row for _, place in drawing for row in place]
+    chosen = [row for _, place in drawing for row in place]
     draws = [draws_behind(s.draw, s.draft_token_ids) for s, _ in drawing if s.draw]
-    drawn = iter(sample(logits if len(rows) == len(logits) else logits[rows], list(chain.from_iterable(draws))))
+    drawn = iter(sample(logits if len(chosen) == len(logits) else logits[chosen], list(chain.from_iterable(draws))))
     families: dict[int, list[tuple[ScheduledSequence, list[Drawn]]]] = {}
     for (s, place), its in zip(drawing, draws, strict=True):
         own = list(islice(drawn, len(place)))
         if s.num_drafts:
             output.drafts[s.seq_id] = s.draft_token_ids
         if s.seq_id in chances and not isinstance(own[0], BadLogits):
-            rule = s.draft_token_ids, own, logits[place.start : place.stop], chances[s.seq_id], its
-            output.tokens[s.seq_id] = [accept_by_chance(*rule)]
+            rows = logits[place.start : place.stop]
+            tokens = accept_by_chance(s.draft_token_ids, own, probabilities(rows, its), chances[s.seq_id], its)
+            for row, draw, token in zip(rows.split(1), its, tokens, strict=False):
+                add_logprobs(row, [draw], {0: [token]})
+            output.tokens[s.seq_id] = [tokens]
         else:
             families.setdefault(s.seq_id if s.branch_of is None else s.branch_of, []).append((s, own))
     for seq_id, family in families.items():
