@@ -13,7 +13,7 @@ from minipaged.decoding.sampling import sample
 from minipaged.requests.sampling_params import BadLogits, Draw, SampledToken, SamplingParams
 from minipaged.requests.sequence import Sequence
 
-# ---- n-grams: vLLM's semantics, written down in the slowest way -------------------------------------------------------
+# ---- n-grams: vLLM's semantics, written down in the slowest way -----------------------------------------------------
 
 
 def looked_up(tokens, shortest, longest, count):
@@ -117,7 +117,8 @@ def logits_of(seed, rows, scale=1.5):
 def test_probabilities_are_what_sample_draws_from(params):
     logits, draws = logits_of(3, 1), [draw_of(seed, output=[4], **params) for seed in range(4000)]
     [chances] = probabilities(logits, draws[:1])
-    counts = torch.bincount(torch.tensor([row[0].token_id for row in sample(logits.expand(4000, V), draws)]), minlength=V)
+    tokens = [row[0].token_id for row in sample(logits.expand(4000, V), draws)]
+    counts = torch.bincount(torch.tensor(tokens), minlength=V)
     assert chances.sum() == pytest.approx(1) and chi_square(counts, chances) < LIMIT
     assert not counts[chances == 0].any()
 

@@ -154,11 +154,18 @@ def alone(folder):
 
 
 def make(folder, seed):
+    """Every second one guesses: the model itself is the draft, which is often right."""
     rng = random.Random(seed)
+    guesses = [
+        None, {"method": "draft", "model": folder, "num_speculative_tokens": 3, "num_branches": 2, "adaptive": False},
+        None, {"method": "ngram", "prompt_lookup_min": 1, "num_branches": 3, "num_speculative_tokens": 4},
+        None, {"method": "draft", "model": folder, "num_speculative_tokens": 5, "adaptive": False},
+    ][seed % 6]  # fmt: skip
     return LLM(
         str(folder), block_size=4, num_blocks=rng.choice([24, 30, 60]), max_num_seqs=rng.choice([4, 16]), watermark=0.0,
         max_num_batched_tokens=rng.choice([16, 64]), preemption=rng.choice(["swap", "recompute", "auto"]),
         prefix_cache=rng.choice(["none", "hash", "radix"]), schedule=rng.choice(["fcfs", "prefix"]), debug=True,
+        speculative_config=guesses,
     )  # fmt: skip
 
 
@@ -174,11 +181,16 @@ def test_broken_off_at_any_line_nothing_is_wrong_or_left_behind(folder, alone, s
 SHORT = [5, 6, 7, 8, 9], SamplingParams(n=2, seed=3, max_tokens=1, logprobs=1)
 
 
-def every_line_of_the_last_step(llm, alone, first=1):
+GUESSED = [5, 6, 7, 8, 9], SamplingParams(temperature=0, max_tokens=5, logprobs=1)
+
+
+def every_line_of_the_last_step(llm, alone, short=SHORT):
     """The step in which a request is finished, broken off at each of its lines in turn."""
-    wanted, after = told(alone.generate([SHORT[0]], SHORT[1])[0]), first
+    wanted, after = told(alone.generate([short[0]], short[1])[0]), 1
     while True:
-        name = llm.add_request(*SHORT)
+        name = llm.add_request(*short)
+        if short is GUESSED:  # all that is missing after its first token is guessed at once
+            llm.step()
         outputs, where = interrupted(llm.step, after)
         while outputs is None or not outputs[0].finished:
             outputs = llm.step()
@@ -191,6 +203,12 @@ def every_line_of_the_last_step(llm, alone, first=1):
 
 def test_the_last_step_of_a_request_is_broken_off_at_every_line(folder, alone):
     assert every_line_of_the_last_step(make(folder, 0), alone) > 200
+
+
+def test_a_step_of_guesses_is_broken_off_at_every_line(folder, alone):
+    llm = make(folder, 5)
+    assert every_line_of_the_last_step(llm, alone, GUESSED) > 500
+    assert llm.stats().speculation.num_accepted_tokens > 1000
 
 
 @pytest.mark.parametrize("broken", ["start over keeps memory", "tokens are not taken back"])
