@@ -1,7 +1,8 @@
 """What does the model compute, and where do its weights come from?
 
-Read fields.py and config.py, rope.py, llama.py, gpt2.py; then how they are loaded: checkpoint.py (a folder) with
-folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf.py, fetch.py. Models go by name:
+Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); then how they
+are loaded: checkpoint.py (a folder) with folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf.py,
+fetch.py. Models go by name:
 ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
