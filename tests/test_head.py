@@ -10,9 +10,8 @@ from tiny_model import make_folder
 import kernels
 from minipaged.models import load
 from minipaged.models.fields import ModelError
-from minipaged.models.head import HEADS, load_head, unpacked
+from minipaged.models.head import load_head, unpacked
 from minipaged.train_head import main
-from minipaged.training.text import HELD_OUT
 
 BLOCK = 4
 

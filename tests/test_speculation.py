@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_folder
 
 from minipaged import LLM, SamplingParams
+from minipaged.train_head import main as train_head
 
 TRIES = int(os.environ.get("SPECULATION_TRIES", 24))
 WORDS = ["the cat sat on the mat. ", "a dog, a cat, a dog, a cat, ", "once more: the cat sat on ", "x=1; y=2; x=1; "]
@@ -30,7 +31,14 @@ def folders(tmp_path_factory):
     torch.manual_seed(1)
     noisy = {name: w + 0.005 * torch.randn_like(w) for name, w in weights.items()}
     save_file(noisy, root / "near" / "model.safetensors", metadata={"format": "pt"})
-    return folders | {"near": root / "near", "far": make_far(root / "far", root / "model")}
+    folders |= {"near": root / "near", "far": make_far(root / "far", root / "model")}
+    return folders | {"head": make_head(root / "head.safetensors", folders["model"])}
+
+
+def make_head(file, folder):
+    """A head for the model, hardly trained, and for two thirds of its vocabulary."""
+    assert train_head(["--model", str(folder), "--out", str(file), "--minutes", "0.1", "--vocabulary", "64"]) == 0
+    return file
 
 
 def make_far(folder, model):
@@ -56,6 +64,8 @@ def guesses(rng, folders):
     if rng.random() < 0.4:
         low = rng.randint(1, 3)
         return how | {"method": "ngram", "prompt_lookup_min": low, "prompt_lookup_max": low + rng.randint(0, 2)}
+    if rng.random() < 0.4:
+        return how | {"method": "head", "model": str(folders["head"])}
     return how | {"method": "draft", "model": str(folders[rng.choice(["same", "near", "near", "far"])])}
 
 
@@ -129,3 +139,76 @@ def test_the_same_answers_with_guesses_and_without(folders, plain, seed):
             assert run(llm, jobs) == wanted, (how, setting)
         llm.memory.check()
         assert llm.memory.usage().used == 0
+
+
+# ---- what a proposer remembers moves with the blocks ------------------------------------------------------------------
+
+
+def guessed(llm, jobs):
+    """Everything that was guessed, by who it was for and where."""
+    found = {}
+
+    def note(plan, output):
+        for s in plan.sequences:
+            if s.seq_id in output.drafts:
+                key = tuple(s.draw.prompt_token_ids), s.draw.seed, s.draw.index, s.start
+                found.setdefault(key, []).append(output.drafts[s.seq_id])
+
+    llm.observers.append(note)
+    run(llm, jobs)
+    return found
+
+
+@pytest.mark.parametrize("method", ["draft", "head"])
+def test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method):
+    """They depend on a sequence's own tokens alone: what a proposer keeps of them is where their blocks are."""
+    rng = random.Random(5)
+    beginning = "".join(rng.choice(WORDS) for _ in range(4))
+    jobs = [
+        (beginning[: rng.randint(20, 60)], SamplingParams(seed=i, n=1 + i % 3, max_tokens=24, temperature=0.5))
+        for i in range(8)
+    ]
+    model = str(folders["near" if method == "draft" else method])
+    how = {"method": method, "model": model, "num_speculative_tokens": 3, "adaptive": False}
+    common = {"speculative_config": how, "debug": True, "block_size": 4}
+    with LLM(str(folders["model"]), num_blocks=1000, prefix_cache="none", **common) as llm:
+        if not llm.executor.runner.backend.same_bits:
+            pytest.skip("only equal numbers give equal guesses")
+        wanted = guessed(llm, jobs)
+    small = {"num_blocks": 45, "preemption": "swap", "max_num_batched_tokens": 64, "prefix_cache": "radix"}
+    with LLM(str(folders["model"]), **small, **common) as llm:
+        found = guessed(llm, jobs)
+        stats = llm.stats()
+    assert stats.prefixes.found and stats.memory.copies and stats.memory.swapped_in_blocks
+    compared = 0
+    for key in found.keys() & wanted.keys():
+        for ours, theirs in zip(found[key], wanted[key], strict=False):
+            length = min(len(ours), len(theirs))  # a lack of room may shorten them
+            assert ours[:length] == theirs[:length]
+            compared += length
+    assert compared > 300
+
+
+@pytest.mark.parametrize("forgotten", ["swap_in", "copies"])
+@pytest.mark.parametrize("method", ["draft", "head"])
+def test_and_that_would_be_noticed(folders, monkeypatch, method, forgotten):
+    from dataclasses import replace
+
+    from minipaged.execution.runner import ModelRunner
+
+    move = ModelRunner._move_memory
+
+    def only_the_model(self, plan):
+        pools = self.pools
+        move(self, replace(plan, **{forgotten: []}))
+        self.pools = pools[:1]
+        for pool, cpu_pool in self.pools:
+            if forgotten == "swap_in" and plan.swap_in:
+                self.backend.move_blocks(cpu_pool, pool, *self._pairs(plan.swap_in))
+            if forgotten == "copies" and plan.copies:
+                self.backend.copy_blocks(pool, *self._pairs(plan.copies))
+        self.pools = pools
+
+    monkeypatch.setattr(ModelRunner, "_move_memory", only_the_model)
+    with pytest.raises(AssertionError):
+        test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method)

@@ -18,7 +18,7 @@ from minipaged.execution.proposer import Proposer
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
 from minipaged.execution.stats import Times
 from minipaged.models import Loaded, ModelConfig, load
-from minipaged.models.head import Head, load_head
+from minipaged.models.head import Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
 
 # How many tokens a step computes in the time that it takes to read the weights: where speculation is for nothing.
@@ -66,7 +66,7 @@ class Executor:
         if config is None or config.method == "ngram":
             return None
         if config.method == "head":
-            return load_head(config.model, loaded.model, self._args.model)
+            return load_head(config.model or head_of(self._args.model), loaded.model, loaded.model.backend)
         assert config.model is not None
         draft = load(config.model, self._dtype, self.device, backend=loaded.model.backend)
         check_draft(config.model, draft, self.tokenizer, self.max_model_len)

@@ -10,6 +10,7 @@ Guesses are among V' frequent tokens only: the product with a whole vocabulary w
 (arXiv:2502.14856). `python -m minipaged.train_head` makes such heads. E, T, G, N, B, D as in llama.py.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,18 @@ class Head:
         self.config, self.backend, self.embedding = config, backend, model.embedding
         self.kv_heads, self.head_size = config.num_kv_heads, config.head_size
         self.token_ids: Tensor | None = weights["token_ids"].long()
+        self.num_tokens = len(weights["token_ids"])
         self.token_norm, self.norm = (weights[f"{name}.weight"].to(dtype) for name in ("token_norm", "norm"))
         self.fuse = backend.linear(weights["fuse.weight"].to(dtype))
         self.layer = LlamaLayer(config, 0, {f"model.layers.0.{n}": w.to(dtype) for n, w in weights.items()}, backend)
         self.head = backend.linear(output_rows(model, self.token_ids).to(dtype))
         self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.embedding.device)
+
+    @property
+    def num_weights(self) -> int:
+        """All numbers that a guess reads."""
+        shapes = [*tensor_shapes(self.config).values(), (self.num_tokens, self.config.hidden_size)]
+        return sum(math.prod(shape) for shape in shapes)
 
     def __call__(
         self, hidden: Tensor, input_ids: Tensor, positions: Tensor, layer_cache: Tensor, batch: kernels.Batch
@@ -110,6 +118,17 @@ def head_config(sizes: dict[str, int], norm_eps: float, rope_theta: float) -> Mo
     others: dict[str, Any] = {"architecture": "llama", "num_layers": 1, "max_model_len": 1, "activation": "silu"}
     others |= {"norm_eps": norm_eps, "tie_word_embeddings": True, "rope": RopeConfig(theta=rope_theta)}
     return ModelConfig(**(others | sizes))
+
+
+def head_of(model_name: str) -> Path:
+    """The head that comes with the package for this model; ModelError if there is none."""
+    path = HEADS / f"{model_name}.safetensors"
+    if not path.is_file():
+        raise ModelError(
+            f"there is no head for {model_name} in the package: train one with python -m minipaged.train_head, and "
+            "give its file"
+        )
+    return path
 
 
 def load_head(path: str | Path, model: "Llama | GPT2", backend: kernels.Backend) -> Head:
