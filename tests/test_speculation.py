@@ -7,7 +7,7 @@ SPECULATION_TRIES=500 looks longer.
 import os
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_folder
 
 from minipaged import LLM, SamplingParams
+from minipaged.execution.runner import ModelRunner
 from minipaged.train_head import main as train_head
 
 TRIES = int(os.environ.get("SPECULATION_TRIES", 24))
@@ -141,7 +142,7 @@ def test_the_same_answers_with_guesses_and_without(folders, plain, seed):
         assert llm.memory.usage().used == 0
 
 
-# ---- what a proposer remembers moves with the blocks ------------------------------------------------------------------
+# ---- what a proposer remembers moves with the blocks ----------------------------------------------------------------
 
 
 def guessed(llm, jobs):
@@ -150,7 +151,9 @@ def guessed(llm, jobs):
 
     def note(plan, output):
         for s in plan.sequences:
-            if s.seq_id in output.drafts:
+            # What is not there is NaN in debug mode, and from that nothing is guessed.
+            assert len(output.drafts.get(s.seq_id, ())) == s.num_to_draft, "some of ours are missing"
+            if s.num_to_draft:
                 key = tuple(s.draw.prompt_token_ids), s.draw.seed, s.draw.index, s.start
                 found.setdefault(key, []).append(output.drafts[s.seq_id])
 
@@ -165,8 +168,8 @@ def test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method):
     rng = random.Random(5)
     beginning = "".join(rng.choice(WORDS) for _ in range(4))
     jobs = [
-        (beginning[: rng.randint(20, 60)], SamplingParams(seed=i, n=1 + i % 3, max_tokens=24, temperature=0.5))
-        for i in range(8)
+        (beginning[: rng.randint(20, 60)], SamplingParams(seed=i, n=1 + i % 3, max_tokens=40, temperature=0.5))
+        for i in range(14)
     ]
     model = str(folders["near" if method == "draft" else method])
     how = {"method": method, "model": model, "num_speculative_tokens": 3, "adaptive": False}
@@ -175,7 +178,7 @@ def test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method):
         if not llm.executor.runner.backend.same_bits:
             pytest.skip("only equal numbers give equal guesses")
         wanted = guessed(llm, jobs)
-    small = {"num_blocks": 45, "preemption": "swap", "max_num_batched_tokens": 64, "prefix_cache": "radix"}
+    small = {"num_blocks": 60, "preemption": "swap", "max_num_batched_tokens": 64, "prefix_cache": "radix"}
     with LLM(str(folders["model"]), **small, **common) as llm:
         found = guessed(llm, jobs)
         stats = llm.stats()
@@ -184,18 +187,14 @@ def test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method):
     for key in found.keys() & wanted.keys():
         for ours, theirs in zip(found[key], wanted[key], strict=False):
             length = min(len(ours), len(theirs))  # a lack of room may shorten them
-            assert ours[:length] == theirs[:length]
+            assert ours[:length] == theirs[:length], "ours are others"
             compared += length
-    assert compared > 300
+    assert compared > 400
 
 
 @pytest.mark.parametrize("forgotten", ["swap_in", "copies"])
 @pytest.mark.parametrize("method", ["draft", "head"])
 def test_and_that_would_be_noticed(folders, monkeypatch, method, forgotten):
-    from dataclasses import replace
-
-    from minipaged.execution.runner import ModelRunner
-
     move = ModelRunner._move_memory
 
     def only_the_model(self, plan):
@@ -210,5 +209,5 @@ def test_and_that_would_be_noticed(folders, monkeypatch, method, forgotten):
         self.pools = pools
 
     monkeypatch.setattr(ModelRunner, "_move_memory", only_the_model)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="ours"):
         test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method)
