@@ -392,6 +392,8 @@ def check_plan(plan: StepPlan, run: Run) -> None:
         own = [s.block_table[p // size] * size + p % size for p in range(s.start, s.context_len + s.num_to_draft)]
         assert s.token_ids and s.slots == own, "a sequence writes where it does not read"
     check_moves(plan)
+    longest = {r.request_id: len(r.prompt_token_ids) + r.max_tokens - 1 for r in run.given.requests}
+    assert all(s.context_len + s.num_to_draft <= longest[s.request_id] for s in plan.sequences), "behind the end"
     arrival = {r.request_id: r.arrival for r in run.given.requests}
     computing = {arrival[s.request_id] for s in plan.sequences}
     for request_id, _ in plan.preempted:

@@ -9,12 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from minipaged.memory import Appended, BlockAllocator, KVCacheManager, NoSpace
+from minipaged.memory import Appended, BlockAllocator, KVCacheManager, NoSpace, branching
 from minipaged.requests.request import Request
 from minipaged.requests.sampling_params import SamplingParams
 from minipaged.scheduling.admission import Admission
-from minipaged.scheduling.plan import StepPlan
-from tests import recall
+from minipaged.scheduling.growth import LiveSequences
+from minipaged.scheduling.plan import Step, StepPlan
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.speculation import Speculation
+from tests import recall, recall_model
 from tests.recall import Run, Scenario, scenario
 from tests.recall_model import END, RecallRunner
 
@@ -52,6 +55,12 @@ OFTEN = {
     "resets": 15,
     "failed steps": 15,
     "hits, evictions and preemptions": 20,  # all in one schedule
+    "guessed": 2000,  # tokens
+    "right": 900,
+    "all right": 400,  # drafts
+    "branches": 300,
+    "winners": 50,
+    "ended in the middle": 120,  # of the tokens of a step
 }
 
 
@@ -214,6 +223,64 @@ def one_slot_further(self, seq_id, start, count):
     return table.slots(start - 1, count) if start else table.slots(start, count)
 
 
+def settle_without_taking_back(self, seq):
+    """What was guessed wrong stays where it is, and counts as computed."""
+    slots = self._memory.num_tokens(seq.seq_id)
+    seq.num_computed_tokens = min(slots, len(seq) - 1)
+    self._memory.publish(seq.seq_id, seq.num_computed_tokens, seq.tokens)
+
+
+def publish_guesses(self, plan, output):
+    """All that was computed can be found, also what was guessed."""
+    for s in plan.sequences:
+        if s.branch_of is None and s.num_drafts and s.seq_id not in output.winners:
+            tokens = self.sequences[s.seq_id].tokens(0, s.start) + s.token_ids
+            self.memory.publish(s.seq_id, s.context_len, lambda at, count, tokens=tokens: tokens[at : at + count])
+    return RIGHT_UPDATE(self, plan, output)
+
+
+def keep_one_too_many(seq_id, family, output):
+    """The token behind a wrong guess is taken, too."""
+    RIGHT_FAMILY(seq_id, family, output)
+    (s, rows), *_ = family
+    [tokens, *_] = output.tokens[seq_id]
+    if s.num_drafts >= len(tokens) and seq_id not in output.winners:
+        tokens.append(rows[len(tokens)][0])
+
+
+def copy_nothing_for_branches(table, start, count, pool, keep_free):
+    answer = RIGHT_BRANCH(table, start, count, pool, keep_free)
+    return answer if isinstance(answer, NoSpace) else (answer[0], Appended([]))
+
+
+def share_the_last_block(table, start, count, pool, keep_free):
+    """A branch writes into the block that its sequence writes, too."""
+    answer = RIGHT_BRANCH(table, start, count, pool, keep_free)
+    if isinstance(answer, NoSpace) or not answer[1].copies:
+        return answer
+    new, [(source, target)] = answer[0], answer[1].copies
+    new.blocks = [source if block == target else block for block in new.blocks]
+    pool.allocator.share(source)
+    pool.allocator.release(target)
+    return new, Appended([])
+
+
+def losers_stay(self, plan, output, memory):
+    for s in plan.sequences:
+        if s.branch_of is not None and output.winners.get(s.branch_of) == s.seq_id:
+            memory.adopt(s.branch_of, s.seq_id)
+
+
+def no_chain(self, copies):
+    """A copy of a copy, in one stroke."""
+    self.plan.copies.extend(copies)
+
+
+def guess_beyond_the_end(self, seq, most, num_running):
+    return self.num_speculative_tokens
+
+
+RIGHT_UPDATE, RIGHT_FAMILY, RIGHT_BRANCH = Scheduler.update, recall_model.answer_family, branching.branch
 RIGHT_MOVE, RIGHT_APPEND = RecallRunner._move, KVCacheManager.append
 RIGHT_ALLOCATE, RIGHT_FIND = KVCacheManager.allocate, KVCacheManager.find
 RIGHT_TAKE, RIGHT_TAKE_MANY = BlockAllocator._take, BlockAllocator.allocate
@@ -236,6 +303,17 @@ BROKEN = {
     "nobody forks a rebuilt prompt": (
         "minipaged.scheduling.scheduler.share_rebuilt_prompt", lambda request, memory: None
     ),
+    "wrong guesses are not taken back": (LiveSequences, "_settle", settle_without_taking_back),
+    "wrong guesses can be found": (Scheduler, "update", publish_guesses),
+    "one token too many is kept": ("tests.recall_model.answer_family", keep_one_too_many),
+    "branches copy nothing": ("minipaged.memory.kv_manager.branch", copy_nothing_for_branches),
+    "branches write into a shared block": ("minipaged.memory.kv_manager.branch", share_the_last_block),
+    "the losers keep their memory": (Speculation, "settle", losers_stay),
+    "the winner's memory is not taken": (Speculation, "settle", lambda self, plan, output, memory: [
+        memory.free(s.seq_id) for s in plan.sequences if s.branch_of is not None
+    ]),
+    "a copy of a copy is made at once": (Step, "add_copies", no_chain),
+    "guesses beyond the longest output": (Speculation, "count", guess_beyond_the_end),
     "the worst case is too small": (Request, "most_blocks", lambda self, size: len(self.prompt_token_ids) // size + 1),
 }
 
