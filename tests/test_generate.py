@@ -244,6 +244,34 @@ def test_stats_give_the_account(run):
     assert float(rows["speed"].split()[0].replace(",", "")) > 0
 
 
+def test_speculation_changes_no_answer_and_gives_its_account(run, tmp_path, model):
+    prompts = ["a dog, a cat, a dog, a cat,", "x=1; x=2; x=1; x=2;"]
+    _, wanted, _ = run(*prompts, "--max-tokens", "30")
+    trace = tmp_path / "trace.jsonl"
+    flags = ["--speculate", "draft", "--speculative-model", model, "--num-speculative-tokens", "3"]
+    for how in (["--speculate", "ngram"], flags):
+        status, out, error = run(*prompts, "--max-tokens", "30", "--stats", "--trace", str(trace), *how)
+        assert (status, out) == (0, wanted)
+        assert re.search(r"speculation +\d+ of \d+ guessed tokens were right, \d+\.\d %\n", error)
+        assert re.search(r"- drafts +\d+, with \d+\.\d\d tokens each\n", error)
+    assert "speculation" not in run(*prompts, "--stats")[2]
+    lines = map(json.loads, run(*prompts, "--json", "--speculate", "ngram")[1].splitlines())
+    assert all({"num_drafts", "num_draft_tokens", "num_accepted_tokens"} <= one["metrics"].keys() for one in lines)
+
+
+def test_what_is_guessed_is_told(run, model):
+    flags = ["--speculate", "draft", "--speculative-model", model, "--num-speculative-tokens", "3", "--watch"]
+    error = run("a dog, a cat", "--max-tokens", "30", *flags)[2]
+    assert "guessed for" not in error, "a draft as large as its model is never worth it"
+    error = run("a dog, a cat, a dog, a cat, a dog,", "--max-tokens", "40", "--speculate", "ngram", "--watch")[2]
+    assert re.search(r"guessed for A \d+, \d+ right, \d+ slots taken back", error)
+
+
+def test_beams_say_once_that_nothing_is_guessed(run):
+    status, _, error = run("a", "b", "--beam-width", "2", "--speculate", "ngram")
+    assert status == 0 and error.count("beam search runs without speculation") == 1
+
+
 def test_watch_without_a_terminal_writes_events(run):
     lines = "\n".join(json.dumps({"prompt": text, "n": 2, "ignore_eos": True}) for text in ("one", "two"))
     argv = ["--prompts-file", "-", "--max-tokens", "16", "--watch", "--prefix-cache", "none"]
@@ -314,6 +342,19 @@ REFUSED = {
     "preemption": (["hi", "--preemption", "magic"], "invalid choice: 'magic' (choose from"),
     "prefix cache": (["hi", "--prefix-cache", "tree"], "invalid choice: 'tree' (choose from"),
     "schedule": (["hi", "--schedule", "lifo"], "invalid choice: 'lifo' (choose from"),
+    "who guesses": (["hi", "--speculate", "magic"], "invalid choice: 'magic' (choose from"),
+    "nobody guesses": (["hi", "--num-branches", "2"], "--num-branches: needs --speculate ngram or draft or head"),
+    "many guesses": (
+        ["hi", "--speculate", "ngram", "--num-speculative-tokens", "99"], "num_speculative_tokens=99: must be an"
+    ),
+    "draft of nothing": (["hi", "--speculate", "draft"], "method 'draft' needs a model"),
+    "draft that is not there": (
+        ["hi", "--speculate", "draft", "--speculative-model", "/no/such"], "/no/such does not exist"
+    ),
+    "model of an n-gram": (
+        ["hi", "--speculate", "ngram", "--speculative-model", "x"], "model is for draft and head, not for ngram"
+    ),
+    "no head": (["hi", "--speculate", "head"], "there is no head for"),
     "no budget": (["hi", "--max-num-batched-tokens", "0"], "must be an integer of at least 1, not '0'"),
     "budget": (
         ["hi", "--max-num-batched-tokens", "8"],
