@@ -16,6 +16,7 @@ from tiny_model import make_folder
 
 from minipaged import LLM, SamplingParams
 from minipaged.execution.runner import ModelRunner
+from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.train_head import main as train_head
 
 TRIES = int(os.environ.get("SPECULATION_TRIES", 24))
@@ -166,14 +167,14 @@ def test_on_other_backends(folders, kernels, method):
     assert tokens[0] == tokens[1]
 
 
-def test_logits_that_are_nan_behind_a_guess_end_the_request_where_they_would_without(folders, monkeypatch):
-    """And its tokens before that are there; nobody else notices."""
-    model = str(folders["model"])
-    jobs = [(prompt, SamplingParams(temperature=0, max_tokens=16)) for prompt in WORDS[:3]]
+def test_nan_behind_a_guess_ends_the_request_where_it_would_without(folders):
+    """Its tokens before that are there, and nobody else notices."""
+    jobs = [(prompt.strip(), SamplingParams(temperature=0, max_tokens=16)) for prompt in WORDS]
 
-    def answers(how):
-        with LLM(model, block_size=4, num_blocks=100, speculative_config=how) as llm:
-            logits, bad = llm.executor.runner.model.logits, 11  # what the model draws after this token is NaN
+    def answers(how=None, bad=-1):
+        """What the model says; where it would say `bad`, its logits are NaN."""
+        with LLM(str(folders["model"]), block_size=4, num_blocks=100, speculative_config=how) as llm:
+            logits = llm.executor.runner.model.logits
 
             def broken(hidden):
                 values = logits(hidden)
@@ -182,11 +183,13 @@ def test_logits_that_are_nan_behind_a_guess_end_the_request_where_they_would_wit
             llm.executor.runner.model.logits = broken
             return run(llm, jobs)
 
-    plain = answers(None)
-    for method in ("same", "near"):
-        how = {"method": "draft", "model": str(folders[method]), "num_speculative_tokens": 4, "adaptive": False}
-        assert answers(how) == plain
-    assert any(error for *_, error in plain) or pytest.skip("no row was NaN")
+    _, [whole], _ = answers()[0]
+    bad = whole["token_ids"][7]
+    plain = answers(bad=bad)
+    assert any("NaN" in str(error) for *_, error in plain)
+    for model in ("same", "near"):
+        how = {"method": "draft", "model": str(folders[model]), "num_speculative_tokens": 4, "adaptive": False}
+        assert answers(how, bad) == plain
 
 
 # ---- what a proposer remembers moves with the blocks ----------------------------------------------------------------
@@ -258,3 +261,87 @@ def test_and_that_would_be_noticed(folders, monkeypatch, method, forgotten):
     monkeypatch.setattr(ModelRunner, "_move_memory", only_the_model)
     with pytest.raises(AssertionError, match="ours"):
         test_guesses_are_the_same_with_hits_forks_copies_and_swaps(folders, method)
+
+
+# ---- what can be wrong with what it is told -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("ngram", "must be None or a dict such as {'method': 'ngram'}"),
+        ({}, "method=None: must be one of ngram, draft, head"),
+        ({"method": "eagle"}, "method='eagle': must be one of"),
+        ({"method": 3}, "method=3: must be one of"),
+        ({"method": "ngram", "num_speculative_token": 3}, "did you mean 'num_speculative_tokens'?"),
+        ({"method": "ngram", "colour": 3}, "there are method, model"),
+        ({"method": "ngram", "num_speculative_tokens": 0.5}, "num_speculative_tokens=0.5: must be an integer from 1"),
+        ({"method": "ngram", "num_speculative_tokens": True}, "num_speculative_tokens=True: must be an integer from 1"),
+        ({"method": "ngram", "num_branches": 9}, "num_branches=9: must be an integer from 1 to 8"),
+        ({"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 2}, "prompt_lookup_min=3: must be at most 2"),
+        ({"method": "ngram", "prompt_lookup_max": 0}, "prompt_lookup_m.x?i?n?=0: must be an integer from 1"),
+        ({"method": "ngram", "model": "x"}, "model is for draft and head, not for ngram"),
+        ({"method": "ngram", "acceptance": "rejection"}, "acceptance='rejection' is for guesses that were drawn"),
+        ({"method": "ngram", "acceptance": "luck"}, "acceptance='luck': must be one of draw, rejection"),
+        ({"method": "ngram", "adaptive": 1}, "adaptive=1: must be True or False"),
+        ({"method": "draft"}, "method 'draft' needs a model"),
+        ({"model": "x", "prompt_lookup_max": 3}, "prompt_lookup_min is for ngram, not for draft"),
+        ({"model": "x", "acceptance": "rejection", "num_branches": 2}, "judges one row of guesses: num_branches=1"),
+    ],
+)
+def test_what_is_wrong_is_said(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        SpeculativeConfig.of(given)
+
+
+def test_what_is_right_is_understood():
+    ngram = SpeculativeConfig.of({"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4})
+    assert (ngram.prompt_lookup_min, ngram.prompt_lookup_max, ngram.num_speculative_tokens) == (4, 4, 5)
+    assert SpeculativeConfig.of({"method": "draft_model", "model": "x"}) == SpeculativeConfig.of({"model": "x"})
+    assert SpeculativeConfig.of(ngram) is ngram and SpeculativeConfig.of(None) is None
+
+
+def test_a_draft_with_another_vocabulary_is_refused(folders, tmp_path):
+    shutil.copytree(folders["near"], tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(text.replace('"A": 32', '"A": 33').replace('"B": 33', '"B": 32'))
+    assert file.read_text() != text
+    with pytest.raises(ValueError, match=r"2 tokens differ, such as 'A', which is 32 in the model and 33 in the draft"):
+        LLM(str(folders["model"]), speculative_config={"model": str(tmp_path / "other")})
+
+
+def test_a_draft_with_fewer_positions_is_refused(folders, tmp_path):
+    short = make_folder(tmp_path / "short", max_model_len=64)
+    with pytest.raises(ValueError, match="knows 64 positions, and the engine may need 4096: give max_model_len=64"):
+        LLM(str(folders["model"]), speculative_config={"model": str(short)})
+    with LLM(str(folders["model"]), speculative_config={"model": str(short)}, max_model_len=64, num_blocks=20) as llm:
+        assert llm.generate("abc", SamplingParams(max_tokens=3))[0].finished
+
+
+def test_what_a_proposer_keeps_counts_as_memory(folders):
+    sizes = {}
+    for name, how in (("none", None), ("draft", {"model": str(folders["near"])}),
+                      ("head", {"method": "head", "model": str(folders["head"])})):  # fmt: skip
+        with LLM(str(folders["model"]), speculative_config=how, num_blocks=10, block_size=4) as llm:
+            sizes[name] = llm.block_bytes
+            pools = llm.executor.runner.pools
+            assert sum(pool.nbytes for pool, _ in pools) == 10 * llm.block_bytes
+    assert sizes["draft"] == 2 * sizes["none"] and sizes["none"] < sizes["head"] < sizes["draft"] + 4 * 4 * 32
+
+
+def test_rejection_gives_other_tokens_and_the_same_ones_at_temperature_0(folders):
+    how = {"model": str(folders["near"]), "acceptance": "rejection", "adaptive": False, "num_speculative_tokens": 3}
+    wish = {"max_tokens": 30, "logprobs": 2, "ignore_eos": True}
+    sampled = [(prompt.strip(), SamplingParams(seed=i, **wish)) for i, prompt in enumerate(WORDS)]
+    greedy = [(prompt.strip(), SamplingParams(temperature=0, **wish)) for prompt in WORDS]
+    common = {"block_size": 4, "num_blocks": 100, "debug": True}
+    with LLM(str(folders["model"]), **common) as llm:
+        plain, plain_greedy = run(llm, sampled), run(llm, greedy)
+    with LLM(str(folders["model"]), speculative_config=how, **common) as llm:
+        assert run(llm, greedy) == plain_greedy
+        answers = run(llm, sampled)
+        assert answers != plain and llm.stats().speculation.num_accepted_tokens > 20
+    for _, [output], _ in answers:
+        assert len(output["token_ids"]) == len(output["logprobs"]) == 30
+        assert all(token in one for token, one in zip(output["token_ids"], output["logprobs"], strict=True))
