@@ -720,12 +720,12 @@ assert seen["copies"] > 300 and seen["refused"] > 300
 # them out:
 
 # %%
-from minipaged.execution.runner import ModelRunner
+from minipaged.execution.flat_batch import FlatBatches
 
-show_source(ModelRunner._batch)
+show_source(FlatBatches.of)
 
 # %% [markdown]
-# The tables themselves stay lists of Python integers. `self.tables` has them once more, as one tensor on the device,
+# The tables themselves stay lists of Python integers. `self._tables` has them once more, as one tensor on the device,
 # and writes a row of it only when its table has changed: mostly it hasn't. A tensor's rows have one length, so shorter
 # tables are filled up with 0. Block 0 may belong to anybody, yet it is not read by mistake: `context_lens` says how
 # many tokens a sequence has, and readers stop there.
@@ -960,7 +960,7 @@ def test_flat_batch(flat_batch):
         tables = [random.sample(range(50), random.randint(1, 6)) for _ in range(S)]
         starts = [random.randrange((len(t) - 1) * B + 1) for t in tables]
         counts = [random.randint(1, len(t) * B - start) for t, start in zip(tables, starts)]
-        _, _, batch = llm.executor.runner._batch([
+        _, _, batch = llm.executor.runner.batches.of([
             ScheduledSequence(i, str(i), [0] * n, start, slots(t, start, n, B), t)
             for i, (t, start, n) in enumerate(zip(tables, starts, counts))
         ])

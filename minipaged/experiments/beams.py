@@ -16,7 +16,7 @@ from minipaged.experiments.systems import Account, Work, kept
 from minipaged.memory import KVCacheManager, MemoryUsage, blocks_for
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import Request
-from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepPlan
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
 
 
@@ -43,7 +43,7 @@ class Sharing:
 class BeamScheduler(Scheduler):
     """The package's scheduler. Its plans name no slots and no blocks, since there is no runner to read them."""
 
-    def _scheduled(self, request: Request, counts: dict[int, int], step: Step) -> Iterable[ScheduledSequence]:
+    def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         assert request.search
         for seq_id, count in counts.items():
             seq = self.sequences[seq_id]

@@ -25,7 +25,7 @@ from minipaged.experiments.systems import Account, Work, kept
 from minipaged.memory import HashCache, KVCacheManager, blocks_for
 from minipaged.requests.request import Request
 from minipaged.requests.sampling_params import SampledToken, SamplingParams
-from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepPlan
+from minipaged.scheduling.plan import ScheduledSequence, StepOutput, StepPlan
 from minipaged.scheduling.queues import arrival
 from minipaged.scheduling.scheduler import Scheduler
 
@@ -69,7 +69,7 @@ class InformedScheduler(Scheduler):
 
     num_promised_seqs = num_live_seqs
 
-    def _scheduled(self, request: Request, counts: dict[int, int], step: Step) -> Iterable[ScheduledSequence]:
+    def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():
             start = self.sequences[seq_id].num_computed_tokens
             yield ScheduledSequence(seq_id, request.request_id, [0] * count, start, [], [])

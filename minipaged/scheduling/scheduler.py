@@ -26,10 +26,10 @@ from minipaged.requests.request import Request, RequestRefused
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.admission import WINDOW, Admission
 from minipaged.scheduling.growth import LiveSequences
-from minipaged.scheduling.plan import Booked, ScheduledSequence, Step, StepOutput, StepPlan
+from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepPlan
 from minipaged.scheduling.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.scheduling.queues import Queues, put
-from minipaged.scheduling.speculation import Speculation, Wish
+from minipaged.scheduling.speculation import Speculation, Wish, with_guesses
 
 
 class Scheduler:
@@ -139,7 +139,8 @@ class Scheduler:
         if not step.plan.preempted:
             self.admission.let_in(step, self.max_num_seqs - self.num_promised_seqs())
         for request, counts in step.counts:
-            step.plan.sequences.extend(self._scheduled(request, counts, step))
+            for s in self._scheduled(request, counts):
+                step.plan.sequences.extend(with_guesses(s, step, self.memory) if s.seq_id in step.drafts else [s])
         step.plan.freed.extend(self.memory.take_freed())
         return step.plan
 
@@ -186,27 +187,22 @@ class Scheduler:
         """Sequences that run, and those that will when a prompt is forked."""
         return sum(request.width for request in self.running)
 
-    def _scheduled(self, request: Request, counts: dict[int, int], step: Step) -> Iterable[ScheduledSequence]:
+    def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():
             seq = self.sequences[seq_id]
             start = seq.num_computed_tokens
             last = start + count == len(seq)  # its logits tell the next token
-            for row in step.drafts.get(seq_id) or [Booked(seq_id, [])]:
-                tokens = seq.tokens(start, count) + row.drafts
-                yield ScheduledSequence(
-                    row.seq_id,
-                    request.request_id,
-                    tokens,
-                    start,
-                    self.memory.slots(row.seq_id, start, len(tokens) + row.num_to_draft),
-                    self.memory.current_table(row.seq_id),
-                    draw=request.draw(seq) if last and not request.search else None,
-                    num_candidates=request.search.num_candidates if last and request.search else 0,
-                    targets=request.targets(start + count),
-                    num_drafts=len(row.drafts),
-                    num_to_draft=row.num_to_draft,
-                    branch_of=seq_id if row.seq_id != seq_id else None,
-                )
+            yield ScheduledSequence(
+                seq_id,
+                request.request_id,
+                seq.tokens(start, count),
+                start,
+                self.memory.slots(seq_id, start, count),
+                self.memory.current_table(seq_id),
+                draw=request.draw(seq) if last and not request.search else None,
+                num_candidates=request.search.num_candidates if last and request.search else 0,
+                targets=request.targets(start + count),
+            )
 
     def _preempt(self, request: Request, step: Step) -> None:
         done = preempt(request, self.memory, self.preemption)

@@ -200,6 +200,22 @@ def _judge(seq: Sequence, guessed: int, right: int) -> None:
         seq.acceptance = MEMORY * seq.acceptance + (1 - MEMORY) * (place < right)
 
 
+def with_guesses(s: ScheduledSequence, step: Step, memory: KVCacheManager) -> Iterator[ScheduledSequence]:
+    """The sequence with its guesses behind its own token, and its branches."""
+    for row in step.drafts[s.seq_id] or [Booked(s.seq_id, [])]:
+        tokens = s.token_ids + row.drafts
+        yield replace(
+            s,
+            seq_id=row.seq_id,
+            token_ids=tokens,
+            slots=memory.slots(row.seq_id, s.start, len(tokens) + row.num_to_draft),
+            block_table=memory.current_table(row.seq_id),
+            num_drafts=len(row.drafts),
+            num_to_draft=row.num_to_draft,
+            branch_of=s.seq_id if row.seq_id != s.seq_id else None,
+        )
+
+
 def _book(step: Step, seq_id: int, wish: Wish, memory: KVCacheManager, new_id: Callable[[], int]) -> Iterator[Booked]:
     first, *others = wish.branches
     count = min(len(first) or wish.count, step.spare)
