@@ -1,6 +1,7 @@
 """The command line `python -m minipaged.train_head`: makes a head for a model. See training/."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def _check(args: argparse.Namespace) -> None:
         raise BadInput(f"--out {out}: there is no folder {out.parent}")
     if out.is_dir():
         raise BadInput(f"--out {out}: is a folder")
+    if not os.access(out.parent, os.W_OK):
+        raise BadInput(f"--out {out}: nothing may be written there")
     if not 0 < args.minutes <= 10_000:
         raise BadInput(f"--minutes {args.minutes:g}: must be more than 0, at most 10000")
     if args.vocabulary < 1:

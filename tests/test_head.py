@@ -4,17 +4,25 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import make_folder
 
 import kernels
+from minipaged.llm import LLM
 from minipaged.models import load
 from minipaged.models.fields import ModelError
-from minipaged.models.head import load_head, unpacked
+from minipaged.models.head import HEADS, load_head, unpacked
 from minipaged.train_head import main
+from minipaged.training.course import Course, _optimizers
+from minipaged.training.files import Frozen, config_like, frequent_tokens, new_network
+from minipaged.training.learning import teach
+from minipaged.training.network import HeadNetwork
+from minipaged.training.states import lessons
+from minipaged.training.text import HELD_OUT, Writer
 
 BLOCK = 4
-RIGHT = 0.30  # of first guesses, a little below what was measured
+RIGHT = 0.39  # of first guesses: a little below what was measured
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +99,6 @@ def test_it_computes_what_plain_pytorch_does(folder, trained, backend):
 
 
 def test_training_computes_what_the_head_does(folder, trained):
-    from minipaged.training.files import config_like
-    from minipaged.training.network import HeadNetwork
-
     model = load(folder).model
     head, stored = load_head(trained, model, model.backend), load_file(trained)
     network = HeadNetwork(config_like(model.config))
@@ -110,21 +115,28 @@ def test_training_computes_what_the_head_does(folder, trained):
         assert (network(shifted, model.embedding[token_ids][None], past)[0, 8] - second[0]).abs().max() < 1e-4
 
 
-def test_training_makes_the_loss_smaller_and_says_what_it_reached(folder, tmp_path, capsys):
-    from minipaged.llm import LLM
-    from minipaged.training.course import Course
-
+def test_training_makes_the_loss_smaller(folder):
     with LLM(str(folder)) as llm:
-        report = Course(llm, 0.15, 0, 96, lambda *_: None).run(tmp_path / "a.safetensors", "test")
-    losses = report.losses
-    assert sum(losses[-5:]) < sum(losses[:5])
-    assert report.own and report.held_out and len(report.curve) > 2
+        course = Course(llm, 1, 0, 96, lambda *_: None)
+        texts = lessons(course.model, Writer(llm).write(8))
+        frozen = Frozen(course.model, frequent_tokens(texts, 96, 96))
+        teach(texts, frozen)
+        network = new_network(config_like(course.model.config), frozen, texts)
+        optimizers = _optimizers(network)
+        for _ in range(40):
+            course._step(network, optimizers, texts, frozen, 0.0)
+    losses = course.report.losses
+    assert sum(losses[-5:]) < 0.99 * sum(losses[:5])
+
+
+def test_a_course_says_what_it_reached(folder, tmp_path):
+    with LLM(str(folder)) as llm:
+        report = Course(llm, 0.1, 0, 96, lambda *_: None).run(tmp_path / "a.safetensors", "test")
+    assert report.num_steps and len(report.own) == len(report.held_out) == 3 and len(report.curve) > 2
     assert report.num_bytes == (tmp_path / "a.safetensors").stat().st_size
 
 
 def test_other_files_are_refused_by_name(folder, trained, tmp_path):
-    from safetensors import safe_open
-
     model = load(folder).model
     with safe_open(trained, framework="pt") as file:
         metadata = file.metadata()
@@ -180,15 +192,11 @@ def test_ctrl_c_leaves_no_file(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_the_packaged_head_is_small_and_often_right():
-    from minipaged.llm import LLM
-    from minipaged.training.states import lessons
-    from minipaged.training.text import Writer
-
     file = HEADS / "smollm2.safetensors"
     assert file.stat().st_size < 5_000_000
     with LLM("smollm2") as llm:
         model = llm.executor.runner.model
-        texts = lessons(model, Writer(llm).answer(list(HELD_OUT[:6]), 64))
+        texts = lessons(model, Writer(llm).answer(list(HELD_OUT[:6]), 48))
         head = load_head(file, model, model.backend)
         right = total = 0
         for text in texts:
@@ -203,4 +211,4 @@ def test_the_packaged_head_is_small_and_often_right():
             tokens = head.token_ids[head.logits(guessed).argmax(-1)]
             right += int((tokens[text.begin : -1] == text.token_ids[text.begin + 1 :]).sum())
             total += size - 1 - text.begin
-    assert right / total >= RIGHT
+    assert right / total >= RIGHT, right / total

@@ -77,6 +77,7 @@ def save(network: HeadNetwork, token_ids: Tensor, path: Path, made_by: str) -> N
     part = path.with_name(f"{path.name}.part")
     try:
         save_file(tensors, part, metadata)
+        part.chmod(0o644)  # the library lets nobody else read it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
