@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
         "tokens; chat: 8 conversations of 6 turns that begin with the same 200 tokens; stall: 8 requests are being "
         "answered, and one of 2,000 tokens arrives; beams: 8 beam searches, 4 beams wide, with 64 in and 64 out; "
         "quoting: 8 texts, one after the other, whose answers say them again; quoting8: the same, all at once; talk1: "
-        "10 short questions, one after the other. chat and stall are for minipaged only")  # fmt: skip
+        "10 short questions, one after the other (as in quoting, of the peers, static and vllm only). chat and stall "
+        "are for minipaged only")  # fmt: skip
     add("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32"], metavar="DTYPE",
         help="of fp32, bf16, fp16 (default: fp32)")  # fmt: skip
     add("--peer", nargs="*", choices=[*list(VARIANTS)[1:], *PEERS], default=list(DEFAULT_PEERS), metavar="PEER",
