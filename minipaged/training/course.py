@@ -16,10 +16,11 @@ from minipaged.training.network import HeadNetwork
 from minipaged.training.states import Lesson, lessons
 from minipaged.training.text import HELD_OUT, Writer
 
-WRITING, LEARNING = 0.4, 0.95  # of all the time: when they end; the rest is for the examination
+WRITING, LEARNING = 0.5, 0.97  # of all the time: when they end; the rest is for the examination
 NUM_EXAMINED, ANSWER_EXAMINED = 24, 128  # texts of its own that are never learned from; tokens of the others' answers
-ROUND, BATCH = 128, 12  # questions at a time; texts in a step
-RATE, WARM = 1e-3, 20  # the highest learning rate; steps until it is reached
+ROUND, BATCH = 128, 8  # questions at a time; texts in a step
+RATE, FUSE_RATE, NORM_RATE = 1.5e-3, 0.5e-3, 1e-3  # the highest learning rates
+WARM = 10  # steps until they are reached
 NUM_EXAMS = 6  # on the way: the learning curve
 
 Tell = Callable[[str, float, str], None]  # what is being done, the share of the time gone, a remark
@@ -105,7 +106,7 @@ class Course:
         done: float,
     ) -> None:  # fmt: skip
         rate = min(1.0, (self.report.num_steps + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * done))
-        loss, first = loss_of(network, batch, frozen, calls=1 if done < 0.5 else 2)
+        loss, first = loss_of(network, batch, frozen, calls=1 if done < 0.6 else 2)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
@@ -124,9 +125,17 @@ class Course:
 
 
 def _optimizers(network: HeadNetwork) -> list[torch.optim.Optimizer]:
-    """AdamW."""
-    parameters = [{"params": list(network.parameters()), "highest": RATE}]
-    return [torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)]
+    """Muon (kellerjordan.github.io/posts/muon) for matrices, which takes fewer steps than AdamW; AdamW for the norms.
+
+    `fuse` is right by and large from the beginning: it goes more slowly.
+    """
+    matrices = [p for name, p in network.named_parameters() if p.ndim == 2 and name != "fuse.weight"]
+    groups = [{"params": matrices, "highest": RATE}, {"params": [network.fuse.weight], "highest": FUSE_RATE}]
+    norms = [{"params": [p for p in network.parameters() if p.ndim == 1], "highest": NORM_RATE}]
+    return [
+        torch.optim.Muon(groups, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(norms, lr=NORM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def _batches(texts: list[Lesson], chance: random.Random) -> Iterator[list[Lesson]]:

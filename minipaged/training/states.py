@@ -15,16 +15,17 @@ TOGETHER = 16  # texts in a batch
 
 @dataclass
 class Lesson:
-    """One text as the head learns it: token_ids [C], hidden [C, E] after each token, bf16; the answer's `begin`.
+    """One text as the head learns it: token_ids [C], hidden [C, E] after each token, bf16; the others as in Text.
 
-    teacher: set by Teacher: the likeliest tokens after each token of the answer.
+    teacher: the likeliest tokens after each token from `first` on: see `teach` in learning.py.
     """
 
     token_ids: Tensor
+    first: int
     begin: int
     greedy: bool
     hidden: Tensor
-    teacher: tuple[Tensor, Tensor] | None = None  # columns and probabilities, [C - begin, K] each
+    teacher: tuple[Tensor, Tensor] | None = None  # columns and probabilities, [C - first, K] each
 
 
 @torch.inference_mode()
@@ -34,7 +35,7 @@ def lessons(model: Model, texts: list[Text]) -> list[Lesson]:
     for at in range(0, len(texts), TOGETHER):
         some = texts[at : at + TOGETHER]
         for text, hidden in zip(some, _states(model, [t.token_ids for t in some]), strict=True):
-            found.append(Lesson(torch.tensor(text.token_ids), text.begin, text.greedy, hidden.bfloat16()))
+            found.append(Lesson(torch.tensor(text.token_ids), text.first, text.begin, text.greedy, hidden.bfloat16()))
     return found
 
 

@@ -11,8 +11,8 @@ from minipaged.llm import LLM
 from minipaged.requests.sampling_params import SamplingParams
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
-QUESTION_TOKENS, ANSWER_TOKENS = 60, 160
-GREEDY_SHARE = 0.75  # of answers; the others are drawn, to show what else may be said
+QUESTION_TOKENS, ANSWER_TOKENS = 60, 128
+GREEDY_SHARE = 0.6  # of answers; the others are drawn, to show what else may be said
 
 HELD_OUT = (  # to be examined with: never to be learned from
     "What is the capital of France, and what is it known for?",
@@ -36,9 +36,13 @@ HELD_OUT = (  # to be examined with: never to be learned from
 
 @dataclass
 class Text:
-    """token_ids: prompt and answer; the answer begins at `begin`. greedy: each of its tokens was the likeliest."""
+    """token_ids: prompt and answer. The model's own words begin at `first`, its answer at `begin`.
+
+    greedy: each token of the answer was the likeliest.
+    """
 
     token_ids: list[int]
+    first: int
     begin: int
     greedy: bool
 
@@ -61,7 +65,7 @@ class Writer:
         params = [self._params(ANSWER_TOKENS, 0.0 if g else 1.0) for g in greedy]
         outputs = self.llm.generate(questions, params)
         return [
-            Text(list(o.prompt_token_ids) + list(o.outputs[0].token_ids), len(o.prompt_token_ids), g)
+            Text([*o.prompt_token_ids, *o.outputs[0].token_ids], len(self.opening), len(o.prompt_token_ids), g)
             for o, g in zip(outputs, greedy, strict=True)
             if o.outputs[0].token_ids
         ]
@@ -70,8 +74,11 @@ class Writer:
         """Greedy answers to questions from elsewhere."""
         prompts = [[{"role": "user", "content": q}] for q in questions] if self.opening else questions
         outputs = self.llm.generate(prompts, self._params(max_tokens, 0.0))
-        prompt_and_answer = [(list(o.prompt_token_ids), list(o.outputs[0].token_ids)) for o in outputs]
-        return [Text(prompt + answer, len(prompt), True) for prompt, answer in prompt_and_answer]
+        begins = [len(o.prompt_token_ids) for o in outputs]
+        return [
+            Text([*o.prompt_token_ids, *o.outputs[0].token_ids], begin, begin, True)
+            for o, begin in zip(outputs, begins, strict=True)
+        ]
 
     def _questions(self, count: int) -> list:
         if not self.opening:  # no chat model: any token may begin a text
