@@ -429,12 +429,13 @@ def test_nothing_is_found_that_an_earlier_run_computed(tiny, name):
 def test_variants_differ_in_what_they_do_and_not_in_tokens(tiny, name):
     load = make_load(name, 256, quick=True)
     runs, watched = {}, {}
-    for variant in VARIANTS:
+    variants = [variant for variant in VARIANTS if variant != "head"]  # there is none for this model
+    for variant in variants:
         watched[variant] = Watched(variant, tiny, load, max_num_batched_tokens=64)
         runs[variant] = watched[variant].run(load)
     assert all(run.tokens == runs["minipaged"].tokens for run in runs.values())
     caches = {variant: one.llm.prefix_cache for variant, one in watched.items()}
-    assert caches == dict.fromkeys(VARIANTS, "hash") | {"no-cache": "none", "radix": "radix"}
+    assert caches == dict.fromkeys(variants, "hash") | {"no-cache": "none", "radix": "radix"}
     largest = {variant: max(map(sum, one.steps)) for variant, one in watched.items()}
     assert max(largest[variant] for variant in ("minipaged", "no-cache", "radix")) <= 64
     assert 64 < largest["small-chunks"] <= 256

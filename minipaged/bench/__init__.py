@@ -6,13 +6,15 @@
     python -m minipaged.bench --load few-shot chat --peer no-cache radix
     python -m minipaged.bench --load stall --peer no-chunks --max-num-batched-tokens 256
     python -m minipaged.bench --load beams --peer static vllm --peer-python vllm=X/bin/python
+    python -m minipaged.bench --load quoting quoting8 --peer ngram head vllm vllm-ngram --peer-python vllm=X/bin/python
 
 Each contender lives in a process of its own, so that its memory can be told from the others'. They take
 turns (minipaged, a peer, the next peer, minipaged, ...) while the others sleep: machines drift, and only what
 ran side by side can be compared.
 
-Reading order: loads.py (what is asked), contenders.py (who is), ours.py (this engine and its variants), peer_*.py
-(the others), worker.py (their processes), environments.py and weights.py (what peers of another environment need),
-report.py (machine, table, JSON), flags.py and __main__.py (the run). Beside it: loading.py (how long loading takes),
-decode_profile.py (where a decode step's time goes), gpu.py and gpu_parts.py (all that needs a GPU, in one command).
+Reading order: loads.py and texts.py (what is asked), contenders.py (who is), ours.py (this engine and its
+variants), peer_*.py (the others), worker.py (their processes), environments.py and weights.py (what peers of another
+environment need), report.py (machine, table, JSON), flags.py and __main__.py (the run). Beside it: loading.py (how long
+loading takes), decode_profile.py (where a decode step's time goes), gpu.py and gpu_parts.py (all that needs a GPU, in
+one command).
 """

@@ -15,15 +15,17 @@ import torch
 import kernels
 from minipaged import cache_folder
 from minipaged.bench.contenders import BLOCK_SIZE, LABELS, PEERS, VARIANTS, Options, why_not
-from minipaged.bench.environments import find
+from minipaged.bench.environments import LODGERS, find
 from minipaged.bench.flags import parser
-from minipaged.bench.loads import Load, Run, make_load
+from minipaged.bench.loads import WRITTEN, Encode, Load, Run, make_load, of_bytes
 from minipaged.bench.report import machine, print_report, summarize
 from minipaged.bench.weights import write_folder
 from minipaged.bench.worker import ContenderFailed, Worker
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.runner import DTYPES, kv_bytes_per_token, resolve
 from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoint
+from minipaged.models.head import head_of
+from minipaged.text.tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +47,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     """Run what the flags ask for. ModelError if there is no such model, or it is too small for a load."""
     checkpoint = open_checkpoint(args.model)
     config = ModelConfig.from_hf(checkpoint.config)
-    loads = [make_load(name, config.vocab_size, args.quick) for name in args.load]
+    encode = encoder(checkpoint.tokenizer()) if any(name in WRITTEN for name in args.load) else of_bytes
+    loads = [make_load(name, config.vocab_size, args.quick, encode) for name in args.load]
     for load in loads:
         if load.longest > config.max_model_len:
             raise ModelError(
@@ -64,10 +67,10 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "results": [],
     }
     for dtype in args.dtype:
-        with _models(checkpoint, dtype, "vllm" in pythons) as models:
+        with _models(checkpoint, dtype, [name for name in ("vllm", "vllm-ngram") if name in pythons]) as models:
             options = {
                 name: Options(
-                    model=models.get(name, str(checkpoint.path)),
+                    model=args.model if name == "head" else models.get(name, str(checkpoint.path)),
                     dtype=dtype,
                     threads=threads,
                     kv_bytes_per_token=kv_bytes_per_token(config, DTYPES[dtype]),
@@ -91,7 +94,7 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
     """Each contender's Python, in the order of the turns; and who is left out here, with the reason."""
     told = dict(args.peer_python)
     for name in told:
-        if name not in args.peer:
+        if name not in [LODGERS.get(peer, peer) for peer in args.peer]:
             raise ModelError(f"--peer-python {name}=...: --peer does not ask for {name}")
     peers, left_out = find([name for name in PEERS if name in args.peer], told, is_gguf)
     for name in list(peers):
@@ -101,9 +104,15 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
             left_out[name] = "; ".join(f"of {', '.join(names)}: {reason}" for reason, names in reasons.items())
         if len(barred) == len(loads):
             del peers[name]
+    own = [name for name in VARIANTS if name == "minipaged" or name in args.peer]
+    if "head" in own:
+        try:
+            head_of(args.model)
+        except ModelError as error:
+            left_out["head"] = str(error)
+            own.remove("head")
     for name, reason in left_out.items():
         _say(f"left out: {LABELS[name]}: {reason}")
-    own = [name for name in VARIANTS if name == "minipaged" or name in args.peer]
     return dict.fromkeys(own, sys.executable) | peers, left_out
 
 
@@ -115,6 +124,17 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
     if tokens < least:
         raise ModelError(f"--max-num-batched-tokens {tokens}: must be at least {least}, a token for each sequence")
     return {"max_num_batched_tokens": tokens}
+
+
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """What a user says, in the model's chat template if it has one."""
+
+    def encode(text: str) -> list[int]:
+        if tokenizer.has_chat_template:
+            return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]), False)
+        return tokenizer.encode(text)
+
+    return encode
 
 
 def _sizes(loads: list[Load]) -> dict[str, int]:
@@ -138,14 +158,14 @@ def _device(args: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def _models(checkpoint: Checkpoint, dtype: str, vllm: bool) -> Iterator[dict[str, str]]:
+def _models(checkpoint: Checkpoint, dtype: str, vllm: list[str]) -> Iterator[dict[str, str]]:
     """Who can't read the model as it is, and what it is given instead, while the context lasts."""
     if not vllm or checkpoint.path.suffix != ".gguf":
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:
         write_folder(checkpoint, dtype, Path(folder))
-        yield {"vllm": folder}
+        yield dict.fromkeys(vllm, folder)
 
 
 class Contest:

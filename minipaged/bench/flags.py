@@ -28,16 +28,20 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(NAMES)} (default: mixed and all of batchN). mixed: 32 requests with 8 to 256 tokens in "
         "and out; batchN: N requests with 64 in and 64 out; few-shot: 64 short questions that begin with the same 341 "
         "tokens; chat: 8 conversations of 6 turns that begin with the same 200 tokens; stall: 8 requests are being "
-        "answered, and one of 2,000 tokens arrives; beams: 8 beam searches, 4 beams wide, with 64 in and 64 out. chat "
-        "and stall are for minipaged only")  # fmt: skip
+        "answered, and one of 2,000 tokens arrives; beams: 8 beam searches, 4 beams wide, with 64 in and 64 out; "
+        "quoting: 8 texts, one after the other, whose answers say them again; quoting8: the same, all at once; talk1: "
+        "10 short questions, one after the other (as in quoting, of the peers, static and vllm only). chat and stall "
+        "are for minipaged only")  # fmt: skip
     add("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32"], metavar="DTYPE",
         help="of fp32, bf16, fp16 (default: fp32)")  # fmt: skip
     add("--peer", nargs="*", choices=[*list(VARIANTS)[1:], *PEERS], default=list(DEFAULT_PEERS), metavar="PEER",
-        help="of static (transformers' generate in padded batches), continuous (its continuous batching), vllm, and "
-        "llama.cpp (a .gguf model only, in the file's own quantization); or minipaged itself, but with no-cache (no "
-        "prefix cache), radix (a radix tree for one), no-chunks (steps so large that no prompt is cut), "
-        "small-chunks (256 tokens a step), or no-graphs (on a GPU, each kernel is launched by itself); default: static "
-        "and continuous; with no name, minipaged runs alone")  # fmt: skip
+        help="of static (transformers' generate in padded batches), continuous (its continuous batching), vllm, "
+        "vllm-ngram (with its n-gram speculation; for quoting and quoting8), and llama.cpp (a .gguf model only, in the "
+        "file's own quantization); or minipaged itself, but with no-cache (no prefix cache), radix (a radix tree for "
+        "one), no-chunks (steps so large that no prompt is cut), small-chunks (256 tokens a step), no-graphs (on a "
+        "GPU, each kernel is launched by itself), ngram (guesses what was said before) or head (a small network "
+        "guesses, if the package has one for the model); default: static and continuous; with no name, minipaged runs "
+        "alone")  # fmt: skip
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
         "may be repeated")  # fmt: skip

@@ -8,12 +8,19 @@ The others are asked for by name. `few-shot` and `chat` repeat themselves, as wh
 questions behind one long prefix, and conversations, where each turn says again all that was said before. `stall`
 has a long prompt arrive while others are being answered. `beams` is beam search: every step may fork sequences, and
 drop others.
+
+`quoting`, `quoting8` and `talk1` are real text, see texts.py: what can be guessed of an answer depends on what it says.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+
+from minipaged.bench.texts import QUESTIONS as ASKED
+from minipaged.bench.texts import QUOTES, Text
+
+Encode = Callable[[str], list[int]]
 
 SEED = 0
 MIXED, SHORTEST, LONGEST = 32, 8, 256  # requests; tokens in, and out
@@ -36,6 +43,7 @@ class Load:
     follows: for each request, the number of the one whose conversation it continues, or None; or empty: none does.
         It is sent when that one is complete, and its prompt is that one's prompt and output, and then its own.
     late: for each request, how many output tokens the first one must have before it is sent; or empty: none.
+    one_by_one: each request is sent when the one before it is complete.
     beam_width: above 1, each request is a beam search. It gives so many outputs, best first; in a Run they stand one
         behind the other. Scores are log-probabilities over tokens, which are as many in all.
     """
@@ -47,10 +55,11 @@ class Load:
     follows: list[int | None] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     beam_width: int = 1
+    one_by_one: bool = False
 
     @property
     def at_once(self) -> bool:
-        """Whether all arrive at the same moment."""
+        """Whether none has to wait for what another one got."""
         return not self.follows and not self.late
 
     @property
@@ -60,7 +69,7 @@ class Load:
     @property
     def num_sequences(self) -> int:
         """That may run at a time."""
-        return len(self.ends) * self.beam_width
+        return 1 if self.one_by_one else len(self.ends) * self.beam_width
 
     @property
     def longest(self) -> int:
@@ -113,6 +122,7 @@ class Run:
     kv_bytes: memory for keys and values, see the contender.
     peak_bytes: the most that its process held at once during the run: weights, keys and values, code, all.
     times: where the seconds went, if the contender can tell.
+    guesses: how many tokens were guessed, and how many of these were right, if the contender can tell.
     found: the share of all prompt tokens that a prefix cache had, if the contender can tell.
     longest_gap: the most seconds between two tokens of one output that followed each other; None if nobody can tell.
     """
@@ -125,6 +135,7 @@ class Run:
     times: dict[str, float] | None = None
     found: float | None = None
     longest_gap: float | None = None
+    guesses: tuple[int, int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,14 +159,24 @@ class Dice:
         return [self._random.randrange(self._vocab_size) for _ in range(count)]
 
 
-def make_load(name: str, vocab_size: int, quick: bool = False) -> Load:
-    """A load of NAMES, of random tokens; the same at each call.
+def of_bytes(text: str) -> list[int]:
+    """Stands for a tokenizer: a text's bytes are its tokens."""
+    return list(text.encode())
+
+
+def make_load(name: str, vocab_size: int, quick: bool = False, encode: Encode = of_bytes) -> Load:
+    """A load of NAMES, the same at each call: of random tokens; those of WRITTEN are texts.
+
+    encode: from what a user says to the token ids that a model is given.
 
     >>> load = make_load("batch8", 1000)
     >>> len(load.prompts), len(load.prompts[0]), load.outputs[0], load.blocks(16)
     (8, 64, 64, 64)
     """
-    return MAKERS[name](name, Dice(f"{name} {SEED}", vocab_size, QUICK if quick else 1))
+    divisor = QUICK if quick else 1
+    if name in WRITTEN:
+        return _written(name, divisor, encode)
+    return MAKERS[name](name, Dice(f"{name} {SEED}", vocab_size, divisor))
 
 
 def _mixed(name: str, dice: Dice) -> Load:
@@ -197,6 +218,15 @@ def _beams(name: str, dice: Dice) -> Load:
     return replace(_plain(name, dice, lengths), beam_width=BEAMS)
 
 
+def _written(name: str, divisor: int, encode: Encode) -> Load:
+    """Quick ones are about the beginning of their texts, and their answers are cut."""
+    texts = WRITTEN[name]
+    prompts = [encode(text.ask + text.about[: len(text.about) // divisor]) for text in texts]
+    outputs = [max(1, text.answer // divisor) for text in texts]
+    one_by_one = name not in AT_ONCE
+    return Load(name, prompts, outputs, 1 if one_by_one else len(texts), one_by_one=one_by_one)
+
+
 MAKERS: dict[str, Callable[[str, Dice], Load]] = {
     "mixed": _mixed,
     **dict.fromkeys(FIXED, _batch),
@@ -205,7 +235,9 @@ MAKERS: dict[str, Callable[[str, Dice], Load]] = {
     "stall": _stall,
     "beams": _beams,
 }
-NAMES = tuple(MAKERS)
+WRITTEN: dict[str, list[Text]] = {"quoting": QUOTES, "quoting8": QUOTES, "talk1": ASKED}
+QUOTING, AT_ONCE = ("quoting", "quoting8"), ("quoting8",)
+NAMES = (*MAKERS, *WRITTEN)
 DEFAULT_NAMES = ("mixed", *FIXED)
 
 

@@ -10,6 +10,7 @@ import torch
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
 from minipaged.execution.engine_args import BUDGET
+from minipaged.execution.stats import EngineStats
 from minipaged.llm import LLM
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.sampling_params import SamplingParams
@@ -42,6 +43,8 @@ class Minipaged:
             f"kernels {self.llm.executor.runner.backend.name}, prefix cache {self.llm.prefix_cache}, at most "
             f"{self.llm.scheduler.max_num_batched_tokens} tokens a step"
         )
+        if speculation := self.llm.scheduler.speculation:
+            self.about += f", at most {speculation.num_speculative_tokens} guesses in a row"
         self.llm.observers.append(self._observe)
         self._most_blocks = 0
 
@@ -64,12 +67,21 @@ class Minipaged:
             times={name: now[name] - then[name] for name in now},
             found=(after.prefixes.found - before.prefixes.found) / queried,
             longest_gap=client.longest_gap,
+            guesses=_guesses(before, after),
         )
 
     def _observe(self, plan: StepPlan, output: StepOutput) -> None:
         tables = [s.block_table for s in plan.sequences]
         if sum(map(len, tables)) > self._most_blocks:  # perhaps, but for what they share
             self._most_blocks = max(self._most_blocks, len(set().union(*tables)))
+
+
+def _guesses(before: EngineStats, after: EngineStats) -> tuple[int, int] | None:
+    """Tokens that were guessed between two moments, and how many of them were right."""
+    then, now = before.speculation, after.speculation
+    if then is None or now is None:
+        return None
+    return now.num_draft_tokens - then.num_draft_tokens, now.num_accepted_tokens - then.num_accepted_tokens
 
 
 def settings(options: Options) -> dict[str, Any]:
@@ -106,6 +118,11 @@ class Client:
         for number, before in enumerate(self.load.sources):
             if before is None and number not in late:
                 self._send(number, self.load.prompts[number])
+                if self.load.one_by_one:
+                    self._work()
+        self._work()
+
+    def _work(self) -> None:
         while self.llm.has_unfinished_requests:
             outputs = self.llm.step()
             now = self._clock()

@@ -72,6 +72,7 @@ class Static:
             prompts = load.prompts[start : start + load.batch_size]
             outputs = load.outputs[start : start + load.batch_size]
             ids, mask = (tensor.to(self.model.device) for tensor in pad(prompts))
+            sent = time.perf_counter() if load.one_by_one else began
             clock = FirstToken()
             rows = self.model.generate(
                 input_ids=ids,
@@ -83,7 +84,7 @@ class Static:
             )
             new = rows[:, ids.shape[1] :].unflatten(0, (len(prompts), -1))  # [S, beams, tokens]
             tokens += [row[:, :wanted].flatten().tolist() for row, wanted in zip(new, outputs, strict=True)]
-            first_token += [clock.at - began] * len(prompts)
+            first_token += [clock.at - sent] * len(prompts)
             kv_bytes = max(kv_bytes, rows.numel() * self.kv_bytes_per_token)
         return Run(tokens, time.perf_counter() - began, first_token, kv_bytes)
 

@@ -12,12 +12,16 @@ since they tell when the first token of a request was there (of a beam search, t
 import os
 import time
 import warnings
+from typing import Any
 
 from minipaged.bench.contenders import BLOCK_SIZE, Options
 from minipaged.bench.loads import Load, Run
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 VLLM_BLOCK_SIZE = 32
+# Of its n-gram speculation: the same numbers as this engine's.
+GUESSES = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
+COUNTERS = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
 SETTINGS = {  # read when it is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -39,7 +43,9 @@ class NoText:
 
 
 class VLLM:
-    """kv_bytes: its pool, which holds the largest load whole: nothing waits for memory."""
+    """kv_bytes: its pool, which holds the largest load whole: nothing waits for memory. more: settings of its `LLM`."""
+
+    more: dict[str, Any] = {}
 
     def __init__(self, options: Options):
         os.environ |= SETTINGS | {"OMP_NUM_THREADS": str(options.threads)}
@@ -62,6 +68,7 @@ class VLLM:
             enable_prefix_caching=True,
             disable_log_stats=False,
             use_tqdm_on_load=False,
+            **self.more,
         )
         for count in (1, options.most_requests):  # what is compiled on first use, is compiled before the clock starts
             self.run(Load("", [[0] * (options.longest // 2)] * count, [4] * count, count))
@@ -74,7 +81,11 @@ class VLLM:
         if load.beam_width > 1:
             return self._search(load, prompts)
         began = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        if load.one_by_one:
+            pairs = zip(prompts, params, strict=True)
+            outputs = [self.llm.generate([one], [its], use_tqdm=False)[0] for one, its in pairs]
+        else:
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - began
         return Run(
             tokens=[list(output.outputs[0].token_ids) for output in outputs],
@@ -97,3 +108,20 @@ class VLLM:
             for output, prompt, wanted in zip(outputs, load.prompts, load.outputs, strict=True)
         ]
         return Run(tokens, seconds, first_token=[], kv_bytes=self.kv_bytes)
+
+
+class Guessing(VLLM):
+    """With its n-gram speculation."""
+
+    more = {"speculative_config": GUESSES}
+
+    def run(self, load: Load) -> Run:
+        before = self._counts()
+        run = super().run(load)
+        guessed, right = (now - then for now, then in zip(self._counts(), before, strict=True))
+        run.guesses = guessed, right
+        return run
+
+    def _counts(self) -> list[int]:
+        values = {metric.name: metric.value for metric in self.llm.get_metrics() if metric.name in COUNTERS}
+        return [values.get(name, 0) for name in COUNTERS]

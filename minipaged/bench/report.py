@@ -31,6 +31,10 @@ SOMETIMES = {
     "found": ("found", "percent of the prompts' tokens that the prefix cache had, and that were not computed again"),
     "gap": ("longest_gap", "milliseconds, the longest between two tokens of one output that follow each other"),
     "gap is": ("gap_ratio", "the gap, as a multiple of minipaged's beside it"),
+    "speed is": ("speedup", "that of one who guesses, as a multiple of plain minipaged's beside it"),
+    "guessed": ("guessed", "tokens that were guessed"),
+    "right": ("guessed", "percent of the guesses that were right"),
+    "a step": ("tokens_per_step", "tokens that a request got in a step, the mean"),
 }
 
 
@@ -65,6 +69,7 @@ def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) 
         "ratio": None,
         "gap_ratio": None,
         "same_tokens": None,
+        "speedup": None,
     }
     pairs = list(zip(engine, runs, strict=False))  # a contender that broke has fewer rounds
     if name != "minipaged" and pairs:
@@ -73,9 +78,23 @@ def _row(load: Load, dtype: str, name: str, runs: list[Run], engine: list[Run]) 
         ratios = [theirs / ours for ours, theirs in gaps if ours and theirs]
         row["gap_ratio"] = median(ratios) if ratios else None
         row["same_tokens"] = agreement(engine[0], runs[0])
+        if runs[0].guesses:
+            row["speedup"] = median(theirs.tokens_per_second / ours.tokens_per_second for ours, theirs in pairs)
+    row |= _of_guesses(load, runs[0])
     if runs[0].times is not None:
         row["split"] = split(runs)
     return row
+
+
+def _of_guesses(load: Load, run: Run) -> Row:
+    """What guessing gave; None for those who don't. A step gives one token, and those that were guessed right."""
+    guessed, right = run.guesses or (None, 0)
+    steps = load.num_output_tokens - right
+    return {
+        "guessed": guessed,
+        "guessed_right": None if guessed is None else right,
+        "tokens_per_step": None if guessed is None else load.num_output_tokens / steps,
+    }
 
 
 def p90(numbers: list[float]) -> float:
@@ -147,6 +166,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "found": lambda row: "" if row["found"] is None else f"{100 * row['found']:.0f}",
     "gap": lambda row: "" if row["longest_gap"] is None else f"{1000 * row['longest_gap']:.0f}",
     "gap is": lambda row: "" if row["gap_ratio"] is None else f"{row['gap_ratio']:.2f}x",
+    "guessed": lambda row: "" if row["guessed"] is None else f"{row['guessed']}",
+    "right": lambda row: f"{100 * row['guessed_right'] / row['guessed']:.0f}" if row["guessed"] else "",
+    "a step": lambda row: "" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}",
+    "speed is": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
     "KV": lambda row: f"{row['kv_bytes'] / MIB:.0f}",
     "peak": lambda row: f"{row['peak_bytes'] / MIB:.0f}",
     "minipaged is": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}x",
