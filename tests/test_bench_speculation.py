@@ -104,7 +104,7 @@ def test_guesses_change_how_many_steps_and_no_token(tiny, capsys):  # noqa: F811
         assert guessing["tokens_per_step"] == tokens / (tokens - right)
         assert plain["guessed"] is plain["guessed_right"] is plain["tokens_per_step"] is plain["speedup"] is None
     assert sum(row["guessed"] or 0 for row in rows.values()) > 0
-    assert data["about"]["ngram"].endswith(", at most 8 guesses in a row")
+    assert data["about"]["ngram"].endswith(", at most 16 guesses in a row")
 
 
 def test_a_head_is_asked_in_the_same_way(tmp_path, monkeypatch, tiny):  # noqa: F811

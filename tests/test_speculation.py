@@ -68,7 +68,9 @@ def guesses(rng, folders):
         return how | {"method": "ngram", "prompt_lookup_min": low, "prompt_lookup_max": low + rng.randint(0, 2)}
     if rng.random() < 0.4:
         return how | {"method": "head", "model": str(folders["head"])}
-    return how | {"method": "draft", "model": str(folders[rng.choice(["same", "near", "near", "far"])])}
+    sampling = rng.choice([None, "greedy", "probabilistic"])
+    model = str(folders[rng.choice(["same", "near", "near", "far"])])
+    return how | {"method": "draft", "model": model, "draft_sample_method": sampling}
 
 
 def job(rng):
@@ -286,6 +288,12 @@ def test_and_that_would_be_noticed(folders, monkeypatch, method, forgotten):
         ({"method": "ngram", "adaptive": 1}, "adaptive=1: must be True or False"),
         ({"method": "draft"}, "method 'draft' needs a model"),
         ({"model": "x", "prompt_lookup_max": 3}, "prompt_lookup_min is for ngram, not for draft"),
+        ({"model": "x", "draft_sample_method": "luck"}, "draft_sample_method='luck': must be one of greedy"),
+        ({"method": "ngram", "draft_sample_method": "greedy"}, "draft_sample_method is for draft and head"),
+        (
+            {"model": "x", "acceptance": "rejection", "draft_sample_method": "greedy"},
+            "needs draft_sample_method='probabilistic'",
+        ),
         ({"model": "x", "acceptance": "rejection", "num_branches": 2}, "judges one row of guesses: num_branches=1"),
     ],
 )
@@ -299,6 +307,20 @@ def test_what_is_right_is_understood():
     assert (ngram.prompt_lookup_min, ngram.prompt_lookup_max, ngram.num_speculative_tokens) == (4, 4, 5)
     assert SpeculativeConfig.of({"method": "draft_model", "model": "x"}) == SpeculativeConfig.of({"model": "x"})
     assert SpeculativeConfig.of(ngram) is ngram and SpeculativeConfig.of(None) is None
+
+
+def test_a_draft_that_draws_alike_comes_to_the_same_tokens(folders):
+    """The model itself as its draft is always right at any temperature, if it draws with the same random number."""
+    jobs = [(prompt.strip(), SamplingParams(seed=i, max_tokens=30, ignore_eos=True)) for i, prompt in enumerate(WORDS)]
+    rates = {}
+    for method in ("probabilistic", "greedy"):
+        how = {"model": str(folders["same"]), "adaptive": False, "draft_sample_method": method}
+        with LLM(str(folders["model"]), speculative_config=how, block_size=4, num_blocks=100) as llm:
+            if not llm.executor.runner.backend.same_bits:
+                pytest.skip("only equal numbers give equal draws")
+            run(llm, jobs)
+            rates[method] = llm.stats().speculation.acceptance_rate
+    assert rates["probabilistic"] == 1 and rates["greedy"] < 0.6
 
 
 def test_a_draft_with_another_vocabulary_is_refused(folders, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 import kernels
 from minipaged.execution.flat_batch import FlatBatches
 from minipaged.execution.proposer import Proposer
+from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.models import Loaded, ModelError, Tokenizer
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput
 
@@ -24,9 +25,10 @@ class DraftProposer(Proposer):
     """loaded: the draft. caches: for its keys and values, of as many blocks as the model's two pools have."""
 
     def __init__(
-        self, loaded: Loaded, caches: tuple[Tensor, Tensor], batches: FlatBatches, vocab_size: int, by_chance: bool
-    ):
-        super().__init__(by_chance)
+        self, loaded: Loaded, caches: tuple[Tensor, Tensor], batches: FlatBatches, vocab_size: int,
+        config: SpeculativeConfig,
+    ):  # fmt: skip
+        super().__init__(config)
         self.model, self.batches, self.vocab_size = loaded.model, batches, vocab_size
         self.cache, self.caches = caches[0], [caches]
 

@@ -77,14 +77,14 @@ class Executor:
         if guesser is None or config is None:
             return None
         batches = FlatBatches(self.num_blocks, self._args.block_size, self.device, self._args.debug)
-        vocab_size, by_chance = self.config.vocab_size, config.acceptance == "rejection"
+        vocab_size = self.config.vocab_size
         if isinstance(guesser, Head):
             states = self._caches(1, 1, self.config.hidden_size // 2)
             own = self._caches(1, guesser.kv_heads, guesser.head_size)
-            return HeadProposer(guesser, states, own, batches, vocab_size, by_chance)
+            return HeadProposer(guesser, states, own, batches, vocab_size, config)
         theirs = guesser.config
         own = self._caches(theirs.num_layers, theirs.num_kv_heads, theirs.head_size)
-        return DraftProposer(guesser, own, batches, vocab_size, by_chance)
+        return DraftProposer(guesser, own, batches, vocab_size, config)
 
     def _caches(self, layers: int, kv_heads: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For a proposer, under the page tables of both pools."""

@@ -17,6 +17,7 @@ from torch import Tensor
 import kernels
 from minipaged.execution.flat_batch import FlatBatches
 from minipaged.execution.proposer import Proposer
+from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.models.head import Head
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput
 
@@ -26,9 +27,9 @@ class HeadProposer(Proposer):
 
     def __init__(
         self, head: Head, states: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], batches: FlatBatches,
-        vocab_size: int, by_chance: bool,
+        vocab_size: int, config: SpeculativeConfig,
     ):  # fmt: skip
-        super().__init__(by_chance)
+        super().__init__(config)
         self.head, self.batches, self.vocab_size = head, batches, vocab_size
         self.states, self.cache = states[0][0], cache[0][0]  # of the one layer: [2, 1, N, B, E/2] and [2, G, N, B, D]
         self.caches = [states, cache]

@@ -8,10 +8,12 @@ values: the same slots, the same block numbers. So whatever is forked, copied, s
 so for both, and nobody has to know.
 
 A guess is drawn as the model will draw, with the same parameters and the same random number. So where the proposer's
-probabilities are like the model's, the same token is likely to come (coupling). For the papers' rule, which needs
-guesses that are independent of the model's draw, it is drawn with another number: see decoding/rejection.py.
+probabilities are like the model's, the same token is likely to come (coupling). Where they aren't, to guess what is
+likeliest is better (`draft_sample_method`). For the papers' rule, whose guesses must be independent of the model's draw,
+it is drawn with another number: see decoding/rejection.py.
 """
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 import kernels
 from minipaged.decoding.rejection import GUESS, pick, probabilities
 from minipaged.decoding.sampling import sample
+from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.requests.sampling_params import BadLogits, Draw
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput
 
@@ -46,8 +49,9 @@ class Proposer:
 
     caches: list[tuple[Tensor, Tensor]]
 
-    def __init__(self, by_chance: bool):
-        self._by_chance = by_chance  # whether the papers' rule judges
+    def __init__(self, config: SpeculativeConfig):
+        self._by_chance = config.acceptance == "rejection"
+        self._greedy = config.guesses_greedily
 
     def start(self, sequences: list[ScheduledSequence]) -> Tensor:
         """Learn of the own tokens of all sequences. Logits [R, V] behind the last one of those that want guesses."""
@@ -83,7 +87,7 @@ class Proposer:
 
     def _draw(self, rows: list[ScheduledSequence], logits: Tensor, guesses: Guesses) -> list[int | None]:
         """The next guess of each row, noted in `guesses`; None where nothing can be drawn."""
-        draws = [_behind(s, guesses.tokens[s.seq_id]) for s in rows]
+        draws = [self._behind(s, guesses.tokens[s.seq_id]) for s in rows]
         found: list[int | None] = []
         for drawn in sample(logits, draws):
             found.append(None if isinstance(drawn, BadLogits) else drawn[0].token_id)
@@ -95,6 +99,15 @@ class Proposer:
             if token is not None:
                 guesses.tokens[s.seq_id].append(token)
         return found
+
+    def _behind(self, s: ScheduledSequence, guessed: list[int]) -> Draw:
+        draw = s.draw
+        assert draw is not None
+        if draw.params.logprobs is not None or (self._greedy and not draw.params.greedy):
+            params = copy(draw.params)  # they were checked, and nobody else sees these
+            vars(params).update(logprobs=None, temperature=0.0 if self._greedy else params.temperature)
+            draw = replace(draw, params=params)
+        return draw.behind([*draw.output_token_ids, *guessed]) if guessed else draw
 
     def _draw_by_chance(
         self, rows: list[ScheduledSequence], logits: Tensor, draws: list[Draw], found: list[int | None],
@@ -121,14 +134,6 @@ def _branch_out(rows: list[ScheduledSequence], logits: Tensor, found: list[int |
             best = logits[place].topk(len(others) + 1).indices.tolist()
             found[place] = next(one for one in best if one not in others)
             others.append(found[place])  # type: ignore[arg-type]
-
-
-def _behind(s: ScheduledSequence, guessed: list[int]) -> Draw:
-    assert s.draw is not None
-    draw = s.draw
-    if draw.params.logprobs is not None:  # nobody looks at those of a guess
-        draw = replace(draw, params=replace(draw.params, logprobs=None))
-    return draw.behind([*draw.output_token_ids, *guessed]) if guessed else draw
 
 
 def _next_row(s: ScheduledSequence, guessed: list[int]) -> ScheduledSequence:

@@ -122,8 +122,8 @@ def head_config(sizes: dict[str, int], norm_eps: float, rope_theta: float) -> Mo
 
 def head_of(model_name: str) -> Path:
     """The head that comes with the package for this model; ModelError if there is none."""
-    path = HEADS / f"{model_name}.safetensors"
-    if not path.is_file():
+    path = HEADS / f"{Path(model_name).name}.safetensors"
+    if path.stem != model_name or not path.is_file():
         raise ModelError(
             f"there is no head for {model_name} in the package: train one with python -m minipaged.train_head, and "
             "give its file"
