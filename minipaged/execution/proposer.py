@@ -8,9 +8,9 @@ values: the same slots, the same block numbers. So whatever is forked, copied, s
 so for both, and nobody has to know.
 
 A guess is drawn as the model will draw, with the same parameters and the same random number. So where the proposer's
-probabilities are like the model's, the same token is likely to come (coupling). Where they aren't, to guess what is
-likeliest is better (`draft_sample_method`). For the papers' rule, whose guesses must be independent of the model's draw,
-it is drawn with another number: see decoding/rejection.py.
+probabilities are like the model's, the same token is likely to come (coupling). Where they aren't, to guess what seems
+likeliest is better (`draft_sample_method`). The papers' rule needs guesses that are independent of the model's draw: for
+it they are drawn with another number, see decoding/rejection.py.
 """
 
 from copy import copy
