@@ -367,3 +367,25 @@ def test_rejection_gives_other_tokens_and_the_same_ones_at_temperature_0(folders
     for _, [output], _ in answers:
         assert len(output["token_ids"]) == len(output["logprobs"]) == 30
         assert all(token in one for token, one in zip(output["token_ids"], output["logprobs"], strict=True))
+
+
+# ---- the real model --------------------------------------------------------------------------------------------------
+
+
+def test_the_real_model_says_the_same_in_fewer_steps():
+    """Alone and among others, greedy and by chance; and its own head is right often enough to be of use."""
+    text = "The sun had set, and the sea was calm. Two boats lay on the sand, and a dog slept between them."
+    prompts = [[{"role": "user", "content": words}] for words in (f"Say again, word by word: {text}", "Why is rain wet?")]
+    params = [SamplingParams(temperature=0, max_tokens=40), SamplingParams(seed=3, max_tokens=40, top_p=0.9, n=2)]
+    told, steps = {}, {}
+    for method in (None, "ngram", "head"):
+        how = method and {"method": method}
+        with LLM("smollm2", dtype="fp32", num_blocks=100, speculative_config=how, debug=True) as llm:
+            if method and not llm.executor.runner.backend.same_bits:
+                pytest.skip("only equal numbers give equal tokens")
+            told[method] = [[o.token_ids for o in one.outputs] for one in llm.generate(prompts, params)]
+            before = llm.stats().num_steps
+            llm.generate(prompts[:1], params[0])
+            steps[method] = llm.stats().num_steps - before
+    assert told["ngram"] == told["head"] == told[None]
+    assert steps["ngram"] < 0.6 * steps[None] and steps["head"] < 0.8 * steps[None]

@@ -9,8 +9,8 @@ so for both, and nobody has to know.
 
 A guess is drawn as the model will draw, with the same parameters and the same random number. So where the proposer's
 probabilities are like the model's, the same token is likely to come (coupling). Where they aren't, to guess what seems
-likeliest is better (`draft_sample_method`). The papers' rule needs guesses that are independent of the model's draw: for
-it they are drawn with another number, see decoding/rejection.py.
+likeliest is better (`draft_sample_method`). The papers' rule needs guesses that do not depend on the model's draw, drawn
+with another number: see decoding/rejection.py.
 """
 
 from copy import copy
