@@ -369,7 +369,7 @@ def test_rejection_gives_other_tokens_and_the_same_ones_at_temperature_0(folders
         assert all(token in one for token, one in zip(output["token_ids"], output["logprobs"], strict=True))
 
 
-# ---- the real model --------------------------------------------------------------------------------------------------
+# ---- the real model -------------------------------------------------------------------------------------------------
 
 
 def test_the_real_model_says_the_same_in_fewer_steps():

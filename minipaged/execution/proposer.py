@@ -9,10 +9,11 @@ so for both, and nobody has to know.
 
 A guess is drawn as the model will draw, with the same parameters and the same random number. So where the proposer's
 probabilities are like the model's, the same token is likely to come (coupling). Where they aren't, to guess what seems
-likeliest is better (`draft_sample_method`). The papers' rule needs guesses that do not depend on the model's draw, drawn
-with another number: see decoding/rejection.py.
+likeliest is better (`draft_sample_method`). The papers' rule needs guesses that are independent of the model's draw:
+drawn with another number, see decoding/rejection.py.
 """
 
+from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass, field, replace
 
@@ -44,7 +45,7 @@ class Guesses:
         return replace(s, token_ids=tokens, slots=s.slots[: len(tokens)], num_drafts=num_drafts, num_to_draft=0)
 
 
-class Proposer:
+class Proposer(ABC):
     """The loop. caches: pairs of what lies in the device's and in the CPU's pool, each [L, 2, G, N, B, D]."""
 
     caches: list[tuple[Tensor, Tensor]]
@@ -53,20 +54,20 @@ class Proposer:
         self._by_chance = config.acceptance == "rejection"
         self._greedy = config.guesses_greedily
 
+    @abstractmethod
     def start(self, sequences: list[ScheduledSequence]) -> Tensor:
         """Learn of the own tokens of all sequences. Logits [R, V] behind the last one of those that want guesses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_on(self, rows: list[ScheduledSequence], places: list[int]) -> Tensor:
         """Logits [R, V] behind the guess that each row has as its only token; its place among the rows before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def follow(
         self, sequences: list[ScheduledSequence], inputs: tuple[Tensor, Tensor, kernels.Batch], hidden: Tensor,
         output: StepOutput,
     ) -> None:  # fmt: skip
         """The model has computed a step: input_ids, positions and batch, to hidden [T, E]."""
-        raise NotImplementedError
 
     def propose(self, sequences: list[ScheduledSequence]) -> Guesses:
         guesses = Guesses()

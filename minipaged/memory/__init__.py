@@ -1,7 +1,7 @@
 """Which token lives where?
 
 Read block_allocator.py, page_table.py, copy_on_write.py, branching.py, swapping.py, kv_manager.py, accounting.py; and
-then, where nothing is thrown away before it must be, prefix_cache.py and radix_cache.py.
+then, where nothing is thrown away before it must be, prefix_cache.py, radix_cache.py and publishing.py.
 
 Owns: block numbers, reference counts, page tables, and which blocks can be found again.
 Does not own: tensors, what tokens mean, who goes first. Integers and lists, and nothing but the standard library.

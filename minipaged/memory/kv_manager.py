@@ -2,8 +2,9 @@
 
 Over the allocator (which block is free?) and the page tables (where is my token?) this file adds what
 sequences do: start (`allocate`), grow (`append`), split without copying (`fork`), end (`free`), and make way
-for others (`swap_out`, `swap_in`). Copy-on-write is in copy_on_write.py. With a prefix cache, a sequence starts with
-the blocks that `find` finds, and `publish` lets its own be found.
+for others (`swap_out`, `swap_in`). Guesses get slots that are taken back (`take_back`), or a `branch`. With a prefix
+cache, a sequence starts with the blocks that `find` finds, and `publish` lets its own be found. How that is done stands
+in copy_on_write.py, branching.py, swapping.py and publishing.py.
 
 Everything here is numbers. Where contents have to follow, the answer holds pairs (from, to), and the runner
 moves the tensors: in each step swap-outs, then swap-ins, then copies, and then the new tokens are written.
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field, replace
 
 from minipaged.memory.accounting import Counters, MemoryUsage, Pool, check_pool, measure
 from minipaged.memory.block_allocator import BlockAllocator, IntegrityError, MisuseError, NoSpace
-from minipaged.memory.branching import adopt, branch
+from minipaged.memory.branching import adopt, branch, take_back
 from minipaged.memory.copy_on_write import Appended, grow
 from minipaged.memory.page_table import PageTable, blocks_for
 from minipaged.memory.prefix_cache import PrefixCache, Salt
+from minipaged.memory.publishing import publish
 from minipaged.memory.swapping import Swapped, move
 
 
@@ -141,29 +143,13 @@ class KVCacheManager:
     def publish(self, seq_id: int, num_computed: int, tokens: Callable[[int, int], Sequence[int]]) -> None:
         """Let the full blocks of the first `num_computed` tokens be found; their keys and values are written.
 
-        tokens(start, count): the sequence's tokens there. Where the same tokens were computed twice, side by side,
-        it goes on with the block that is found, and its own becomes free.
+        tokens(start, count): the sequence's tokens there. See publishing.py.
         """
         table = self._table(self._gpu, seq_id)
         if num_computed > table.num_tokens:
             raise MisuseError(f"sequence {seq_id} has slots for {table.num_tokens} tokens, not {num_computed}")
-        if self.cache is None or not table.publishes:
-            return
-        size = self.block_size
-        for logical in range(table.num_published, num_computed // size):
-            own, parent = table.blocks[logical], table.blocks[logical - 1] if logical else None
-            known = self.cache.add(own, parent, tokens(logical * size, size), table.salt)
-            if known != own:
-                self._replace(logical, own, known)
-            table.num_published = logical + 1
-
-    def _replace(self, logical: int, own: int, known: int) -> None:
-        """All who hold `own` go on with `known`: whoever holds a block must hold what it is known to follow."""
-        for table in self._gpu.tables.values():
-            if table.blocks[logical : logical + 1] == [own]:
-                self._gpu.allocator.share(known)
-                self._gpu.allocator.release(own)
-                table.blocks = [*table.blocks[:logical], known, *table.blocks[logical + 1 :]]
+        if self.cache is not None and table.publishes:
+            publish(table, num_computed, tokens, self._gpu, self.cache)
 
     def idle_blocks(self) -> list[int]:
         """The free blocks whose contents can still be found, least recently used first."""
@@ -191,27 +177,11 @@ class KVCacheManager:
         return answer
 
     def take_back(self, seq_id: int, count: int) -> None:
-        """Take the slots of the last `count` tokens back; blocks that are empty then become free.
-
-        For tokens that were only tried, see growth.py. MisuseError if others could see them: in a block that was
-        published, or that another sequence holds too.
-        """
-        table = self._table(self._gpu, seq_id)
-        left = table.num_tokens - count
-        if count < 0 or left < 0:
-            raise MisuseError(f"sequence {seq_id} has {table.num_tokens} tokens: {count} can't be taken back")
-        if not count:
-            return
-        touched = table.blocks[left // self.block_size :]
-        if left < table.num_published * self.block_size or any(map(self._is_shared, touched)):
-            raise MisuseError(f"sequence {seq_id}: some of its last {count} tokens are in a block that others can see")
-        kept = self.blocks_for(left)
-        for block in reversed(table.blocks[kept:]):
-            self._gpu.allocator.release(block)
-        table.blocks, table.num_tokens = table.blocks[:kept], left
-
-    def _is_shared(self, block: int) -> bool:
-        return self._gpu.allocator.ref_count(block) > 1
+        """Take the slots of the last `count` tokens back; blocks that are empty then become free: see branching.py."""
+        try:
+            take_back(self._table(self._gpu, seq_id), count, self._gpu)
+        except MisuseError as error:
+            raise MisuseError(f"sequence {seq_id}: {error}") from None
 
     def fork(self, parent: int, child: int) -> None:
         """Start `child` with all tokens of `parent`: it shares every block, and nothing is copied.
