@@ -375,7 +375,8 @@ def test_rejection_gives_other_tokens_and_the_same_ones_at_temperature_0(folders
 def test_the_real_model_says_the_same_in_fewer_steps():
     """Alone and among others, greedy and by chance; and its own head is right often enough to be of use."""
     text = "The sun had set, and the sea was calm. Two boats lay on the sand, and a dog slept between them."
-    prompts = [[{"role": "user", "content": words}] for words in (f"Say again, word by word: {text}", "Why is rain wet?")]
+    questions = f"Say again, word by word: {text}", "Why is rain wet?"
+    prompts = [[{"role": "user", "content": words}] for words in questions]
     params = [SamplingParams(temperature=0, max_tokens=40), SamplingParams(seed=3, max_tokens=40, top_p=0.9, n=2)]
     told, steps = {}, {}
     for method in (None, "ngram", "head"):

@@ -29,7 +29,7 @@ from minipaged.scheduling.plan import Booked, ScheduledSequence, Step, StepOutpu
 
 FIRST_RATE = 0.7  # the share of guesses that are right, before anything is known
 MEMORY = 0.8  # how much of that rate is left after one more guess was judged
-RECOVERY = 0.01  # while nothing is guessed the rate goes back to the first one, so much of the way in each step
+RECOVERY = 0.003  # while nothing is guessed the rate goes back to the first one, so much of the way in each step
 
 
 class Proposer(Protocol):
