@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_folder
 
 from minipaged import LLM, SamplingParams
+from minipaged.decoding.acceptance import accept
+from minipaged.execution import answers
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.speculative_config import SpeculativeConfig
+from minipaged.requests.sampling_params import BadLogits
 from minipaged.train_head import main as train_head
 
 TRIES = int(os.environ.get("SPECULATION_TRIES", 24))
@@ -143,6 +146,40 @@ def test_the_same_answers_with_guesses_and_without(folders, plain, seed):
             assert run(llm, jobs) == wanted, (how, setting)
         llm.memory.check()
         assert llm.memory.usage().used == 0
+
+
+def one_too_many(drafts, drawn):
+    """The token behind a wrong guess is taken, too."""
+    tokens = accept(drafts, drawn)
+    return tokens + [row[0] for row in drawn[len(tokens) : len(tokens) + 1] if not isinstance(row, BadLogits)]
+
+
+def the_same_number_again(draw, drafts):
+    """The same random number, and the same past, at every position."""
+    return [draw] * (len(drafts) + 1)
+
+
+def wrong_branch(seq_id, family, output):
+    """The first branch stays, whoever was right."""
+    RIGHT_TAKE(seq_id, family, output)
+    if output.winners.pop(seq_id, None) is None and len(family) > 1:
+        output.winners[seq_id] = family[1][0].seq_id
+
+
+RIGHT_TAKE = answers._take
+BROKEN = {
+    "one token too many": ("accept", one_too_many),
+    "a random number twice": ("draws_behind", the_same_number_again),
+    "the wrong branch": ("_take", wrong_branch),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_that_finds_what_is_broken(folders, plain, monkeypatch, broken):
+    monkeypatch.setattr(answers, *BROKEN[broken])
+    with pytest.raises((AssertionError, IndexError)):
+        for seed in range(12):
+            test_the_same_answers_with_guesses_and_without(folders, plain, seed)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
