@@ -11,7 +11,7 @@ ALIASES = {"draft_model": "draft"}  # vLLM's names
 ACCEPTANCE = ("draw", "rejection")
 SAMPLE_METHODS = ("greedy", "probabilistic")
 MOST_TOKENS, MOST_BRANCHES = 32, 8
-NUM_SPECULATIVE_TOKENS = {"ngram": 16, "draft": 4, "head": 3}  # by default
+NUM_SPECULATIVE_TOKENS = {"ngram": 16, "draft": 4, "head": 2}  # by default
 LOOKUP_MIN, LOOKUP_MAX = 2, 5
 ONLY_FOR = {
     "prompt_lookup_min": ("ngram",), "prompt_lookup_max": ("ngram",), "model": ("draft", "head"),

@@ -28,7 +28,9 @@ from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.plan import Booked, ScheduledSequence, Step, StepOutput, StepPlan
 
 FIRST_RATE = 0.7  # the share of guesses that are right, before anything is known
-MEMORY = 0.8  # how much of that rate is left after one more guess was judged
+# How much of that rate is left after one more guess was judged. Quotes begin and end all of a sudden; a model's guesses
+# are right about as often everywhere.
+MEMORY, LONG_MEMORY = 0.8, 0.95
 RECOVERY = 0.003  # while nothing is guessed the rate goes back to the first one, so much of the way in each step
 
 
@@ -94,7 +96,7 @@ class Speculation:
     num_speculative_tokens: int
     num_branches: int = 1
     proposer: Proposer | None = None
-    free_rows: float = 24
+    free_rows: float = 16
     cost: float = 0.0
     adaptive: bool = True
     counts: SpeculationCounts = field(default_factory=SpeculationCounts)
@@ -105,14 +107,18 @@ class Speculation:
     # --- before a step ------------------------------------------------------------------------------------------
 
     def wishes(self, requests: Iterable[Request], num_running: int) -> dict[int, Wish]:
-        """By sequence. Only who has one token to compute, and will draw the next, has something to wish."""
-        found = {}
+        """By sequence. Only who has one token to compute, and will draw the next, has something to wish.
+
+        Nobody has, if what all could gain together, in steps, is not worth the making of their guesses.
+        """
+        found, gain = {}, 0.0
         for request in requests:
             for seq in request.live if request.search is None else ():
                 ready = seq.in_memory and seq.output_token_ids and seq.num_uncomputed == 1
                 if ready and (wish := self._wish(request, seq, num_running)):
                     found[seq.seq_id] = wish
-        return found
+                    gain += seq.acceptance / num_running - 1 / (num_running + self.free_rows)
+        return found if gain > self.cost or not self.adaptive else {}
 
     def _wish(self, request: Request, seq: Sequence, num_running: int) -> Wish | None:
         most = min(self.num_speculative_tokens, request.max_tokens - len(seq.output_token_ids) - 1)
@@ -178,7 +184,7 @@ class Speculation:
                 self._count(by_id[guesses[0].request_id], sum(map(len, drafts.values())), right)
                 longest = max(map(len, drafts.values()))
                 guessed = len(drafts.get(output.winners.get(seq_id, seq_id), ())) or longest
-                _judge(sequences(seq_id), guessed, right)
+                _judge(sequences(seq_id), guessed, right, MEMORY if self.proposer else LONG_MEMORY)
 
     def _count(self, request: Request, num_tokens: int, right: int) -> None:
         for counts in (self.counts, request.metrics):
@@ -194,10 +200,10 @@ class Speculation:
             self.proposer.forget()
 
 
-def _judge(seq: Sequence, guessed: int, right: int) -> None:
+def _judge(seq: Sequence, guessed: int, right: int, memory: float) -> None:
     """Each guess up to the first wrong one says something; those behind it were never asked."""
     for place in range(min(guessed, right + 1)):
-        seq.acceptance = MEMORY * seq.acceptance + (1 - MEMORY) * (place < right)
+        seq.acceptance = memory * seq.acceptance + (1 - memory) * (place < right)
 
 
 def with_guesses(s: ScheduledSequence, step: Step, memory: KVCacheManager) -> Iterator[ScheduledSequence]:
