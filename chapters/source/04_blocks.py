@@ -734,7 +734,7 @@ two = SamplingParams(n=2, temperature=1.0, max_tokens=8, ignore_eos=True, seed=0
 one = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 llm.add_request("The capital of France is", two)
 llm.add_request("The capital of Italy is", one)
-llm.observers.append(lambda plan, output: observer.follow(plan))  # to name who is new
+llm.observers.append(lambda plan, output: observer.follow(plan, output))  # to name who is new
 step()
 
 # %% [markdown]

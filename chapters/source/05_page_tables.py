@@ -744,7 +744,7 @@ from minipaged.terminal.snapshot import Observer
 
 llm = LLM("smollm2", num_blocks=24, block_size=4, prefix_cache="none", device="cpu")
 observer, plans = Observer(llm), []
-llm.observers.append(lambda plan, output: (observer.follow(plan), plans.append(plan)))
+llm.observers.append(lambda plan, output: (observer.follow(plan, output), plans.append(plan)))
 
 
 def ask(text, tokens):
