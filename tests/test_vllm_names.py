@@ -83,7 +83,7 @@ def names_of(section):
         return {name for name in dir(ours) if not name.startswith("_")}
     if is_dataclass(ours):
         properties = {name for name, value in vars(ours).items() if isinstance(value, property)}
-        hidden = {"greedy", "penalises", "stop_strings"}  # for the engine, not for users
+        hidden = {"greedy", "penalises", "stop_strings", "guesses_greedily"}  # for the engine, not for users
         return {field.name for field in fields(ours)} | (properties - hidden)
     return {*inspect.signature(ours).parameters} - {"self"}
 

@@ -1030,7 +1030,7 @@ from types import SimpleNamespace
 
 wrong = SimpleNamespace(seq_id=1, block_table=[5, 16])
 try:
-    llm.executor.runner._check([wrong])
+    llm.executor.runner.batches._check([wrong])
 except IndexError as error:
     print(error)
 
