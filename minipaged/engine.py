@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from kernels import say
 from minipaged.decoding.ngram import NgramProposer
@@ -170,7 +170,7 @@ class LLMEngine:
             self._closed = True
             self.executor.close()
 
-    def __enter__(self) -> "LLMEngine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from test_bench import fake_vllm, made_up, options, tiny  # noqa: F401 (fixtures)
 
 from minipaged.bench import __main__ as bench
-from minipaged.bench import environments, peer_vllm, report, texts
+from minipaged.bench import acceptance, environments, peer_vllm, report, texts
 from minipaged.bench.contenders import PEERS, build, why_not
 from minipaged.bench.flags import parser
 from minipaged.bench.loads import QUOTING, WRITTEN, Load, check, make_load, of_bytes
@@ -205,3 +205,15 @@ def test_a_model_without_a_tokenizer_can_be_asked_of_random_tokens_only(tiny, tm
     assert bench.main(["--model", str(tmp_path), "--load", "quoting"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_acceptance_is_told_for_every_rule(tiny, tmp_path, capsys):  # noqa: F811
+    flags = ["--model", str(tiny), "--speculate", "draft", "--speculative-model", str(tiny)]
+    assert acceptance.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 1 + 9 + 6
+    numbers = {line[:50].strip(): tuple(map(float, line[50:].split())) for line in lines[1:]}
+    assert numbers["temperature 1.0: draw, probabilistic"][0] > 3.9, "the model itself is always right"
+    assert numbers["temperature 1.0: draw, greedy"] < numbers["temperature 1.0: rejection"]
+    assert acceptance.main(["--speculate", "draft", "--speculative-model", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err

@@ -15,6 +15,6 @@ ran side by side can be compared.
 Reading order: loads.py and texts.py (what is asked), contenders.py (who is), ours.py (this engine and its
 variants), peer_*.py (the others), worker.py (their processes), environments.py and weights.py (what peers of another
 environment need), report.py (machine, table, JSON), flags.py and __main__.py (the run). Beside it: loading.py (how long
-loading takes), decode_profile.py (where a decode step's time goes), gpu.py and gpu_parts.py (all that needs a GPU, in
-one command).
+loading takes), decode_profile.py (where a decode step's time goes), acceptance.py (how many guesses are right), gpu.py
+and gpu_parts.py (all that needs a GPU, in one command).
 """
