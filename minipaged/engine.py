@@ -20,17 +20,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from kernels import say
-from minipaged.decoding.ngram import NgramProposer
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.executor import Executor
-from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.execution.stats import EngineStats, Peak, Totals
 from minipaged.memory import PREFIX_CACHES, KVCacheManager
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import Request
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.scheduling.speculation import Speculation
 from minipaged.scheduling.undo import Note
 from minipaged.text.inputs import Params, Prompt, one_for_each
 from minipaged.text.intake import Intake
@@ -62,7 +59,7 @@ class LLMEngine:
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.memory, args.max_num_seqs, args.budget(self.executor.device), args.preemption, args.watermark,
-            args.schedule, args.chunked_prefill, self._speculation(args.speculative_config),
+            args.schedule, args.chunked_prefill, self.executor.speculation(),
         )  # fmt: skip
         self.observers: list[Callable[[StepPlan, StepOutput], None]] = []  # called after each step: watch, trace
         self._lock = threading.RLock()
@@ -75,15 +72,6 @@ class LLMEngine:
         self._computing: int | None = None  # in which thread
         self._orphans: list[Mailbox] = []  # whose owner went away in the middle of a step
         self._totals, self._peak, self._times = Totals(), Peak(), self.executor.times
-
-    def _speculation(self, config: SpeculativeConfig | None) -> Speculation | None:
-        if config is None:
-            return None
-        ngram = NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max) if config.method == "ngram" else None
-        return Speculation(
-            config.num_speculative_tokens, config.num_branches, ngram, self.executor.free_rows,
-            self.executor.guess_cost, config.adaptive,
-        )  # fmt: skip
 
     def _say_what_beams_do_without(self, request: Request) -> None:
         if isinstance(request.params, BeamSearchParams) and self.scheduler.speculation and not self._told_of_beams:

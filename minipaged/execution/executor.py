@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from minipaged import cache_folder
+from minipaged.decoding.ngram import NgramProposer
 from minipaged.execution.draft_proposer import DraftProposer, check_draft
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.flat_batch import FlatBatches
@@ -20,6 +21,7 @@ from minipaged.execution.stats import Times
 from minipaged.models import Loaded, ModelConfig, load
 from minipaged.models.head import Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
+from minipaged.scheduling.speculation import Speculation
 
 # How many tokens a step computes in the time that it takes to read the weights: where speculation is for nothing.
 # Measured on two cores for smollm2; a GPU's is a guess from its data sheet.
@@ -61,6 +63,15 @@ class Executor:
             loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, self._dtype, self.device, args.debug,
             (args.max_num_seqs, longest) if replays else None, self._proposer(guesser),
         )  # fmt: skip
+
+    def speculation(self) -> Speculation | None:
+        """How many tokens are guessed, for the scheduler, which also asks those who need no tensors for it."""
+        config = self._args.speculative_config
+        if config is None:
+            return None
+        ngram = NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max) if config.method == "ngram" else None
+        counts = config.num_speculative_tokens, config.num_branches
+        return Speculation(*counts, ngram, self.free_rows, self.guess_cost, config.adaptive)
 
     def _load_guesser(self, loaded: Loaded) -> Loaded | Head | None:
         """The draft model, or the head, that the engine was told of."""
