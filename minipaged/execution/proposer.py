@@ -1,4 +1,4 @@
-"""Proposers that compute: what draft_model.py and head.py have in common.
+"""Proposers that compute: what draft_proposer.py and head_proposer.py share.
 
 A plan leaves the guessing to them (`ScheduledSequence.num_to_draft`), and has booked slots for it. They guess at the
 beginning of a step, one token after the other, in all rows at once, and the model checks the guesses in the same step.

@@ -24,7 +24,7 @@ class SpeculativeConfig:
     """ValueError, or TypeError for a key that there is not, says what is right.
 
     method: "ngram", what followed the same tokens before; "draft", a smaller model; "head", a small network on the
-        model's own last hidden state. See decoding/ngram.py, execution/draft_model.py, execution/head.py.
+        model's own last hidden state. See decoding/ngram.py, execution/draft_proposer.py, execution/head_proposer.py.
     model: of "draft" any model that loads and has the same vocabulary; of "head" a file of train_head, None: the one
         that stands in the package.
     num_speculative_tokens: the most guesses in a row.

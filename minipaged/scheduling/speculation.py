@@ -27,7 +27,7 @@ from minipaged.requests.request import Request
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.plan import Booked, ScheduledSequence, Step, StepOutput, StepPlan
 
-FIRST_RATE = 0.7  # the share of guesses that are right, before anything is known
+FIRST_RATE = Sequence.acceptance  # the share of guesses that are right, before anything is known
 # How much of that rate is left after one more guess was judged. Quotes begin and end all of a sudden; a model's guesses
 # are right about as often everywhere.
 MEMORY, LONG_MEMORY = 0.8, 0.95
