@@ -4,11 +4,14 @@
     torch_backend.py     the backend that needs nothing but PyTorch,
     torch_attention.py     its paged attention, fast on a CPU,
     linear.py              its products with weights packed for the machine
+    packed.py            weights in small numbers, as quantized models have them
     triton_backend.py    the backend for a GPU (or Triton's interpreter),
     triton_attention.py    its paged attention,
     triton_cache.py        its cache writes, block copies and moves,
     triton_tiles.py        and how it cuts the work
-    cpp.py, cpu.cpp      the backend for a CPU: how the C++ is built and called, and the C++
+    cpp.py               the backend for a CPU,
+    cpp_build.py           how its C++ is built,
+    cpu/                   and the C++ (begin with vectors.h)
     bench/               python -m kernels.bench: how fast they are
 
 This file is the door: callers say what they want, and `load` who does it.
@@ -90,7 +93,8 @@ def _find(
 def _cpp(
     on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None], same_bits: bool
 ) -> Backend:
-    from kernels.cpp import BuildFailed, CppBackend, build
+    from kernels.cpp import CppBackend
+    from kernels.cpp_build import BuildFailed, build
 
     if not on_cpu:
         raise Unavailable("kernels in C++ are for a CPU")

@@ -1,17 +1,6 @@
-"""The C++ backend: builds cpu.cpp on first use, and calls it.
+"""The C++ backend: calls what cpp_build.py builds."""
 
-cpu.cpp is plain C++ on plain memory, with no header of PyTorch: it builds in seconds, fits every version of
-PyTorch, and needs nothing but a compiler. Where there is none, `build` raises BuildFailed and PyTorch serves.
-"""
-
-import ctypes
-import hashlib
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,77 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels.batch import Batch
+from kernels.cpp_build import load
 from kernels.linear import Linear
 from kernels.torch_backend import TorchBackend
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-SECONDS = 300  # a compiler that takes longer hangs
 VECTORS = 64  # numbers: PyTorch takes two vectors at a time, of at most 64 bytes
 SHARE = 16384  # numbers: from 32768 on PyTorch shares them out among threads
-
-
-class BuildFailed(RuntimeError):
-    """The C++ file can't be built here; the message says why."""
-
-
-def build(folder: Path, notice: Callable[[str], None], flags: tuple[str, ...] = FLAGS) -> Path:
-    """The shared library of cpu.cpp in `folder`, built if it isn't there yet. BuildFailed if that is impossible.
-
-    Its name holds a hash of all that it depends on: source, flags, compiler, processor. It appears by a rename,
-    complete, so a second process that builds at the same time does no harm.
-    """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        raise BuildFailed("no C++ compiler (c++, g++, clang++ or $CXX)")
-    parts = (SOURCE.read_bytes(), repr(flags).encode(), _output([compiler, "--version"]), _processor())
-    target = folder / f"cpu-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:16]}.so"
-    if target.is_file():
-        return target
-    notice(f"building the C++ kernels with {compiler} (once; kept in {folder})")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
-            built = Path(temporary) / target.name
-            _output([compiler, *flags, str(SOURCE), "-o", str(built)])
-            if not built.is_file():
-                raise BuildFailed(f"{compiler} failed: no library came out")
-            os.replace(built, target)
-    except OSError as error:
-        raise BuildFailed(f"cannot write to {folder}: {error.strerror}; set MINIPAGED_CACHE") from None
-    return target
-
-
-def _output(command: list[str]) -> bytes:
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildFailed(f"{command[0]} does not run: {error}") from None
-    if done.returncode:
-        first = next((line for line in done.stderr.decode(errors="replace").splitlines() if "error" in line), "")
-        raise BuildFailed(f"{command[0]} failed: {first[:200] or done.returncode}")
-    return done.stdout
-
-
-def _processor() -> bytes:
-    """-march=native builds for this processor: a home folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return "/".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})).encode()
-
-
-def load(path: Path) -> ctypes.CDLL:
-    """The library's functions, told the types of their arguments."""
-    library = ctypes.CDLL(str(path))
-    p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-    library.cpu_linear.argtypes = [p, p, i, p, p, n, n, n, i, i]
-    library.cpu_attention.argtypes = [p, i, n, p, i, p, p, p, p, *[n] * 7, x, i]
-    library.cpu_rms_norm.argtypes = [p, i, n, p, x, p, n, n, i]
-    library.cpu_rope_and_write.argtypes = [p, p, p, i, n, n, n, p, p, p, i, p, *[n] * 6, i]
-    library.cpu_silu_and_mul.argtypes = [p, i, p, n, n, i]
-    return library
 
 
 class CppBackend(TorchBackend):
@@ -171,7 +95,7 @@ def _bf16(x: Tensor) -> bool:
 
 
 class PackedLinear:
-    """y = x W^T + bias in fp32, W kept in its own dtype, packed into panels: see `linear` in cpu.cpp."""
+    """y = x W^T + bias in fp32, W kept in its own dtype, packed into panels: see `linear` in cpu/linear.cpp."""
 
     def __init__(self, backend: CppBackend, weight: Tensor, bias: Tensor | None):
         self.library = backend.library

@@ -12,7 +12,7 @@ import torch
 from tiny_model import make_folder
 
 import kernels
-from kernels import cpp
+from kernels import cpp_build
 from minipaged import LLM, SamplingParams
 
 PROMPTS = [[1 + (5 * i + 3 * k) % 90 for k in range(n)] for i, n in enumerate((1, 5, 9, 20))]
@@ -63,7 +63,7 @@ def test_names_and_machines_that_are_not_there():
 
 def test_the_library_is_built_once_and_said_so(tmp_path):
     said: list[str] = []
-    threads = [threading.Thread(target=cpp.build, args=(tmp_path / "new", said.append)) for _ in range(2)]
+    threads = [threading.Thread(target=cpp_build.build, args=(tmp_path / "new", said.append)) for _ in range(2)]
     for thread in threads:  # two at the same time do each other no harm
         thread.start()
     for thread in threads:
@@ -71,8 +71,8 @@ def test_the_library_is_built_once_and_said_so(tmp_path):
     [library] = (tmp_path / "new").iterdir()
     assert said[0].startswith("building the C++ kernels with ") and str(tmp_path) in said[0]
     count = len(said)
-    assert cpp.build(tmp_path / "new", said.append) == library and len(said) == count
-    assert cpp.load(library).panel_width() > 0
+    assert cpp_build.build(tmp_path / "new", said.append) == library and len(said) == count
+    assert cpp_build.load(library).panel_width() > 0
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_a_library_that_is_damaged_is_no_traceback(tmp_path):
-    library = cpp.build(tmp_path / "kernels", print)
+    library = cpp_build.build(tmp_path / "kernels", print)
     library.write_bytes(b"not a library")
     assert kernels.load("auto", folder=tmp_path, notice=lambda line: None).name == "torch"
 

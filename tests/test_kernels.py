@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import cpp, reference
+from kernels import cpp, cpp_build, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
@@ -30,10 +30,10 @@ def backend(request, tmp_path_factory):
         pytest.skip("for the sanitizers one face is enough")
     if extra is None:
         return lambda dtype: kernels.TorchBackend("cpu", dtype)
-    flags = cpp.FLAGS + extra + (SANITIZERS if sanitize else ())
+    flags = cpp_build.FLAGS + extra + (SANITIZERS if sanitize else ())
     try:
-        library = cpp.build(tmp_path_factory.mktemp("kernels"), print, flags)
-    except cpp.BuildFailed as error:
+        library = cpp_build.build(tmp_path_factory.mktemp("kernels"), print, flags)
+    except cpp_build.BuildFailed as error:
         pytest.skip(str(error))
     return lambda dtype: cpp.CppBackend(dtype, library)
 
@@ -189,6 +189,7 @@ def test_move_blocks_between_pools_of_different_sizes():
 @pytest.mark.parametrize("shape", [(1, 1), (24, 40), (33, 200), (64, 577)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(backend, rows, shape, bias):
+    torch.manual_seed(rows)
     weight, x, y = torch.randn(shape), torch.randn(rows, shape[1]), torch.randn(rows, shape[0])
     b = torch.randn(shape[0]) if bias else None
     linear = backend(torch.float32).linear(weight, b)

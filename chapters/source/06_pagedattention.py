@@ -615,11 +615,11 @@ show_source(torch_attention._decode, torch_attention.AttentionPlan._bucket)
 #
 # ### In C++
 #
-# With a compiler at hand, the engine uses `kernels/cpu.cpp` on a CPU. There the loop of this chapter stands as it is.
-# This is its online softmax, read from the file as it is now:
+# With a compiler at hand, the engine uses the C++ of `kernels/cpu` on a CPU. There the loop of this chapter stands as
+# it is. This is its online softmax, read from the file as it is now:
 
 # %%
-cpp = Path(kernels.__file__).with_name("cpu.cpp").read_text()
+cpp = Path(kernels.__file__).with_name("cpu").joinpath("attention.cpp").read_text()
 begin = cpp.index("// Softmax over a row's scores")
 print(cpp[begin : cpp.index("\n}\n", begin) + 2])
 
