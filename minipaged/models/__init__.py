@@ -122,11 +122,14 @@ def load_model(
             raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
     check_tensors(expected, found, checkpoint.path)
-    weights = {}
+    backend = backend or kernels.load("auto", device, dtype, cache_folder())
+    weights: dict[str, kernels.Weight] = {}
     for stored, name in names.items():
         if name in expected:
-            weights[name] = checkpoint.tensor(stored, dtype).to(device)
+            weight = checkpoint.tensor(stored, dtype)
+            if isinstance(weight, kernels.Packed) and not backend.packs(weight):
+                weight = weight.dequantize(dtype)
+            weights[name] = weight.to(device)
             if progress:
                 progress(len(weights), len(expected))
-    backend = backend or kernels.load("auto", device, dtype, cache_folder())
     return config, ARCHITECTURES[config.architecture](config, weights, backend)
