@@ -11,6 +11,7 @@
     triton_tiles.py        and how it cuts the work
     cpp.py               the backend for a CPU,
     cpp_packed.py          its products with small numbers,
+    huge_pages.py          where its weights lie,
     cpp_build.py           how its C++ is built,
     cpu/                   and the C++ (begin with vectors.h)
     bench/               python -m kernels.bench: how fast they are

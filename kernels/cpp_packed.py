@@ -1,15 +1,12 @@
 """Products in C++ with weights that stay in small numbers: lays them out as cpu/packed.cpp reads them."""
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kernels.huge_pages import HugePages
 from kernels.packed import OUTER, Packed
-
-if TYPE_CHECKING:
-    from kernels.cpp import CppBackend
 
 UNIT = 32  # columns
 POWERS = [UNIT << i for i in range(32)]
@@ -43,15 +40,17 @@ class PackedMatrix:
     int8: round activations to 8 bits for it.
     """
 
-    def __init__(self, backend: "CppBackend", packed: Packed, bias: Tensor | None = None, int8: bool = False):
-        self.library, self.int8 = backend.library, int8
+    def __init__(
+        self, library: ctypes.CDLL, pages: HugePages, packed: Packed, bias: Tensor | None = None, int8: bool = False
+    ):
+        self.library, self.int8 = library, int8
         self.out, self.into = packed.codes.shape
         self.bias = None if bias is None else bias.float().contiguous()
         self.order = packed.order
         self.width = self.library.panel_width()
         self.panels = -(-self.out // self.width)
         codes = packed.codes.contiguous()
-        self.words = backend.pages.empty((self.panels, self.into // UNIT, packed.bits, self.width), torch.int32)
+        self.words = pages.empty((self.panels, self.into // UNIT, packed.bits, self.width), torch.int32)
         self.library.cpu_pack(
             codes.data_ptr(), self.out, self.into, packed.bits, self.words.data_ptr(), torch.get_num_threads()
         )

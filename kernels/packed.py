@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["OUTER", "Packed", "Weight", "floats", "stack"]
+__all__ = ["OUTER", "Packed", "Weight", "floats", "quantize", "stack"]
 
 OUTER = 256  # columns in an outer group
 
@@ -145,6 +145,22 @@ Weight = Tensor | Packed
 
 def floats(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype) if isinstance(weight, Packed) else weight.to(dtype)
+
+
+def quantize(weight: Tensor, bits: int) -> Packed:
+    """Rounds W [out, in] to the nearest codes.
+
+    8 bits: a scale for each row, the largest of its numbers being 127. 4 bits: scale and minimum for each 32 columns,
+    in half precision, as GGUF's Q4_1 has them; in must be a multiple of 32.
+    """
+    if bits == 8:
+        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        return Packed(((weight / scale).round() + 128).to(torch.uint8), 8, scale, 128)
+    groups = weight.float().unflatten(1, (-1, 32))
+    least, most = groups.amin(2), groups.amax(2)
+    minimum, scale = least.half(), ((most - least) / 15).half()
+    steps = (groups - minimum.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    return Packed(steps.round().clamp(0, 15).to(torch.uint8).flatten(1), 4, scale, 0, minimum)
 
 
 def stack(weights: Sequence[Weight]) -> list[Weight]:
