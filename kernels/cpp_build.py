@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).with_name("cpu").iterdir())
@@ -33,8 +34,8 @@ def build(folder: Path, notice: Callable[[str], None], flags: tuple[str, ...] = 
     if compiler is None:
         raise BuildFailed("no C++ compiler (c++, g++, clang++ or $CXX)")
     sources = [path.read_bytes() for path in SOURCES]
-    parts = (*sources, repr(flags).encode(), _output([compiler, "--version"]), _processor())
-    target = folder / f"cpu-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:16]}.so"
+    known = (*sources, repr(flags).encode(), _output([compiler, "--version"]), _processor())
+    target = folder / f"cpu-{hashlib.sha256(b'/'.join(known)).hexdigest()[:16]}.so"
     if target.is_file():
         return target
     notice(f"building the C++ kernels with {compiler} (once; kept in {folder})")
@@ -42,8 +43,12 @@ def build(folder: Path, notice: Callable[[str], None], flags: tuple[str, ...] = 
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
             built = Path(temporary) / target.name
-            files = [str(path) for path in SOURCES if path.suffix == ".cpp"]
-            _output([compiler, *flags, *files, "-o", str(built)])
+            files = [path for path in SOURCES if path.suffix == ".cpp"]
+            objects = [str(built.with_name(f"{path.stem}.o")) for path in files]
+            commands = [[compiler, *flags, "-c", str(path), "-o", o] for path, o in zip(files, objects, strict=True)]
+            with ThreadPool() as pool:
+                pool.map(_output, commands)  # side by side
+            _output([compiler, *flags, *objects, "-o", str(built)])
             if not built.is_file():
                 raise BuildFailed(f"{compiler} failed: no library came out")
             os.replace(built, target)

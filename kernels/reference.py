@@ -104,3 +104,11 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up for x [T, 2F] = (gate, up). Returns [T, F]."""
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """x [T, in] as int8 products see it: of each 32 numbers the largest is 127 steps, and all are whole steps."""
+    blocks = x.unflatten(-1, (-1, 32))
+    most = blocks.abs().amax(-1, keepdim=True)
+    codes = (blocks * torch.where(most > 0, 127 / most, 0)).round()
+    return (codes * (most / 127)).flatten(-2)
