@@ -12,6 +12,7 @@ UNIT = 32  # columns
 POWERS = [UNIT << i for i in range(32)]
 NAN = 127  # of float8_e4m3fn, beside the sign
 HALF, FLOAT, NESTED = range(3)  # how scales are kept
+PLAIN, SHORT, FLOAT8 = range(3)  # how codes become floats
 
 
 class Matrix(ctypes.Structure):
@@ -21,7 +22,7 @@ class Matrix(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("words", "scale", "minimum", "zeros", "outer_scale", "outer_minimum")],
         *[(name, ctypes.c_long) for name in ("N", "K", "groups", "shift")],
         ("zero", ctypes.c_float),
-        *[(name, ctypes.c_int) for name in ("bits", "kind", "float8")],
+        *[(name, ctypes.c_int) for name in ("bits", "kind", "form")],
     ]
 
 
@@ -63,7 +64,7 @@ class PackedMatrix:
             self.words.data_ptr(), self._panels(packed.scale, dtype), self._panels(packed.minimum, dtype),
             self._panels(packed.zero if isinstance(packed.zero, Tensor) else None, torch.float16),
             self._panels(outer[0], torch.float16), self._panels(outer[1], torch.float16),
-            self.out, self.into, *_groups(packed), zero, packed.bits, kind, packed.float8,
+            self.out, self.into, *_groups(packed), zero, packed.bits, kind, self._form(packed),
         )  # fmt: skip
 
     def _panels(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
@@ -74,6 +75,15 @@ class PackedMatrix:
         filled[: self.out] = tensor
         self.kept.append(filled.view(self.panels, self.width, -1).transpose(1, 2).contiguous())
         return self.kept[-1].data_ptr()
+
+    def _form(self, packed: Packed) -> int:
+        """The short way to make floats of codes, where it makes the same ones."""
+        if packed.float8:
+            return FLOAT8
+        scales, minima = packed.scales().double(), packed.minima()
+        bracket = (0 if minima is None else minima.double()) - scales * ((1 << packed.bits) + packed.zeros().double())
+        exact = torch.equal(bracket.float().double(), bracket)
+        return SHORT if exact and self.library.has_fma() else PLAIN
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         rows = x.float() if self.order is None else x.float().index_select(1, self.order)

@@ -74,6 +74,14 @@ def float8(out: int, into: int) -> Packed:
     return Packed(codes.contiguous(), 8, torch.linspace(0.001, 0.02, out)[:, None], float8=True)
 
 
+def uneven(packed: Packed) -> Packed:
+    """With a minimum so much larger than its scale that the short way would lose bits."""
+    scale = packed.scale.clone()
+    scale[::3, 0] = 2.0**-20
+    assert packed.minimum is not None
+    return dataclasses.replace(packed, scale=scale, minimum=packed.minimum + 3.14159)
+
+
 def shuffled(packed: Packed) -> Packed:
     random = torch.Generator().manual_seed(2)
     return dataclasses.replace(packed, order=torch.randperm(packed.shape[1], generator=random))
@@ -81,6 +89,7 @@ def shuffled(packed: Packed) -> Packed:
 
 MATRICES = {
     **{kind: lambda out, into, kind=kind: from_gguf(kind, out, into) for kind in TYPES},
+    "Q4_1, uneven": lambda out, into: uneven(from_gguf("Q4_1", out, into)),
     "4 bits, groups of 64": lambda out, into: grouped(out, into, 4, 64, True, True),
     "4 bits, fp32 scales": lambda out, into: grouped(out, into, 4, 128, True, False),
     "4 bits, whole rows": lambda out, into: grouped(out, into, 4, into, False, True),
@@ -204,6 +213,13 @@ def test_rounding_at_loading_is_to_the_nearest_code():
     constant = quantize(torch.full((2, 32), 0.5), 4)
     assert torch.equal(constant.dequantize(), torch.full((2, 32), 0.5))
     assert torch.equal(quantize(torch.zeros(2, 32), 8).dequantize(), torch.zeros(2, 32))
+
+
+def test_both_ways_to_make_floats_are_taken():
+    backend = kernels.load("cpp")
+    forms = {name: backend.linear(make(40, 256)).matrix.form for name, make in MATRICES.items()}
+    assert {forms[kind] for kind in TYPES} == {cpp_packed.SHORT}
+    assert forms["Q4_1, uneven"] == cpp_packed.PLAIN and forms["fp8"] == cpp_packed.FLOAT8
 
 
 def test_bytes_are_those_of_the_file():

@@ -25,6 +25,7 @@
 
 constexpr long UNIT = 32, OUTER = 256;
 enum Scale { HALF, FLOAT, NESTED };  // fp16; fp32; int8 times an fp16 for OUTER columns
+enum Form { PLAIN, SHORT, FLOAT8 };  // how a code becomes a float, see each_weight
 
 // As in packed.py, and laid out by cpp_packed.py: words [N / P, K / UNIT, bits, P]; of each group of columns scale,
 // minimum, zeros [N / P, groups, P]; outer ones [N / P, K / OUTER, P].
@@ -35,7 +36,7 @@ struct Matrix {
     const uint16_t *outer_scale, *outer_minimum;
     long N, K, groups, shift;  // column k is in group k >> shift: a division takes longer than a product
     float zero;
-    int bits, kind, float8;
+    int bits, kind, form;
 };
 
 // --- 1. codes and what makes numbers of them ----------------------------------------------------------------
@@ -90,25 +91,47 @@ static inline void find(const Matrix& w, long panel, long k, Coefficients& of) {
 template <int BITS>
 constexpr int SCALES = BITS == 6 ? 2 : 1;  // groups in a unit: Q6_K's have 16 columns
 
+// Codes in float8_e4m3fn: sign, 4 bits of exponent, 3 of mantissa. Exponent 0 has no leading one.
+static inline V from_float8(VU code) {
+    VU bits = (code & 127u) << 20, low = (VU)((code & 120u) == 0u);
+    V size = (V)(bits + (low & (1u << 23)) + (120u << 23)) - (V)(low & (VU)splat(0x1p-6f));
+    return (V)((VU)size | (code & 128u) << 24);
+}
+
 // Calls use(k, c, weights) for each column k of a unit and both vectors c of a panel's rows, in order.
-template <int BITS, bool FLOAT8, class F>
+//
+// A code becomes a float by being written into the mantissa of one. PLAIN: as the last bits of 2^23 it makes 2^23 + code,
+// and what is too much is taken off with the zero. SHORT: as the first bits of 1 it makes f = 1 + code / 2^b, and then
+// W = f (2^b scale) + (minimum - (2^b + zero) scale) is one instruction. That is the same float if the bracket is exact:
+// cpp_packed.py looks whether it is.
+template <int BITS, int FORM, class F>
 static inline void each_weight(const Matrix& w, long panel, long first, F use) {
+    constexpr float STEPS = 1 << BITS;
     const uint32_t* words = w.words + (panel * (w.K / UNIT) + first / UNIT) * BITS * P;
     Coefficients of;
 #pragma GCC unroll 8
     for (int t = 0; t < 8; t++) {
-        if (t % (8 / SCALES<BITS>) == 0) find(w, panel, first + 4 * t, of);
+        if (t % (8 / SCALES<BITS>) == 0) {
+            find(w, panel, first + 4 * t, of);
+            for (int c = 0; c < 2 && FORM == SHORT; c++) {
+                of.minimum[c] -= (of.zero[c] + STEPS) * of.scale[c];
+                of.scale[c] *= STEPS;
+            }
+        }
         VU quads[2] = {quad<BITS>(words, t), quad<BITS>(words + W, t)};
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
             for (int c = 0; c < 2; c++) {
                 VU code = quads[c] >> 8 * i & 255u;
-                if constexpr (FLOAT8) {  // sign, 4 bits of exponent, 3 of mantissa; exponent 0 has no leading one
-                    VU bits = (code & 127u) << 20, low = (VU)((code & 120u) == 0u);
-                    V size = (V)(bits + (low & (1u << 23)) + (120u << 23)) - (V)(low & (VU)splat(0x1p-6f));
-                    use(4 * t + i, c, (V)((VU)size | (code & 128u) << 24) * of.scale[c]);
-                } else {  // as the last bits of 2^23 + code it is a float already
+                if constexpr (FORM == FLOAT8) use(4 * t + i, c, from_float8(code) * of.scale[c]);
+                if constexpr (FORM == PLAIN) {
                     V number = (V)(code | 0x4b000000u) - (of.zero[c] + 8388608.0f);
+                    use(4 * t + i, c, number * of.scale[c] + of.minimum[c]);
+                }
+                if constexpr (FORM == SHORT) {  // the quad's other bytes are masked away where they are shifted to
+                    constexpr int to = 23 - BITS;
+                    VU moved = 8 * i < to ? quads[c] << (to - 8 * i) : quads[c] >> (8 * i - to);
+                    V number = (V)((moved & (255u << to & 0x7fffffu)) | 0x3f800000u);
                     use(4 * t + i, c, number * of.scale[c] + of.minimum[c]);
                 }
             }
@@ -116,9 +139,9 @@ static inline void each_weight(const Matrix& w, long panel, long first, F use) {
 }
 
 // All weights of a unit, to [UNIT, P].
-template <int BITS, bool FLOAT8>
+template <int BITS, int FORM>
 __attribute__((noinline)) static void unpack(const Matrix& w, long panel, long first, float* to) {
-    each_weight<BITS, FLOAT8>(w, panel, first, [&](int k, int c, V weights) { store(to + k * P + c * W, weights); });
+    each_weight<BITS, FORM>(w, panel, first, [&](int k, int c, V weights) { store(to + k * P + c * W, weights); });
 }
 
 // --- 2. exact -----------------------------------------------------------------------------------------------
@@ -134,7 +157,7 @@ static inline void put_panel(const float* sums, long panel, long rows, long N, c
 
 // As `linear`. A single row takes weights as they come; more of them would make the same floats again and again, so
 // these are made once for a piece that stays in the first cache.
-template <int BITS, bool FLOAT8>
+template <int BITS, int FORM>
 static void exact(const Matrix& w, const float* x, const float* bias, float* y, long M, bool add, int threads) {
     constexpr long SLICE = 96, PIECE = 192;
     long K = w.K, panels = (w.N + P - 1) / P;
@@ -147,12 +170,12 @@ static void exact(const Matrix& w, const float* x, const float* bias, float* y, 
             if (M == 1) {
                 V sum[2] = {};
                 for (long k = 0; k < K; k += UNIT)
-                    each_weight<BITS, FLOAT8>(w, p, k, [&](int i, int c, V weights) { sum[c] += splat(x[k + i]) * weights; });
+                    each_weight<BITS, FORM>(w, p, k, [&](int i, int c, V weights) { sum[c] += splat(x[k + i]) * weights; });
                 store(sums, sum[0]), store(sums + W, sum[1]);
             } else
                 for (long k = 0; k < K; k += PIECE) {
                     long depth = std::min(PIECE, K - k);
-                    for (long u = 0; u < depth; u += UNIT) unpack<BITS, FLOAT8>(w, p, k + u, piece + u * P);
+                    for (long u = 0; u < depth; u += UNIT) unpack<BITS, FORM>(w, p, k + u, piece + u * P);
                     const uint32_t* next = w.words + (p * (K / UNIT) + (k + depth) / UNIT) * BITS * P;
                     multiply(x + m * K + k, K, piece, P, rows, depth, P, sums, P, k > 0, next, depth * BITS * P / 8);
                 }
@@ -309,41 +332,53 @@ static void pack(const uint8_t* codes, long N, long K, uint32_t* words, int thre
 }
 
 // Some rows of W in floats, y [M, K]: an embedding.
-template <int BITS, bool FLOAT8>
+template <int BITS, int FORM>
 static void rows_of(const Matrix& w, const int64_t* rows, long M, float* y) {
     float unit[UNIT * P];
     for (long m = 0; m < M; m++)
         for (long k = 0; k < w.K; k += UNIT) {
-            unpack<BITS, FLOAT8>(w, rows[m] / P, k, unit);
+            unpack<BITS, FORM>(w, rows[m] / P, k, unit);
             for (long i = 0; i < UNIT; i++) y[m * w.K + k + i] = unit[i * P + rows[m] % P];
         }
 }
 
 template <class F>
-static void with_bits(int bits, int float8, F call) {
-    using std::integral_constant;
-    if (float8) call(integral_constant<int, 8>{}, std::true_type{});
-    else if (bits == 4) call(integral_constant<int, 4>{}, std::false_type{});
-    else if (bits == 5) call(integral_constant<int, 5>{}, std::false_type{});
-    else if (bits == 6) call(integral_constant<int, 6>{}, std::false_type{});
-    else call(integral_constant<int, 8>{}, std::false_type{});
+static void with_bits(int bits, F call) {
+    if (bits == 4) call(std::integral_constant<int, 4>{});
+    else if (bits == 5) call(std::integral_constant<int, 5>{});
+    else if (bits == 6) call(std::integral_constant<int, 6>{});
+    else call(std::integral_constant<int, 8>{});
+}
+
+template <class F>
+static void with_form(const Matrix& w, F call) {
+    if (w.form == FLOAT8) call(std::integral_constant<int, 8>{}, std::integral_constant<int, FLOAT8>{});
+    else if (w.form == SHORT) with_bits(w.bits, [&](auto bits) { call(bits, std::integral_constant<int, SHORT>{}); });
+    else with_bits(w.bits, [&](auto bits) { call(bits, std::integral_constant<int, PLAIN>{}); });
 }
 
 extern "C" {
 
+int has_fma() {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void cpu_pack(const uint8_t* codes, long N, long K, int bits, uint32_t* words, int threads) {
-    with_bits(bits, 0, [&](auto bits, auto) { pack<bits()>(codes, N, K, words, threads); });
+    with_bits(bits, [&](auto bits) { pack<bits()>(codes, N, K, words, threads); });
 }
 
 void cpu_packed_linear(const Matrix* w, const float* x, const float* bias, float* y, long M, int add, int int8,
                        int threads) {
-    with_bits(w->bits, w->float8, [&](auto bits, auto float8) {
-        if (int8 && !float8()) rounded<bits()>(*w, x, bias, y, M, add, threads);
-        else exact<bits(), float8()>(*w, x, bias, y, M, add, threads);
-    });
+    if (int8 && w->form != FLOAT8)
+        with_bits(w->bits, [&](auto bits) { rounded<bits()>(*w, x, bias, y, M, add, threads); });
+    else with_form(*w, [&](auto bits, auto form) { exact<bits(), form()>(*w, x, bias, y, M, add, threads); });
 }
 
 void cpu_packed_rows(const Matrix* w, const int64_t* rows, long M, float* y) {
-    with_bits(w->bits, w->float8, [&](auto bits, auto float8) { rows_of<bits(), float8()>(*w, rows, M, y); });
+    with_form(*w, [&](auto bits, auto form) { rows_of<bits(), form()>(*w, rows, M, y); });
 }
 }

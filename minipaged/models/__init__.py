@@ -9,6 +9,8 @@ Owns: architectures, their configs and weights.
 Does not own: keys and values (execution), or which tokens are computed together: a model sees one flat batch.
 """
 
+import contextlib
+import ctypes
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +76,14 @@ def load(
     _add_end_of_text(checkpoint.config, tokenizer)
     config, model = load_model(checkpoint, dtype, device, progress, backend, quantization)
     tokenizer.eos_token_ids = config.eos_token_ids
+    _give_back_memory()
     return Loaded(config, model, tokenizer, checkpoint.generation_config)
+
+
+def _give_back_memory() -> None:
+    """What loading took, and freed, goes back to the system: glibc keeps it for later, more than the model takes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _add_end_of_text(config: dict[str, Any], tokenizer: Tokenizer) -> None:
