@@ -59,6 +59,15 @@ class Packed:
     def device(self) -> torch.device:
         return self.codes.device
 
+    def to(self, device: torch.device) -> "Packed":
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        zero = self.zero if isinstance(self.zero, int) else self.zero.to(device)
+        outer = None if self.outer is None else (self.outer[0].to(device), move(self.outer[1]))
+        moved = replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, outer=outer)
+        return replace(moved, minimum=move(self.minimum), order=move(self.order))
+
     def t(self) -> "Packed":
         return replace(self, across=not self.across)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels import reference, torch_attention
 from kernels.batch import Batch
 from kernels.linear import Linear, compute_dtype
+from kernels.packed import Packed
 
 
 class TorchBackend:
@@ -31,6 +32,10 @@ class TorchBackend:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
         """A function x [T, in] -> x weight^T + bias [T, out], or with add_to=y [T, out]: y plus that, in place."""
         return Linear(weight, bias)
+
+    def packs(self, weight: Packed) -> bool:
+        """Whether `linear` takes it as it is. Where not, it is to be turned into floats first."""
+        return False
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last dimension."""

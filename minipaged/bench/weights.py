@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from kernels.packed import Packed
 from minipaged.execution.runner import DTYPES
 from minipaged.models import ARCHITECTURES, Checkpoint, ModelConfig, ModelError
 
@@ -40,7 +41,8 @@ def write_folder(checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
     config = ModelConfig.from_hf(checkpoint.config)
     expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
-    weights = {name: checkpoint.tensor(stored, DTYPES[dtype]) for stored, name in names.items() if name in expected}
+    stored = {name: checkpoint.tensor(stored, DTYPES[dtype]) for stored, name in names.items() if name in expected}
+    weights = {name: w.dequantize(DTYPES[dtype]) if isinstance(w, Packed) else w for name, w in stored.items()}
     _write(checkpoint.config, weights, dtype, folder)
 
 

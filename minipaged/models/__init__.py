@@ -2,7 +2,7 @@
 
 Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); then how they
 are loaded: checkpoint.py (a folder) with folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf.py,
-fetch.py. Models go by name:
+fetch.py; and quantized/, how other people's tools keep weights in few bits. Models go by name:
 ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 import kernels
+from kernels.packed import Packed
 from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
@@ -36,6 +38,7 @@ Checkpoint: TypeAlias = "FolderCheckpoint | GGUFCheckpoint"
 Model = Llama | GPT2
 Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 
+CACHE_SCALES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_scale")  # of an FP8 cache; always fp32, never needed
 ARCHITECTURES: dict[str, type[Model]] = {"llama": Llama, "gpt2": GPT2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,12 +124,37 @@ def load_model(
         if (other := stored_as.setdefault(name, stored)) != stored:
             raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
-    check_tensors(expected, found, checkpoint.path)
-    weights = {}
-    for stored, name in names.items():
-        if name in expected:
-            weights[name] = checkpoint.tensor(stored, dtype).to(device)
-            if progress:
-                progress(len(weights), len(expected))
+    optional = {name: shape for name, shape in found.items() if CACHE_SCALES.fullmatch(name) and shape in ((), (1,))}
+    check_tensors(expected | optional, found, checkpoint.path)
     backend = backend or kernels.load("auto", device, dtype, cache_folder())
+    wanted = {stored: name for stored, name in names.items() if name in expected or name in optional}
+    weights = _read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend)
     return config, ARCHITECTURES[config.architecture](config, weights, backend)
+
+
+def _read_weights(
+    checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype, device: torch.device, progress: Progress | None,
+    backend: kernels.Backend,
+) -> dict[str, Any]:  # fmt: skip
+    """The tensors of these names in the file, by the model's names; packed where the backend multiplies from that."""
+    weights: dict[str, Any] = {}
+    unpacked, without_form = 0, 0
+    for stored, name in names.items():
+        weight = checkpoint.tensor(stored, torch.float32 if CACHE_SCALES.fullmatch(name) else dtype)
+        if isinstance(weight, Packed) and not backend.packs(weight):
+            weight, unpacked = weight.dequantize(dtype), unpacked + 1
+        elif isinstance(weight, Tensor) and stored in getattr(checkpoint, "layers", ()):
+            without_form += 1
+        weights[name] = weight.to(device)
+        if progress:
+            progress(len(weights), len(names))
+    if unpacked or without_form:
+        why = f"kernels {backend.name!r} don't multiply from packed ones"
+        why = why if unpacked else "their groups are no equal pieces of a row"
+        method = getattr(getattr(checkpoint, "method", None), "name", "quantized")
+        kernels.say(f"{method} weights are turned into {_short(dtype)}: {why}")
+    return weights
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
