@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.packed import Packed
+
 
 def write_kv(k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Write this step's keys and values [T, G, D] into their slots.
@@ -104,3 +106,9 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up for x [T, 2F] = (gate, up). Returns [T, F]."""
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x [T, in] and W [out, in] in small numbers. Returns [T, out] in x's dtype; sums are in fp32."""
+    y = x.float() @ packed.dequantize().t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,15 +1,17 @@
-"""The Triton backend: attention, cache writes and block moves on a GPU; the rest as in PyTorch.
+"""The Triton backend: attention, cache writes, block moves and packed weights on a GPU; the rest as in PyTorch.
 
 Without a GPU it runs where TRITON_INTERPRET=1 is set before Python starts: slow, but every line can be stepped through.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kernels import triton_attention, triton_cache
+from kernels import triton_attention, triton_cache, triton_packed
 from kernels.batch import Batch
+from kernels.packed import Packed
 from kernels.torch_backend import TorchBackend
 
 
@@ -20,6 +22,22 @@ class TritonBackend(TorchBackend):
     """
 
     name = "triton"
+
+    def packs(self, weight: Packed) -> bool:
+        return triton_packed.takes(weight)
+
+    def linear(
+        self, weight: Tensor | Packed | list[Tensor | Packed], bias: Tensor | None = None
+    ) -> Callable[..., Tensor]:
+        """As TorchBackend.linear; a list of weights is one of all their outputs, in this order."""
+        weights = weight if isinstance(weight, list) else [weight]
+        if tensors := [weight for weight in weights if isinstance(weight, Tensor)]:
+            floats = [w if isinstance(w, Tensor) else w.dequantize(tensors[0].dtype) for w in weights]
+            return super().linear(torch.cat(floats) if len(floats) > 1 else floats[0], bias)
+        packed = [weight for weight in weights if isinstance(weight, Packed)]
+        biases = [None] * len(packed) if bias is None else bias.split([len(weight.codes) for weight in packed])
+        linears = [triton_packed.PackedLinear(*pair) for pair in zip(packed, biases, strict=True)]
+        return linears[0] if len(linears) == 1 else triton_packed.Columns(linears)
 
     def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:
         triton_cache.write_kv(k, v, layer_cache, batch.slot_mapping)
