@@ -40,9 +40,9 @@ def find_layers(method: Method, headers: dict[str, Header], read: Callable[[str]
     for name in sorted(names):
         parts = {part: headers[f"{name}.{part}"] for part in method.parts if f"{name}.{part}" in headers}
         layers[name] = Layer(name, parts, read)
+        if name.endswith(("embed_tokens", "wte", "wpe")):
+            raise ModelError(f"tensor {name}.{next(iter(parts))}: quantized embeddings are not supported")
         if "weight" not in method.parts and f"{name}.weight" in headers:
             which = f"{name}.weight and as {name}.{next(iter(parts))}"
             raise ModelError(f"tensor {name}.weight is there twice, as {which}: which one counts?")
-        if name.endswith(("embed_tokens", "wte", "wpe")):
-            raise ModelError(f"tensor {name}.{next(iter(parts))}: quantized embeddings are not supported")
     return layers

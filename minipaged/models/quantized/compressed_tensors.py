@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels.packed import Packed
 from minipaged.models.fields import ModelError
-from minipaged.models.quantized.fp8 import blocks, in_blocks, of_rows
+from minipaged.models.quantized.fp8 import blocks, in_blocks, numbers, of_rows
 from minipaged.models.quantized.layer import FLOATS, Layer, Shape
 from minipaged.models.quantized.words import unpack
 
@@ -101,7 +101,7 @@ class CompressedTensors:
     def weight(self, layer: Layer) -> Packed | Tensor:
         scheme, scale = self.scheme(layer), layer.scale("weight_scale")
         if not scheme.packed and scheme.is_float:
-            weight = layer.tensor("weight")
+            weight = numbers(layer)
             return in_blocks(weight, scale, scheme.block) if scheme.block else of_rows(weight, scale)
         if scheme.packed:
             into = _stored_shape(layer)[1]
@@ -111,8 +111,8 @@ class CompressedTensors:
         if scheme.block is not None:
             return in_blocks(codes.float() - 128, scale, scheme.block)
         scale = scale.reshape(len(codes) if scale.numel() > 1 else 1, -1).expand(len(codes), -1).contiguous()
-        zero = _zero(layer, scheme, len(codes))
-        return layer.grouped(codes, scheme.bits, scale, zero, "weight_g_idx" if scheme.scattered else None)
+        size, part = codes.shape[1] // scale.shape[1], "weight_g_idx" if scheme.scattered else None
+        return layer.grouped(codes, scheme.bits, scale, _zero(layer, scheme, len(codes)), size, part)
 
 
 def _packed_shape(layer: Layer, bits: int) -> Shape:

@@ -41,7 +41,7 @@ class FP8:
         return shape
 
     def weight(self, layer: Layer) -> Packed | Tensor:
-        weight, scale = layer.tensor("weight"), layer.scale(self._scale(layer))
+        weight, scale = numbers(layer), layer.scale(self._scale(layer))
         if self.block is not None:
             return in_blocks(weight, scale, self.block)
         return of_rows(weight, scale)
@@ -49,6 +49,14 @@ class FP8:
     def _scale(self, layer: Layer) -> str:
         wanted = "weight_scale" if self.block is None else "weight_scale_inv"
         return next((part for part in (wanted, "weight_scale", "weight_scale_inv") if part in layer.headers), wanted)
+
+
+def numbers(layer: Layer) -> Tensor:
+    """The weight, all of whose codes are numbers: the kernels have no NaN."""
+    weight = layer.tensor("weight")
+    if (weight.view(torch.uint8) & 127 == 127).any():
+        raise layer.error("weight", "holds NaN")
+    return weight
 
 
 def of_rows(weight: Tensor, scale: Tensor) -> Packed:

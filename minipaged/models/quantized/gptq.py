@@ -66,9 +66,10 @@ class GPTQ:
         zero = unpack(layer.tensor("qzeros"), self.bits).t()  # [out, groups]
         if self.zeros_less_one:
             zero = zero + 1 & (1 << self.bits) - 1
-        bits = max(self.bits, 4)  # fewer are kept as 4
+        scale = layer.scale("scales").t().contiguous()
+        size = codes.shape[1] if self.group_size == -1 else self.group_size
         part = "g_idx" if "g_idx" in layer.headers else None
-        weight = layer.grouped(codes, bits, layer.scale("scales").t().contiguous(), zero.contiguous(), part)
+        weight = layer.grouped(codes, max(self.bits, 4), scale, zero.contiguous(), size, part)  # 2 and 3 kept as 4
         if not self.turned(layer):
             return weight
         return replace(weight, across=True) if isinstance(weight, Packed) else weight.t()

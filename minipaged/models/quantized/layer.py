@@ -62,14 +62,15 @@ class Layer:
             raise self.error(part, "holds NaN or infinity: no scale")
         return scale
 
-    def grouped(self, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int, part: str | None) -> Packed | Tensor:
+    def grouped(
+        self, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int, size: int, part: str | None
+    ) -> Packed | Tensor:
         """W from codes [out, in], scale and zero [out, groups] and the tensor `part`, [in], of each column's group.
 
-        Without it, groups lie side by side. If all have the same size, columns can be sorted by them: a Packed with an
-        `order`. Else floats [out, in], fp32.
+        Without it, groups of `size` lie side by side. If all have that size, columns can be sorted by them: a Packed
+        with an `order`. Else floats [out, in], fp32.
         """
         groups, into = scale.shape[1], codes.shape[1]
-        size = -(-into // groups)
         group = torch.arange(into) // size if part is None else self.tensor(part).long()
         if group.min() < 0 or group.max() >= groups:
             at = f"from {int(group.min())} to {int(group.max())}"
