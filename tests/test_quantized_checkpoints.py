@@ -3,13 +3,17 @@
 Files that their tools made lie outside the repository (../shared/quantized); where they are there, they are read, too.
 """
 
+import copy
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import kernels
@@ -19,6 +23,7 @@ from minipaged import LLM, SamplingParams
 from minipaged.models import ModelConfig, ModelError, load_model, open_checkpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
+from minipaged.models.quantized import read_method
 from minipaged.models.quantized.words import unpack
 
 SHARED = Path(__file__).parents[2] / "shared" / "quantized"
@@ -558,3 +563,20 @@ def test_checkpoints_that_others_made(name, said):
     answer = llm.generate({"prompt_token_ids": prompt}, params)[0]
     assert answer.outputs[0].token_ids == expected["greedy"]
     assert (name == "tiny") == (not said) == (not ours.layers)
+
+
+JSON = [None, True, False, -1, 0, 1, 4, 10**400, math.nan, "", "gptq", "group", [], [1], [[1]], {}, {"a": 1}]
+
+
+@given(st.data())
+def test_any_quantization_config_is_read_or_refused(data):
+    known = [form.config() for form in FORMATS.values()]
+    values = copy.deepcopy(data.draw(st.sampled_from(known)))
+    group = values.get("config_groups", {}).get("group_0")
+    places = [values, group, group["weights"]] if group else [values]
+    for place in data.draw(st.lists(st.sampled_from(range(len(places))), max_size=3)):
+        places[place][data.draw(st.sampled_from(sorted(places[place])))] = data.draw(st.sampled_from(JSON))
+    try:
+        read_method(LLAMA | {"quantization_config": values}, Path("nowhere"))
+    except ModelError as error:
+        assert str(error).startswith("model config: quantization_config")
