@@ -4,6 +4,7 @@ Files that their tools made lie outside the repository (../shared/quantized); wh
 """
 
 import copy
+import doctest
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,8 @@ from minipaged import LLM, SamplingParams
 from minipaged.models import ModelConfig, ModelError, load_model, open_checkpoint
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
-from minipaged.models.quantized import read_method
-from minipaged.models.quantized.words import unpack
+from minipaged.models.quantized import fp8, read_method
+from minipaged.models.quantized import words as words_of_bits
 
 SHARED = Path(__file__).parents[2] / "shared" / "quantized"
 LLAMA = {
@@ -275,8 +276,12 @@ def said(monkeypatch):
 def test_three_bits_as_another_tool_packs_them():
     """What AutoGPTQ's packing loop makes of these codes; and eight of four bits, lowest first."""
     three = torch.tensor([0x91550308, 0xC9E399A7, 0xEB5C74A2]).to(torch.int32)
-    assert unpack(three, 3).tolist() == [(i * i + i // 5) % 8 for i in range(32)]
-    assert unpack(torch.tensor([0x76543210], dtype=torch.int32), 4).tolist() == list(range(8))
+    assert words_of_bits.unpack(three, 3).tolist() == [(i * i + i // 5) % 8 for i in range(32)]
+    assert words_of_bits.unpack(torch.tensor([0x76543210], dtype=torch.int32), 4).tolist() == list(range(8))
+
+
+def test_doctests():
+    assert doctest.testmod(words_of_bits).failed == doctest.testmod(fp8).failed == 0
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -3,6 +3,7 @@
 Under the interpreter (see test_triton.py) shapes are as small as tiles allow; on a GPU the same cases and larger ones.
 """
 
+import doctest
 import os
 
 import pytest
@@ -16,6 +17,7 @@ GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
+from kernels import triton_packed  # noqa: E402
 from kernels.triton_backend import TritonBackend  # noqa: E402
 from kernels.triton_packed import PackedLinear, pack, takes, tile_k  # noqa: E402
 
@@ -107,6 +109,10 @@ def test_packing_keeps_every_code_where_the_kernel_looks(bits, tile):
         at, j = divmod(k, tile)
         found = packed[:, k] if bits == 8 else packed[:, at // 2 * tile + j] >> 4 * (at % 2) & 15
         assert torch.equal(found, codes[:, k])
+
+
+def test_doctests():
+    assert doctest.testmod(triton_packed).failed == 0
 
 
 def test_a_tile_lies_in_one_group():
