@@ -8,6 +8,7 @@
     triton_backend.py    the backend for a GPU (or Triton's interpreter),
     triton_attention.py    its paged attention,
     triton_cache.py        its cache writes, block copies and moves,
+    triton_packed.py       its product with packed weights,
     triton_tiles.py        and how it cuts the work
     cpp.py               the backend for a CPU,
     cpp_packed.py          its products with small numbers,

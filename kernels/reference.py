@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.packed import Packed
+
 
 def write_kv(k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Write this step's keys and values [T, G, D] into their slots.
@@ -112,3 +114,9 @@ def round_to_int8(x: Tensor) -> Tensor:
     most = blocks.abs().amax(-1, keepdim=True)
     codes = (blocks * torch.where(most > 0, 127 / most, 0)).round()
     return (codes * (most / 127)).flatten(-2)
+
+
+def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x [T, in] and W [out, in] in small numbers. Returns [T, out] in x's dtype; sums are in fp32."""
+    y = x.float() @ packed.dequantize().t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)

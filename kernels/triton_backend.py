@@ -1,15 +1,17 @@
-"""The Triton backend: attention, cache writes and block moves on a GPU; the rest as in PyTorch.
+"""The Triton backend: attention, cache writes, block moves and packed weights on a GPU; the rest as in PyTorch.
 
 Without a GPU it runs where TRITON_INTERPRET=1 is set before Python starts: slow, but every line can be stepped through.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kernels import triton_attention, triton_cache
+from kernels import triton_attention, triton_cache, triton_packed
 from kernels.batch import Batch
+from kernels.packed import Packed, Weight
 from kernels.torch_backend import TorchBackend
 
 
@@ -20,6 +22,14 @@ class TritonBackend(TorchBackend):
     """
 
     name = "triton"
+
+    def packs(self, weight: Packed) -> bool:
+        return triton_packed.takes(weight)
+
+    def product(self, weight: Weight, bias: Tensor | None = None) -> Callable[..., Tensor]:
+        if isinstance(weight, Packed) and self.packs(weight):
+            return triton_packed.PackedLinear(weight, bias)
+        return super().product(weight, bias)
 
     def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:
         triton_cache.write_kv(k, v, layer_cache, batch.slot_mapping)

@@ -77,9 +77,9 @@ def float8(out: int, into: int) -> Packed:
 def uneven(packed: Packed) -> Packed:
     """With a minimum so much larger than its scale that the short way would lose bits."""
     scale = packed.scale.clone()
-    scale[::3, 0] = 2.0**-20
-    assert packed.minimum is not None
-    return dataclasses.replace(packed, scale=scale, minimum=packed.minimum + 3.14159)
+    minimum = packed.minimum.clone()
+    scale[::3, 0], minimum[::3, 0] = 3 * 2.0**-24, 3000
+    return dataclasses.replace(packed, scale=scale, minimum=minimum)
 
 
 def shuffled(packed: Packed) -> Packed:
@@ -218,7 +218,7 @@ def test_rounding_at_loading_is_to_the_nearest_code():
 def test_both_ways_to_make_floats_are_taken():
     backend = kernels.load("cpp")
     forms = {name: backend.linear(make(40, 256)).matrix.form for name, make in MATRICES.items()}
-    assert {forms[kind] for kind in TYPES} == {cpp_packed.SHORT}
+    assert {forms[kind] for kind in TYPES if "K" not in kind} == {cpp_packed.SHORT}
     assert forms["Q4_1, uneven"] == cpp_packed.PLAIN and forms["fp8"] == cpp_packed.FLOAT8
 
 

@@ -24,6 +24,9 @@ CASES = [(model, "bfloat16", launch) for model in MODELS for launch in LAUNCHES]
 CASES += [("Llama-3-8B", "float16", launch) for launch in LAUNCHES]
 CASES += [("SmolLM2-135M", "float32", launch) for launch in LAUNCHES] + [("Llama-3-8B", "float32", "prefill")]
 NAMES = [" ".join(case) for case in CASES]
+# Packed weights: with a zero point for each group of 128, one for all, or FP8 with a scale for each row.
+PACKED = ["4-bit bfloat16 few", "4-bit bfloat16 many", "4-bit float16 few", "4-bit float16 many", "4-bit float32 many",
+          "8-bit bfloat16 many", "8-bit float16 few", "FP8 bfloat16 few", "FP8 float16 many"]  # fmt: skip
 PRODUCTS = {80: r"mma\.sync\S*\.{0}\.{0}", 90: r"(mma\.sync|wgmma\.mma_async)\S*\.{0}\.{0}"}
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -44,17 +47,19 @@ def compiled(request):
 
 def test_every_launch_compiles_for_its_gpu(compiled):
     capability, kernels = compiled
-    assert set(kernels) == {*NAMES, "write", "copy", "move"}
+    assert set(kernels) == {*NAMES, *PACKED, "write", "copy", "move"}
     for name, parts in kernels.items():
         if name in NAMES:
             expected = ["_attention_kernel", "_merge_kernel"][: 2 if "split" in name or "short" in name else 1]
+        elif name in PACKED:
+            expected = ["_packed_kernel"]
         else:
             expected = ["_write_kernel" if name == "write" else "_copy_kernel"]
         assert [kernel["name"] for kernel in parts] == expected
         assert all(re.search(rf"\.target sm_{capability}a?\b", kernel["ptx"]) for kernel in parts)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PACKED])
 def test_products_run_on_tensor_cores(compiled, name):
     """But for fp32: rounded to TF32 it would no longer be fp32."""
     capability, kernels = compiled
@@ -68,7 +73,7 @@ def test_products_run_on_tensor_cores(compiled, name):
         assert "wgmma" in ptx
 
 
-@pytest.mark.parametrize("name", [*NAMES, "write", "copy", "move"])
+@pytest.mark.parametrize("name", [*NAMES, *PACKED, "write", "copy", "move"])
 def test_nothing_spills_and_addresses_have_64_bits(compiled, name):
     """Registers that do not suffice spill to a stack in memory, which is what the kernels wait for anyway."""
     for kernel in compiled[1][name]:
@@ -83,6 +88,14 @@ def test_keys_and_values_come_in_16_bytes_a_thread_ahead_of_time(compiled, name)
     assert len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*0x10", ptx)) >= 8
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_codes_come_ahead_of_time_in_whole_words(compiled, name):
+    """Bytes loaded one by one would make a step of few tokens slower than with weights in floats."""
+    ptx = compiled[1][name][0]["ptx"]
+    wide = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*0x(?:4|8|10)\b", ptx)
+    assert wide and not re.search(r"ld\.global\S*\.[bu]8\b", ptx)
+
+
 def compile_all(capability):
     """{case: [kernel]}: runs in a process of its own."""
     import torch
@@ -90,6 +103,8 @@ def compile_all(capability):
     from triton.runtime import JITFunction, driver
 
     from kernels import triton_attention, triton_cache
+    from kernels.packed import Packed
+    from kernels.triton_packed import PackedLinear
 
     class NamedGPU:
         """As much of a driver as a compilation asks for."""
@@ -118,6 +133,15 @@ def compile_all(capability):
         tables = blank(5), blank(4), blank(4, 64)
         triton_attention.paged_attention(qkv[:, :heads], cache, *tables, 0.1, queries, 1000, splits)
 
+    def multiply(kind, dtype, tokens):
+        codes = blank(4096, 2048, dtype=torch.uint8)
+        if kind == "FP8":
+            packed = Packed(codes, 8, blank(4096, 1, dtype=torch.float32), float8=True)
+        else:
+            zero = blank(4096, 16, dtype=torch.uint8) if kind == "4-bit" else 128
+            packed = Packed(codes, int(kind[0]), blank(4096, 16, dtype=torch.float16), zero)
+        PackedLinear(packed, blank(4096, dtype=dtype))(blank(tokens, 2048, dtype=dtype))
+
     def collect(name, launch, *args):
         launched.clear()
         launch(*args)
@@ -130,6 +154,9 @@ def compile_all(capability):
     JITFunction.run = compile_only
     for model, dtype, launch in CASES:
         collect(f"{model} {dtype} {launch}", attend, *MODELS[model], getattr(torch, dtype), *LAUNCHES[launch])
+    for name in PACKED:
+        kind, dtype, shape = name.split()
+        collect(name, multiply, kind, getattr(torch, dtype), 500 if shape == "many" else 1)
     qkv = blank(4, 15, 64, dtype=torch.bfloat16)
     pool, other = (blank(30, 2, 3, blocks, 16, 64, dtype=torch.bfloat16) for blocks in (100_000, 500))
     collect("write", triton_cache.write_kv, qkv[:, 9:12], qkv[:, 12:], pool[0], blank(4))

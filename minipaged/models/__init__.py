@@ -2,7 +2,8 @@
 
 Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); then how they
 are loaded: checkpoint.py (a folder) with folder_tokenizer.py and sentencepiece_file.py, gguf_header.py,
-gguf_blocks.py, gguf.py, fetch.py. Models go by name:
+gguf_blocks.py, gguf.py, fetch.py; quantized/, how other people's tools keep weights in few bits; and weights.py,
+what becomes of all of them on their way to the model. Models go by name:
 ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
@@ -12,15 +13,13 @@ Does not own: keys and values (execution), or which tokens are computed together
 import contextlib
 import ctypes
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import kernels
-from kernels.packed import floats, quantize
 from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
@@ -28,6 +27,7 @@ from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.fields import Fields
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
+from minipaged.models.weights import CACHE_SCALES, Checkpoint, Progress, read_weights
 from minipaged.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,12 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_model", "open_checkpoint"]
 
-Checkpoint: TypeAlias = "FolderCheckpoint | GGUFCheckpoint"
 Model = Llama | GPT2
-Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 
 ARCHITECTURES: dict[str, type[Model]] = {"llama": Llama, "gpt2": GPT2}
-BITS = {"int8": 8, "int4": 4}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,33 +133,9 @@ def load_model(
         if (other := stored_as.setdefault(name, stored)) != stored:
             raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
-    check_tensors(expected, found, checkpoint.path)
+    optional = {name: shape for name, shape in found.items() if CACHE_SCALES.fullmatch(name) and shape in ((), (1,))}
+    check_tensors(expected | optional, found, checkpoint.path)
     backend = backend or kernels.load("auto", device, dtype, cache_folder())
-    weights: dict[str, kernels.Weight] = {}
-    for stored, name in names.items():
-        if name in expected:
-            weight = checkpoint.tensor(stored, dtype)
-            if quantization in BITS and is_matrix(name, expected[name]):
-                weight = _quantize(name, weight, BITS[quantization])
-            elif quantization == "none" or isinstance(weight, kernels.Packed) and not backend.packs(weight):
-                weight = floats(weight, dtype)
-            weights[name] = weight.to(device)
-            if progress:
-                progress(len(weights), len(expected))
+    wanted = {stored: name for stored, name in names.items() if name in expected or name in optional}
+    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend, quantization)
     return config, ARCHITECTURES[config.architecture](config, weights, backend)
-
-
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is multiplied by: embeddings are, too, where they are tied to the projection to logits."""
-    return len(shape) == 2 and not name.endswith("wpe.weight")
-
-
-def _quantize(name: str, weight: kernels.Weight, bits: int) -> kernels.Weight:
-    """Embeddings keep 8 bits: each token depends on its row alone."""
-    across = name.startswith("transformer.h.")  # GPT-2 has [in, out]
-    matrix = floats(weight, torch.float32)
-    matrix = matrix.t() if across else matrix
-    if matrix.shape[1] % 32:
-        return weight
-    packed = quantize(matrix, bits if "layers" in name or across else 8)
-    return packed.t() if across else packed

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernels.packed import Packed
 from minipaged.models.fields import Fields, ModelError
 from minipaged.models.folder_tokenizer import read_json, read_tokenizer
+from minipaged.models.quantized import Header, find_layers, read_method
 from minipaged.text.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
@@ -25,9 +27,12 @@ HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\bh\.\d+\.attn\.(bias|masked_bias)
 class FolderCheckpoint:
     """A folder with config.json, model.safetensors (or several, with an index) and a tokenizer.
 
-    config: config.json, with the end-of-text tokens of generation_config.json added.
+    config: config.json, with the end-of-text tokens of generation_config.json added, without quantization_config.
     generation_config: generation_config.json, or {}.
-    shapes: the shape of every tensor, by the name it has in the file.
+    method: how weights are quantized, if they are.
+    layers: the quantized ones, by the name of their weight.
+    shapes: the shape of every tensor, by the name it has in the file. The tensors that make up a quantized weight are
+    one here, under the name that it would have if it were not.
     """
 
     def __init__(self, path: Path):
@@ -36,6 +41,7 @@ class FolderCheckpoint:
             what = _what_it_is(path) or "; a model folder has one, and *.safetensors"
             raise ModelError(f"{path} has no config.json{what}")
         self.config = read_json(path / "config.json")
+        self.method = read_method(self.config, path)
         self.generation_config = read_json(path / "generation_config.json", missing_ok=True)
         both = Fields(self.config), Fields(self.generation_config)
         eos = [i for fields in both for i in fields.token_ids("eos_token_id")]
@@ -47,27 +53,52 @@ class FolderCheckpoint:
                 if name in self._files:
                     raise ModelError(f"{file}: tensor {name} is in another file of the folder, too")
                 self._files[name] = handle
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        headers = {name: _header(file, name) for name, file in self._files.items()}
+        self.shapes = {name: header.shape for name, header in headers.items()}
+        self._gather_layers(headers)
         if wrapped := next((name for name in self.shapes if name.startswith("base_model.model.")), None):
             raise ModelError(f"{path}: its tensors are named as PEFT's are ({wrapped}): it is a LoRA adapter, or a "
                              f"model with one around it; {MERGE}")  # fmt: skip
         if "lm_head.weight" in self.shapes:  # stored, so used, whatever the config says: as transformers does
             self.config["tie_word_embeddings"] = False
 
+    def _gather_layers(self, headers: dict[str, Header]) -> None:
+        """What makes up a quantized layer becomes one weight, once all that is known without reading is checked."""
+        found = find_layers(self.method, headers, self._read) if self.method else {}
+        self.layers = {f"{name}.weight": layer for name, layer in found.items()}
+        for name, layer in self.layers.items():
+            assert self.method is not None
+            for part in layer.headers:
+                del self.shapes[f"{layer.name}.{part}"]
+            self.shapes[name] = self.method.shape(layer)
+
     def names(self, expected: dict[str, Shape]) -> dict[str, str]:
         """Each tensor's name in the file -> the model's name for it. GPT-2's may lack their prefix."""
         known = {name.removeprefix("transformer."): name for name in expected}
         return {name: known.get(name.removeprefix("transformer."), name) for name in self.shapes}
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor, copied out of the file: another process may overwrite that while we run."""
+    def _read(self, name: str) -> torch.Tensor:
+        """Copied out of the file: another process may overwrite that while we run."""
+        return self._files[name].get_tensor(name).clone()
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor | Packed:
+        """The tensor, a copy; a quantized one packed, or in floats if kernels.packed has no form for it."""
+        if name in self.layers:
+            assert self.method is not None
+            weight = self.method.weight(self.layers[name])
+            return weight if isinstance(weight, Packed) else weight.to(dtype)
         tensor = self._files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ModelError(f"{self.path}: tensor {name} is {tensor.dtype}: quantized, not supported")
+            raise ModelError(f"{self.path}: tensor {name} is {tensor.dtype}: quantized, which its config does not say")
         return tensor.to(dtype, copy=True)
 
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self.path, self.config.get("model_type"))
+
+
+def _header(file: Any, name: str) -> Header:
+    entry = file.get_slice(name)
+    return Header(tuple(entry.get_shape()), entry.get_dtype())
 
 
 def _weight_files(path: Path) -> list[Path]:
