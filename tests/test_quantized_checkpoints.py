@@ -309,7 +309,11 @@ def test_a_model_in_cpp_computes_the_same_bits_from_packed_weights(tmp_path, for
     floats = {name: of.exact.float() if is_linear(name) else of for name, of in exact.items()}
     models = [load_model(open_checkpoint(path), backend=kernels.load("cpp"))[1]
               for path in (folder, write(tmp_path / "plain", LLAMA, floats))]  # fmt: skip
-    assert torch.equal(*(logits(model, [3, 14, 15, 9, 2]) for model in models))
+    ours, theirs = (logits(model, [3, 14, 15, 9, 2]) for model in models)
+    if "act" in form:  # columns in another order: so are the sums
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    else:
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("form", FORMATS)

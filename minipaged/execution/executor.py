@@ -26,6 +26,7 @@ from minipaged.scheduling.speculation import Speculation
 # How many tokens a step computes in the time that it takes to read the weights: where speculation is for nothing.
 # Measured on two cores for smollm2; a GPU's is a guess from its data sheet.
 FREE_ROWS = {("cpu", torch.float32): 16.0, ("cpu", torch.bfloat16): 40.0}
+FREE_ROWS_PACKED = 8.0  # less is read, and floats are made of it for each further row once
 FREE_ROWS_OF_A_GPU = 256.0
 PASS = 0.02  # of a step: what a proposer's pass costs besides reading its weights
 
@@ -50,6 +51,8 @@ class Executor:
         self.block_bytes = args.block_size * (own + extra)
         self.guess_cost = PASS + _num_weights(guesser) / _num_weights(loaded) if guesser else 0.0
         self.free_rows = FREE_ROWS.get((self.device, backend.dtype), FREE_ROWS_OF_A_GPU)
+        if self.device == "cpu" and loaded.model.packed:
+            self.free_rows = FREE_ROWS_PACKED
         longest = -(-self.max_model_len // args.block_size)  # blocks of a page table
         self.num_blocks = choose_num_blocks(
             args.num_blocks, args.kv_cache_memory, self.block_bytes, longest * args.max_num_seqs, self.device,

@@ -138,4 +138,7 @@ def load_model(
     backend = backend or kernels.load("auto", device, dtype, cache_folder())
     wanted = {stored: name for stored, name in names.items() if name in expected or name in optional}
     weights = read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend, quantization)
-    return config, ARCHITECTURES[config.architecture](config, weights, backend)
+    packed = any(isinstance(weight, kernels.Packed) for weight in weights.values())
+    model = ARCHITECTURES[config.architecture](config, weights, backend)
+    model.packed = packed
+    return config, model

@@ -62,6 +62,8 @@ class GPT2:
     weights: the tensors of tensor_shapes(config); each is taken out of the dict as it is used.
     """
 
+    packed = False  # whether products are made with small numbers
+
     def __init__(self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend):
         self.config, self.backend, self.dtype = config, backend, backend.dtype
         embedding = weights.pop("transformer.wte.weight")  # [V, E]

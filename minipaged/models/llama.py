@@ -76,6 +76,8 @@ class Llama:
     it is used, so that no second copy of the model stays in memory.
     """
 
+    packed = False  # whether products are made with small numbers
+
     def __init__(self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend):
         self.config, self.backend, self.dtype = config, backend, backend.dtype
         embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
