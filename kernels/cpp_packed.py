@@ -44,7 +44,7 @@ class PackedMatrix:
     def __init__(
         self, library: ctypes.CDLL, pages: HugePages, packed: Packed, bias: Tensor | None = None, int8: bool = False
     ):
-        self.library, self.int8 = library, int8
+        self.library, self.pages, self.int8 = library, pages, int8
         self.out, self.into = packed.codes.shape
         self.bias = None if bias is None else bias.float().contiguous()
         self.order = packed.order
@@ -73,7 +73,8 @@ class PackedMatrix:
             return None
         filled = torch.zeros(self.panels * self.width, tensor.shape[1], dtype=dtype)
         filled[: self.out] = tensor
-        self.kept.append(filled.view(self.panels, self.width, -1).transpose(1, 2).contiguous())
+        self.kept.append(self.pages.empty((self.panels, tensor.shape[1], self.width), dtype))
+        self.kept[-1].copy_(filled.view(self.panels, self.width, -1).transpose(1, 2))
         return self.kept[-1].data_ptr()
 
     def _form(self, packed: Packed) -> int:

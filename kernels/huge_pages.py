@@ -16,12 +16,14 @@ class HugePages:
 
     def __init__(self) -> None:
         self.free = torch.empty(0, dtype=torch.uint8)
+        self.taken = 0  # bytes
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = -(-torch.Size(shape).numel() * dtype.itemsize // 64) * 64
         if len(self.free) < size:
             self.free = self._chunk(max(size, self.CHUNK))
         taken, self.free = self.free[:size], self.free[size:]
+        self.taken += size
         return taken.view(dtype)[: torch.Size(shape).numel()].view(shape)
 
     def _chunk(self, size: int) -> Tensor:

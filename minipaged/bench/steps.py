@@ -1,0 +1,148 @@
+"""How long a decode step takes, beside the time that it takes to read what it must read.
+
+    python -m minipaged.bench.steps [--model smollm2] [--ways file floats int8-products kv-int8] [--batch 1 8 32]
+        [--context 256 4096] [--repeat 9] [--threads N] [--json]
+
+Each sequence has `context` tokens and computes one. A step must read all weights that products are made with, and the
+keys and values of all sequences: the bound is that many bytes at the speed at which this machine reads, with as many
+threads, from memory that no cache holds. It is measured in turns with the steps, and medians are taken.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import kernels
+from kernels.bench.tables import plain_table
+from kernels.cache import is_quantized, raw, scales, slot_size
+from minipaged import cache_folder
+from minipaged.execution.executor import KV_DTYPES
+from minipaged.models import Loaded, load
+
+# Name -> how the weights are loaded, how they are multiplied by, and what the cache holds.
+WAYS: dict[str, tuple[str, str, str]] = {
+    "file": ("auto", "exact", "fp32"),
+    "floats": ("none", "exact", "fp32"),
+    "int8-products": ("auto", "int8", "fp32"),
+    "int8": ("int8", "exact", "fp32"),
+    "int4": ("int4", "exact", "fp32"),
+    "kv-int8": ("none", "exact", "int8"),
+    "kv-fp8": ("none", "exact", "fp8"),
+}
+BLOCK = 16
+READ = 1 << 28  # numbers: a gigabyte, more than the caches hold
+MOST = 6 << 30  # bytes of a cache; larger cells are left out
+
+
+class Reader:
+    """Reads a gigabyte: the speed of memory as the threads of PyTorch see it."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.ones(READ // 4, 4)
+
+    def __call__(self) -> float:
+        """Bytes a second."""
+        began = time.perf_counter()
+        self.numbers.amax()
+        return self.numbers.nbytes / (time.perf_counter() - began)
+
+
+class Step:
+    """A model's decode steps over a cache of its own, filled with numbers that are as good as any."""
+
+    def __init__(self, name: str, loaded: Loaded, kv_dtype: torch.dtype, weight_bytes: int):
+        self.name, self.model, self.config = name, loaded.model, loaded.config
+        self.kv_dtype, self.weight_bytes = kv_dtype, weight_bytes
+
+    def kv_bytes(self, batch: int, context: int) -> int:
+        config, blocks = self.config, batch * -(-context // BLOCK)
+        slot = slot_size(config.head_size, self.kv_dtype) * self.kv_dtype.itemsize
+        return 2 * config.num_layers * config.num_kv_heads * blocks * BLOCK * slot
+
+    def prepare(self, batch: int, context: int) -> None:
+        config, blocks = self.config, -(-context // BLOCK)
+        self.cache = kernels.new_cache(
+            config.num_layers, batch * blocks, BLOCK, config.num_kv_heads, config.head_size, self.kv_dtype
+        )
+        if is_quantized(self.cache):
+            raw(self.cache).random_(0, 100)
+            scales(self.cache).fill_(0.01)
+        else:
+            self.cache.normal_()
+        tables = torch.randperm(batch * blocks).view(batch, blocks)
+        last = context - 1
+        self.batch = kernels.Batch(
+            tables[:, last // BLOCK] * BLOCK + last % BLOCK, torch.arange(batch + 1), torch.full((batch,), context), tables
+        )
+        self.inputs = torch.arange(batch) + 5, torch.full((batch,), last)
+
+    def __call__(self) -> float:
+        """Seconds."""
+        began = time.perf_counter()
+        self.model.logits(self.model(*self.inputs, self.cache, self.batch)).argmax(-1)
+        return time.perf_counter() - began
+
+
+def make(name: str, model: str) -> Step:
+    quantization, products, kv = WAYS[name]
+    backend = kernels.load("cpp", folder=cache_folder(), products=products)
+    loaded = load(model, backend=backend, quantization=quantization)
+    return Step(name, loaded, KV_DTYPES.get(kv, torch.float32), backend.pages.taken)
+
+
+@torch.inference_mode()
+def measure(model: str, ways: list[str], batches: list[int], contexts: list[int], repeat: int) -> list[dict[str, Any]]:
+    """A row for each cell and way."""
+    reader, contestants = Reader(), [make(name, model) for name in ways]
+    rows = []
+    for context in contexts:
+        for batch in batches:
+            fitting = [one for one in contestants if one.kv_bytes(batch, context) <= MOST]
+            for one in fitting:
+                one.prepare(batch, context)
+                one()
+            turns = [(reader(), [one() for one in fitting]) for _ in range(repeat)]
+            speed = statistics.median(read for read, _ in turns)
+            for one, seconds in zip(fitting, zip(*(times for _, times in turns), strict=True), strict=True):
+                median, size = statistics.median(seconds), one.weight_bytes + one.kv_bytes(batch, context)
+                rows.append({
+                    "way": one.name, "batch": batch, "context": context, "seconds": median, "bytes": size,
+                    "read_speed": speed, "of_bound": size / speed / median, "tokens_a_second": batch / median,
+                })  # fmt: skip
+                del one.cache
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minipaged.bench.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["file", "floats"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64])
+    parser.add_argument("--context", nargs="+", type=int, default=[256, 4096])
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="(default: PyTorch's own choice)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = measure(args.model, args.ways, args.batch, args.context, args.repeat)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    head = ["weights", "sequences", "context", "ms a step", "tok/s", "MB read", "of the bound"]
+    cells = [
+        [r["way"], str(r["batch"]), str(r["context"]), f"{1000 * r['seconds']:.1f}", f"{r['tokens_a_second']:.0f}",
+         f"{r['bytes'] / 1e6:.0f}", f"{100 * r['of_bound']:.0f} %"] for r in rows
+    ]  # fmt: skip
+    print(f"{args.model}, {torch.get_num_threads()} threads, reading {rows[0]['read_speed'] / 1e9:.1f} GB/s")
+    print(plain_table(head, cells))
+
+
+if __name__ == "__main__":
+    main()
