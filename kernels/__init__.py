@@ -10,6 +10,8 @@
     triton_cache.py        its cache writes, block copies and moves,
     triton_tiles.py        and how it cuts the work
     cpp.py               the backend for a CPU,
+    cpp_packed.py          its products with small numbers,
+    huge_pages.py          where its weights lie,
     cpp_build.py           how its C++ is built,
     cpu/                   and the C++ (begin with vectors.h)
     bench/               python -m kernels.bench: how fast they are
@@ -25,12 +27,16 @@ from pathlib import Path
 import torch
 
 from kernels.batch import Batch, new_cache
+from kernels.packed import Packed, Weight
 from kernels.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "Backend", "Batch", "TorchBackend", "Unavailable", "load", "new_cache"]
+__all__ = [
+    "BACKENDS", "PRODUCTS", "Backend", "Batch", "Packed", "TorchBackend", "Unavailable", "Weight", "load", "new_cache",
+]  # fmt: skip
 
 Backend = TorchBackend  # all others extend it
 BACKENDS = ("auto", "torch", "triton", "cpp")
+PRODUCTS = ("exact", "int8")
 
 
 class Unavailable(ValueError):
@@ -48,6 +54,7 @@ def load(
     folder: Path | None = None,
     notice: Callable[[str], None] = say,
     same_bits: bool | None = None,
+    products: str = "exact",
 ) -> Backend:
     """A backend for weights and a cache of `dtype` on `device`.
 
@@ -56,12 +63,18 @@ def load(
     folder: where built libraries are kept; by default MINIPAGED_CACHE or ~/.cache/minipaged.
     same_bits: take only a backend whose `same_bits` is true: a row's numbers don't depend on who else is in the batch.
     By default if MINIPAGED_SAME_BITS is 1. It slows down bf16 on a CPU that has bf16 products, and nothing else.
+    products: with weights that stay in small numbers, where a backend has them: "exact", in floats, or "int8", with
+    activations rounded to 8 bits (cpp only, faster).
     Raises Unavailable if it was asked for by name and can't be had, or can't keep that promise; ValueError if there is
     no such name.
     """
     if same_bits is None:
         same_bits = os.environ.get("MINIPAGED_SAME_BITS", "0") == "1"
-    backend = _find(name, device, dtype, folder, notice, same_bits)
+    if products not in PRODUCTS:
+        raise ValueError(f"products={products!r}: must be one of {', '.join(PRODUCTS)}")
+    backend = _find(name, device, dtype, folder, notice, same_bits, products)
+    if products == "int8" and backend.name != "cpp":
+        raise Unavailable(f"products='int8' are for kernels 'cpp', on a CPU; {backend.name!r} has exact ones only")
     if same_bits and not backend.same_bits:
         raise Unavailable(
             f"kernels {backend.name!r} can't give the same bits in any company (same_bits, MINIPAGED_SAME_BITS=1): "
@@ -72,7 +85,7 @@ def load(
 
 def _find(
     name: str, device: torch.device | str, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None],
-    same_bits: bool,
+    same_bits: bool, products: str,
 ) -> Backend:  # fmt: skip
     if name not in BACKENDS:
         raise ValueError(f"kernels={name!r}: must be one of {', '.join(BACKENDS)}")
@@ -80,7 +93,7 @@ def _find(
     wanted = name if name != "auto" else "cpp" if on_cpu else "triton"
     try:
         if wanted == "cpp":
-            return _cpp(on_cpu, dtype, folder, notice, same_bits)
+            return _cpp(on_cpu, dtype, folder, notice, same_bits, products)
         if wanted == "triton":
             return _triton(device, dtype)
     except Unavailable as error:
@@ -91,8 +104,9 @@ def _find(
 
 
 def _cpp(
-    on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None], same_bits: bool
-) -> Backend:
+    on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None], same_bits: bool,
+    products: str,
+) -> Backend:  # fmt: skip
     from kernels.cpp import CppBackend
     from kernels.cpp_build import BuildFailed, build
 
@@ -102,7 +116,7 @@ def _cpp(
         raise Unavailable(f"kernels in C++ compute fp32 and bf16, not {str(dtype).removeprefix('torch.')}")
     folder = folder or Path(os.environ.get("MINIPAGED_CACHE") or "~/.cache/minipaged").expanduser()
     try:
-        return CppBackend(dtype, build(folder / "kernels", notice), same_bits)
+        return CppBackend(dtype, build(folder / "kernels", notice), same_bits, products)
     except (BuildFailed, OSError) as error:
         raise Unavailable(f"kernels in C++ can't be built: {error}") from None
 

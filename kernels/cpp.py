@@ -1,15 +1,18 @@
 """The C++ backend: calls what cpp_build.py builds."""
 
-import mmap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.batch import Batch
 from kernels.cpp_build import load
+from kernels.cpp_packed import PackedMatrix, packs
+from kernels.huge_pages import HugePages
 from kernels.linear import Linear
+from kernels.packed import Packed, Weight
 from kernels.torch_backend import TorchBackend
 
 VECTORS = 64  # numbers: PyTorch takes two vectors at a time, of at most 64 bytes
@@ -20,23 +23,40 @@ class CppBackend(TorchBackend):
     """Attention, norm, rope with cache write, gated activation and products in C++; the rest as in PyTorch.
 
     dtype: float32 or bfloat16. library: see `build`.
+    products: "exact" or "int8", with weights that stay packed: see cpu/packed.cpp.
     same_bits: have oneDNN, which does products in bf16 where the processor can, take rows in groups of one size. All
     that is computed in fp32 is summed in one order for any number of rows anyway.
     """
 
     name = "cpp"
 
-    def __init__(self, dtype: torch.dtype, library: Path, same_bits: bool = False):
+    def __init__(self, dtype: torch.dtype, library: Path, same_bits: bool = False, products: str = "exact"):
         super().__init__("cpu", dtype)
+        self.products = products
         self.same_bits = same_bits or self.dtype == torch.float32
         self.library = load(library)
         self.pages = HugePages()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    def product(self, weight: Weight, bias: Tensor | None = None) -> Callable[..., Tensor]:
         """Where the processor computes in bf16 itself, oneDNN is the faster one."""
+        if isinstance(weight, Packed):
+            if packs(weight):
+                return PackedMatrix(self.library, self.pages, weight, bias, int8=self.products == "int8")
+            weight = weight.dequantize(self.dtype)
         if self.dtype == torch.float32:
             return PackedLinear(self, weight, bias)
         return Linear(weight, bias, in_groups=self.same_bits)
+
+    def packs(self, weight: Packed) -> bool:
+        """Not where products in bf16 are the processor's own: these are faster for more than a few rows."""
+        return self.dtype == torch.float32 and packs(weight)
+
+    def embedding(self, weight: Weight, linear: Callable[..., Tensor] | None = None) -> Any:
+        if isinstance(linear, PackedMatrix):
+            return linear  # has all rows already
+        if isinstance(weight, Packed) and packs(weight):
+            return PackedMatrix(self.library, self.pages, weight)
+        return weight
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # of heads, too
@@ -116,30 +136,3 @@ class PackedLinear:
             len(x), self.out, self.into, add_to is not None, torch.get_num_threads(),
         )  # fmt: skip
         return y
-
-
-class HugePages:
-    """Memory for weights in pages of 2 MiB where the system has them.
-
-    Each step reads all weights once, and in pages of 4 KiB the processor looks up 512 times as often where they lie.
-    """
-
-    PAGE, CHUNK = 2 << 20, 64 << 20
-
-    def __init__(self) -> None:
-        self.free = torch.empty(0, dtype=torch.uint8)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = -(-torch.Size(shape).numel() * dtype.itemsize // 64) * 64
-        if len(self.free) < size:
-            self.free = self._chunk(max(size, self.CHUNK))
-        taken, self.free = self.free[:size], self.free[size:]
-        return taken.view(dtype)[: torch.Size(shape).numel()].view(shape)
-
-    def _chunk(self, size: int) -> Tensor:
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(size, dtype=torch.uint8)
-        memory = mmap.mmap(-1, size + self.PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        chunk = torch.frombuffer(memory, dtype=torch.uint8)
-        return chunk[-chunk.data_ptr() % self.PAGE :][:size]

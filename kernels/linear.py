@@ -4,6 +4,8 @@ On a CPU, PyTorch's `linear` repacks the weights at every call; for the few rows
 much as the product itself. oneDNN, which does the product, lets us pack once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -54,6 +56,17 @@ class Linear:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class SideBySide:
+    """One product with several matrices, one below the other, that can't stand in one."""
+
+    def __init__(self, linears: list[Callable[..., Tensor]]):
+        self.linears = linears
+
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        y = torch.cat([linear(x) for linear in self.linears], 1)
+        return y if add_to is None else add_to.add_(y)
 
 
 def _pack(weight: Tensor) -> Tensor | None:

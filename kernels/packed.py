@@ -15,10 +15,14 @@ All formats that are read here are cases of it:
 The arithmetic is exact up to the last rounding: a code times a scale of half precision fits into a float.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+__all__ = ["OUTER", "Packed", "Weight", "floats", "quantize", "stack"]
 
 OUTER = 256  # columns in an outer group
 
@@ -65,6 +69,23 @@ class Packed:
     def contiguous(self) -> "Packed":
         return self
 
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same on that device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        """The same with all its tensors changed, those of `outer` too."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, Tensor)}
+        if self.outer is not None:
+            changed["outer"] = tuple(None if t is None else change(t) for t in self.outer)
+        return replace(self, **changed)
+
+    def is_finite(self) -> bool:
+        """Whether all scales are numbers."""
+        tensors = [self.scale, self.minimum, *(self.outer or ())]
+        return all(bool(t.isfinite().all()) for t in tensors if t is not None)
+
     def scales(self) -> Tensor:
         """[out, in / group size], fp32."""
         return self._times_outer(self.scale, 0)
@@ -95,11 +116,76 @@ class Packed:
 
     def rows(self, which: Tensor | slice) -> "Packed":
         """Some rows, in this order."""
+        return replace(replace(self, order=None)._each(lambda tensor: tensor[which]), order=self.order)
 
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[which]
+    def __getitem__(self, which: Tensor) -> Tensor:
+        """Some rows in floats, of any shape [...] -> [..., in]: an embedding."""
+        return self.rows(which.flatten()).dequantize().unflatten(0, which.shape)
 
-        zero = self.zero if isinstance(self.zero, int) else self.zero[which]
-        outer = None if self.outer is None else (self.outer[0][which], pick(self.outer[1]))
-        picked = replace(self, codes=self.codes[which], scale=self.scale[which], zero=zero, outer=outer)
-        return replace(picked, minimum=pick(self.minimum))
+    def made_like(self, other: "Packed") -> bool:
+        """Whether codes become numbers in the same way, so that both can stand in one matrix."""
+        orders = (self.order, other.order)
+        same_order = orders[0] is orders[1] or (None not in orders and torch.equal(*orders))  # type: ignore[arg-type]
+
+        def kind(packed: Packed) -> tuple:
+            tensors = packed.minimum is None, packed.outer is None, packed.scale.dtype
+            return packed.bits, packed.group_size, packed.codes.shape[1], packed.float8, packed.across, tensors
+
+        return same_order and kind(self) == kind(other)
+
+    def zeros(self) -> Tensor:
+        """[out, in / group size], uint8."""
+        if isinstance(self.zero, Tensor):
+            return self.zero
+        return torch.full(self.scale.shape, self.zero, dtype=torch.uint8, device=self.device)
+
+
+Weight = Tensor | Packed
+
+
+def floats(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, Packed) else weight.to(dtype)
+
+
+def quantize(weight: Tensor, bits: int) -> Packed:
+    """Rounds W [out, in] to the nearest codes.
+
+    8 bits: a scale for each row, the largest of its numbers being 127. 4 bits: scale and minimum for each 32 columns,
+    in half precision, as GGUF's Q4_1 has them; in must be a multiple of 32.
+    """
+    if bits == 8:
+        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        return Packed(((weight / scale).round() + 128).to(torch.uint8), 8, scale, 128)
+    groups = weight.float().unflatten(1, (-1, 32))
+    least, most = groups.amin(2), groups.amax(2)
+    minimum, scale = least.half(), ((most - least) / 15).half()
+    steps = (groups - minimum.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    return Packed(steps.round().clamp(0, 15).to(torch.uint8).flatten(1), 4, scale, 0, minimum)
+
+
+def stack(weights: Sequence[Weight]) -> list[Weight]:
+    """Matrices one below the other, in as few as possible: one large product is faster than small ones."""
+    stacked: list[Weight] = []
+    for weight in weights:
+        last = stacked[-1] if stacked else None
+        if isinstance(last, Tensor) and isinstance(weight, Tensor):
+            stacked[-1] = torch.cat((last, weight))
+        elif isinstance(last, Packed) and isinstance(weight, Packed) and last.made_like(weight):
+            stacked[-1] = _below(last, weight)
+        else:
+            stacked.append(weight)
+    return stacked
+
+
+def _below(a: Packed, b: Packed) -> Packed:
+    def cat(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else torch.cat((x, y))
+
+    one_zero = isinstance(a.zero, int) and a.zero == b.zero
+    outer = None
+    if a.outer and b.outer:
+        outer = torch.cat((a.outer[0], b.outer[0])), cat(a.outer[1], b.outer[1])
+    return replace(
+        a, codes=torch.cat((a.codes, b.codes)), scale=torch.cat((a.scale, b.scale)), minimum=cat(a.minimum, b.minimum),
+        zero=a.zero if one_zero else torch.cat((a.zeros(), b.zeros())), outer=outer,
+    )  # fmt: skip

@@ -3,14 +3,16 @@
 Shapes as in reference.py; a `layer_cache` is one layer's [2, G, N, B, D], a `cache` all of them, [L, 2, G, N, B, D].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import reference, torch_attention
 from kernels.batch import Batch
-from kernels.linear import Linear, compute_dtype
+from kernels.linear import Linear, SideBySide, compute_dtype
+from kernels.packed import Packed, Weight, stack
 
 
 class TorchBackend:
@@ -28,9 +30,27 @@ class TorchBackend:
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.dtype = compute_dtype(dtype, device)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
-        """A function x [T, in] -> x weight^T + bias [T, out], or with add_to=y [T, out]: y plus that, in place."""
-        return Linear(weight, bias)
+    def linear(self, weight: Weight | Sequence[Weight], bias: Tensor | None = None) -> Callable[..., Tensor]:
+        """A function x [T, in] -> x weight^T + bias [T, out], or with add_to=y [T, out]: y plus that, in place.
+
+        weight: [out, in], or several that stand one below the other.
+        """
+        weights = stack([weight] if isinstance(weight, Weight) else weight)
+        biases = [None] * len(weights) if bias is None else bias.split([w.shape[0] for w in weights])
+        linears = [self.product(w, b) for w, b in zip(weights, biases, strict=True)]
+        return linears[0] if len(linears) == 1 else SideBySide(linears)
+
+    def product(self, weight: Weight, bias: Tensor | None = None) -> Callable[..., Tensor]:
+        """The same, of one matrix."""
+        return Linear(weight.dequantize(self.dtype) if isinstance(weight, Packed) else weight, bias)
+
+    def packs(self, weight: Packed) -> bool:
+        """Whether products are made from these small numbers as they are; else better give floats to `linear`."""
+        return False
+
+    def embedding(self, weight: Weight, linear: Callable[..., Tensor] | None = None) -> Any:
+        """What gives rows of weight [V, E] by their numbers: embedding[ids]. linear: a product with the same weight."""
+        return weight
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last dimension."""

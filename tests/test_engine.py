@@ -12,6 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from kernels.packed import floats
 from minipaged import LLM, BeamSearchParams, RequestRefused, SamplingParams
 from minipaged.execution import pool_size
 from minipaged.models import Llama, ModelConfig, open_checkpoint
@@ -752,7 +753,7 @@ def real_oracle():
     config = json.loads((Path(__file__).parent / "data" / "model_configs.json").read_text())
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config["SmolLM2-135M-Instruct"]["config"]))
     names = checkpoint.names(Llama.tensor_shapes(ModelConfig.from_hf(checkpoint.config)))
-    weights = {name: checkpoint.tensor(stored, torch.float32) for stored, name in names.items()}
+    weights = {name: floats(checkpoint.tensor(stored, torch.float32), torch.float32) for stored, name in names.items()}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     model.tie_weights()
     return model.eval()

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from kernels.packed import Packed, floats
 from minipaged.models import ModelError, fetch, load, load_model, open_checkpoint
 from minipaged.models.checkpoint import check_tensors
 from minipaged.models.fetch import fetch_smollm2
@@ -89,7 +90,7 @@ def weights(monkeypatch):
 
         def catch(self, config, weights, backend):
             caught.clear()
-            caught.update(weights)
+            caught.update({n: floats(w, torch.float32) if isinstance(w, Packed) else w for n, w in weights.items()})
 
         monkeypatch.setattr(model_class, "__init__", catch)
     return caught

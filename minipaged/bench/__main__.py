@@ -119,11 +119,10 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
 def _engine(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for minipaged and its variants. ModelError if it would refuse them."""
     tokens, least = args.max_num_batched_tokens, EngineArgs.max_num_seqs
-    if tokens is None:
-        return {}
-    if tokens < least:
+    if tokens is not None and tokens < least:
         raise ModelError(f"--max-num-batched-tokens {tokens}: must be at least {least}, a token for each sequence")
-    return {"max_num_batched_tokens": tokens}
+    told = {name: getattr(args, name) for name in ("max_num_batched_tokens", "quantization", "products")}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def encoder(tokenizer: Tokenizer) -> Encode:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from kernels.packed import floats
 from minipaged.execution.runner import DTYPES
 from minipaged.models import ARCHITECTURES, Checkpoint, ModelConfig, ModelError
 
@@ -40,7 +41,8 @@ def write_folder(checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
     config = ModelConfig.from_hf(checkpoint.config)
     expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
-    weights = {name: checkpoint.tensor(stored, DTYPES[dtype]) for stored, name in names.items() if name in expected}
+    kept = {stored: name for stored, name in names.items() if name in expected}
+    weights = {name: floats(checkpoint.tensor(stored, DTYPES[dtype]), DTYPES[dtype]) for stored, name in kept.items()}
     _write(checkpoint.config, weights, dtype, folder)
 
 

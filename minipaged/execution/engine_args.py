@@ -18,6 +18,8 @@ from minipaged.scheduling.preemption import MODES
 BUDGET = {"cpu": 512, "cuda": 2048}
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 LONG_DTYPES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+QUANTIZATIONS = ("auto", "none", "int8", "int4")
+PRODUCTS = ("exact", "int8")
 KERNELS = ("auto", "torch", "triton", "cpp")
 # vLLM's name -> ours, and ours from its value.
 ALIASES: dict[str, tuple[str, Any]] = {
@@ -36,6 +38,9 @@ class EngineArgs:
 
     model: "smollm2", a folder in Hugging Face layout, a .gguf file, or a hub id.
     dtype: "auto" (fp32 on a CPU, bf16 on a GPU), "fp32", "bf16" or "fp16", or torch's: of weights, keys and values.
+    quantization: "auto": weights stay in the small numbers of the checkpoint, where there are kernels for them; "none":
+    they become floats; "int8", "int4": they are rounded when they are loaded, for each row, for each 32 columns.
+    products: with such weights: "exact", in floats, or "int8", with activations rounded to 8 bits (faster, on a CPU).
     device: "auto" (a GPU if there is one), "cpu" or "cuda".
     kernels: "auto", "torch", "triton" or "cpp": see `kernels.load`.
     cuda_graphs: on a GPU with Triton, replay decode steps: see decode_graphs.py.
@@ -55,6 +60,8 @@ class EngineArgs:
 
     model: str = "smollm2"
     dtype: str = "auto"
+    quantization: str = "auto"
+    products: str = "exact"
     device: str = "auto"
     kernels: str = "auto"
     cuda_graphs: bool = True
@@ -95,6 +102,8 @@ class EngineArgs:
             given["kv_cache_memory"] = bytes_of(given["kv_cache_memory"])
         dtype = str(given.get("dtype", "auto")).removeprefix("torch.")
         given["dtype"] = LONG_DTYPES.get(dtype, dtype)
+        if given.get("quantization") is None:
+            given.pop("quantization", None)  # as in vLLM: what the checkpoint says
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -133,8 +142,9 @@ _INTEGERS = {
     "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_logprobs": -1, "seed": 0,
 }  # fmt: skip
 _CHOICES = {
-    "dtype": DTYPES, "device": ("auto", "cpu", "cuda"), "kernels": KERNELS, "prefix_cache": tuple(PREFIX_CACHES),
-    "schedule": SCHEDULES, "preemption": MODES,
+    "dtype": DTYPES, "quantization": QUANTIZATIONS, "products": PRODUCTS, "device": ("auto", "cpu", "cuda"),
+    "kernels": KERNELS,
+    "prefix_cache": tuple(PREFIX_CACHES), "schedule": SCHEDULES, "preemption": MODES,
 }  # fmt: skip
 
 

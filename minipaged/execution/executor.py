@@ -41,8 +41,8 @@ class Executor:
     def __init__(self, args: EngineArgs):
         self._args = args
         self._dtype, self.device = resolve(args.dtype, args.device)
-        backend = kernels.load(args.kernels, self.device, self._dtype, cache_folder())
-        loaded = load(args.model, self._dtype, self.device, backend=backend)
+        backend = kernels.load(args.kernels, self.device, self._dtype, cache_folder(), products=args.products)
+        loaded = load(args.model, self._dtype, self.device, backend=backend, quantization=args.quantization)
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self.max_model_len = min(args.max_model_len or self.config.max_model_len, self.config.max_model_len)
         guesser = self._load_guesser(loaded)

@@ -1,8 +1,8 @@
 """What does the model compute, and where do its weights come from?
 
 Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); then how they
-are loaded: checkpoint.py (a folder) with folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf.py,
-fetch.py. Models go by name:
+are loaded: checkpoint.py (a folder) with folder_tokenizer.py and sentencepiece_file.py, gguf_header.py,
+gguf_blocks.py, gguf.py, fetch.py. Models go by name:
 ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 import kernels
+from kernels.packed import floats, quantize
 from minipaged import cache_folder
 from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
@@ -37,6 +38,7 @@ Model = Llama | GPT2
 Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 
 ARCHITECTURES: dict[str, type[Model]] = {"llama": Llama, "gpt2": GPT2}
+BITS = {"int8": 8, "int4": 4}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,18 +58,21 @@ def load(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     backend: kernels.Backend | None = None,
+    quantization: str = "auto",
 ) -> Loaded:
     """Load a model and its tokenizer.
 
     name_or_path: "smollm2" (fetched once, then kept), a folder, a .gguf file, or a hub id such as "gpt2".
     dtype: float32, bfloat16 or float16; the weights are converted to it.
     backend: who computes; by default `kernels.load("auto", device, dtype)`.
+    quantization: "auto": small numbers stay what they are in the file, where the backend has products for them; "none":
+    all become floats; "int8", "int4": matrices are rounded to 8 or 4 bits now, see `kernels.packed.quantize`.
     Raises ModelError for anything that is wrong with the name, the files or their contents.
     """
     checkpoint = open_checkpoint(name_or_path)
     tokenizer = checkpoint.tokenizer()
     _add_end_of_text(checkpoint.config, tokenizer)
-    config, model = load_model(checkpoint, dtype, device, progress, backend)
+    config, model = load_model(checkpoint, dtype, device, progress, backend, quantization)
     tokenizer.eos_token_ids = config.eos_token_ids
     return Loaded(config, model, tokenizer, checkpoint.generation_config)
 
@@ -109,6 +114,7 @@ def load_model(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     backend: kernels.Backend | None = None,
+    quantization: str = "auto",
 ) -> tuple[ModelConfig, Model]:
     """The model alone. All names and shapes are checked before the first tensor is read."""
     if dtype not in DTYPES:
@@ -122,11 +128,32 @@ def load_model(
             raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
     check_tensors(expected, found, checkpoint.path)
-    weights = {}
+    backend = backend or kernels.load("auto", device, dtype, cache_folder())
+    weights: dict[str, kernels.Weight] = {}
     for stored, name in names.items():
         if name in expected:
-            weights[name] = checkpoint.tensor(stored, dtype).to(device)
+            weight = checkpoint.tensor(stored, dtype)
+            if quantization in BITS and is_matrix(name, expected[name]):
+                weight = _quantize(name, weight, BITS[quantization])
+            elif quantization == "none" or isinstance(weight, kernels.Packed) and not backend.packs(weight):
+                weight = floats(weight, dtype)
+            weights[name] = weight.to(device)
             if progress:
                 progress(len(weights), len(expected))
-    backend = backend or kernels.load("auto", device, dtype, cache_folder())
     return config, ARCHITECTURES[config.architecture](config, weights, backend)
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is multiplied by: embeddings are, too, where they are tied to the projection to logits."""
+    return len(shape) == 2 and not name.endswith("wpe.weight")
+
+
+def _quantize(name: str, weight: kernels.Weight, bits: int) -> kernels.Weight:
+    """Embeddings keep 8 bits: each token depends on its row alone."""
+    across = name.startswith("transformer.h.")  # GPT-2 has [in, out]
+    matrix = floats(weight, torch.float32)
+    matrix = matrix.t() if across else matrix
+    if matrix.shape[1] % 32:
+        return weight
+    packed = quantize(matrix, bits if "layers" in name or across else 8)
+    return packed.t() if across else packed

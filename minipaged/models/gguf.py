@@ -9,8 +9,10 @@ from typing import Any
 import gguf
 import torch
 
+from kernels import Packed, Weight
 from minipaged.models.checkpoint import Shape
 from minipaged.models.config import ModelError
+from minipaged.models.gguf_blocks import take_apart
 from minipaged.models.gguf_header import read_gguf
 from minipaged.text.gguf_tokenizer import build_tokenizer
 from minipaged.text.tokenizer import Tokenizer, TokenizerError
@@ -50,6 +52,7 @@ SCALING_KEYS = {
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
 IGNORED = {"vocab_size", "rope.scaling.finetuned"}  # the embedding says the first; the other changes nothing
+GPT2_POSITIONS = "position_embd.weight"  # is added, not multiplied
 LLAMA3_FACTORS = "rope_freqs.weight"  # not a weight: the outcome of llama3's rope scaling
 
 
@@ -98,7 +101,7 @@ class GGUFCheckpoint:
 
     def _llama3_scaling(self, theta: float) -> dict[str, Any]:
         """Llama 3.1's rope scaling. GGUF holds what comes out of it: a divisor for each frequency [D/2]."""
-        divisors = self.tensor(LLAMA3_FACTORS, torch.float32)
+        divisors = self._floats(LLAMA3_FACTORS, torch.float32)
         factor, original = float(divisors.max()), 8192
         wavelength = 2 * torch.pi * theta ** (torch.arange(divisors.numel()) / divisors.numel())
         smooth = ((original / wavelength - 1) / (4 - 1)).clamp(0, 1)
@@ -114,19 +117,27 @@ class GGUFCheckpoint:
         known = {table.get_name(name, (".weight", ".bias")): name for name in expected}
         return {name: known.get(name, name) for name in self.shapes if name != LLAMA3_FACTORS}
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor, dequantized, its rows in the order that Hugging Face has."""
+    def tensor(self, name: str, dtype: torch.dtype) -> Weight:
+        """The tensor, its rows in the order that Hugging Face has: packed if kernels may know its type, else floats."""
+        kind, _, rows = self._tensors[name]
+        packed = take_apart(kind.name, rows) if name != GPT2_POSITIONS else None
+        weight: Weight = self._floats(name, dtype) if packed is None else packed
+        if packed is not None and not packed.is_finite():
+            raise ModelError(f"{self.path}: tensor {name} has a scale that is infinite or no number")
+        if self._lies_across(name):
+            return weight.t()
+        if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+            order = self._undo_permutation(torch.arange(weight.shape[0]), is_query=".attn_q." in name)
+            return weight.rows(order) if isinstance(weight, Packed) else weight[order]
+        return weight
+
+    def _floats(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         kind, _, rows = self._tensors[name]
         try:
             weights = gguf.dequantize(rows, kind)
         except NotImplementedError as error:
             raise ModelError(f"{self.path}: tensor {name} has type {kind.name}: can't be read") from error
-        tensor = torch.from_numpy(weights if weights.flags.writeable else weights.copy()).to(dtype)
-        if self._lies_across(name):
-            return tensor.t()
-        if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-            return self._undo_permutation(tensor, is_query=".attn_q." in name)
-        return tensor
+        return torch.from_numpy(weights if weights.flags.writeable else weights.copy()).to(dtype)
 
     def _lies_across(self, name: str) -> bool:
         """Whether Hugging Face has this matrix as [in, out]: the four of each of GPT-2's layers."""

@@ -5,6 +5,7 @@ H heads, D head size, F width of the MLP, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ import kernels
 from minipaged.models.config import ACTIVATIONS, ModelConfig
 
 
-def _take(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+def _take(weights: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
     return weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias")
 
 
-def _norm(weights: dict[str, Tensor], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _norm(weights: dict[str, Any], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight, bias = _take(weights, name)
     return weight.to(dtype), bias.to(dtype)
 
@@ -26,7 +27,7 @@ def _norm(weights: dict[str, Tensor], name: str, dtype: torch.dtype) -> tuple[Te
 class GPT2Layer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], backend: kernels.Backend):
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Any], backend: kernels.Backend):
         def linear(name: str) -> Callable[..., Tensor]:
             weight, bias = _take(weights, f"{prefix}.{name}")  # Hugging Face's Conv1D: [in, out]
             return backend.linear(weight.t().contiguous(), bias)
@@ -61,14 +62,15 @@ class GPT2:
     weights: the tensors of tensor_shapes(config); each is taken out of the dict as it is used.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: kernels.Backend):
+    def __init__(self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend):
         self.config, self.backend, self.dtype = config, backend, backend.dtype
-        self.embedding = weights.pop("transformer.wte.weight")  # [V, E]
+        embedding = weights.pop("transformer.wte.weight")  # [V, E]
         self.position_embedding = weights.pop("transformer.wpe.weight")  # [max_model_len, E]
         self.layers = [GPT2Layer(config, layer, weights, backend) for layer in range(config.num_layers)]
         self.norm = _norm(weights, "transformer.ln_f", self.dtype)
         tied = config.tie_word_embeddings
-        self.head = backend.linear(self.embedding if tied else weights.pop("lm_head.weight"))
+        self.head = backend.linear(embedding if tied else weights.pop("lm_head.weight"))
+        self.embedding = backend.embedding(embedding, self.head if tied else None)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
         """input_ids and positions [T], cache [L, 2, H, N, B, D] -> hidden [T, E], after the final norm."""

@@ -52,7 +52,7 @@ class Head:
         self.fuse = backend.linear(weights["fuse.weight"].to(dtype))
         self.layer = LlamaLayer(config, 0, {f"model.layers.0.{n}": w.to(dtype) for n, w in weights.items()}, backend)
         self.head = backend.linear(output_rows(model, self.token_ids).to(dtype))
-        self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.embedding.device)
+        self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.token_norm.device)
 
     @property
     def num_weights(self) -> int:

@@ -7,6 +7,7 @@ other tokens, and it finds them through the batch's page tables.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +22,17 @@ Linear = Callable[..., Tensor]
 class LlamaLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Tensor], backend: kernels.Backend):
-        def take(name: str) -> Tensor:
+    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Any], backend: kernels.Backend):
+        def take(name: str) -> Any:
             return weights.pop(f"model.layers.{layer}.{name}")
 
         def norm(name: str) -> Tensor:
             return take(f"{name}.weight").to(backend.dtype)
 
-        def stack(names: tuple[str, ...], kind: str) -> Tensor:
-            tensors = [take(f"{name}.{kind}") for name in names]
-            return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
         def linear(*names: str, bias: bool) -> Linear:
-            """One Linear for all that read the same input: one large product is faster than small ones."""
-            return backend.linear(stack(names, "weight"), stack(names, "bias") if bias else None)
+            """One for all that read the same input."""
+            biases = torch.cat([take(f"{name}.bias") for name in names]) if bias else None
+            return backend.linear([take(f"{name}.weight") for name in names], biases)
 
         self.config, self.backend = config, backend
         self.scale = config.attention_scale(layer)
@@ -74,18 +72,19 @@ class LlamaLayer:
 class Llama:
     """A decoder of L layers between an embedding and a projection to the vocabulary.
 
-    weights: the tensors of tensor_shapes(config). Each is taken out of the dict as it is used, so that
-    no second copy of the model stays in memory.
+    weights: the tensors of tensor_shapes(config), matrices also as `kernels.Packed`. Each is taken out of the dict as
+    it is used, so that no second copy of the model stays in memory.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: kernels.Backend):
+    def __init__(self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend):
         self.config, self.backend, self.dtype = config, backend, backend.dtype
-        self.embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
+        embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
         self.layers = [LlamaLayer(config, layer, weights, backend) for layer in range(config.num_layers)]
         self.norm = weights.pop("model.norm.weight").to(self.dtype)
         tied = config.tie_word_embeddings
-        self.head = backend.linear(self.embedding if tied else weights.pop("lm_head.weight"))
-        self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.embedding.device)
+        self.head = backend.linear(embedding if tied else weights.pop("lm_head.weight"))
+        self.embedding = backend.embedding(embedding, self.head if tied else None)
+        self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.norm.device)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
         """input_ids and positions [T], cache [L, 2, G, N, B, D] -> hidden [T, E], after the final norm."""

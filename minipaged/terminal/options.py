@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from minipaged.execution.engine_args import bytes_of
+from minipaged.execution.engine_args import PRODUCTS, QUANTIZATIONS, bytes_of
 from minipaged.execution.speculative_config import METHODS, NUM_SPECULATIVE_TOKENS
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
@@ -56,6 +56,14 @@ PREEMPTION_HELP = (
     "to CPU memory; auto swaps if it has several sequences"
 )
 KERNELS_HELP = "who computes: auto is triton on a GPU, and cpp on a CPU where there is a compiler; torch needs neither"
+QUANTIZATION_HELP = (
+    "auto: weights stay in the small numbers of the file, where there are kernels for them; none: they become floats; "
+    "int8, int4: they are rounded to 8 or 4 bits when they are loaded"
+)
+PRODUCTS_HELP = (
+    "with weights in small numbers: exact, the same as with the floats that they stand for; int8 rounds activations "
+    "to 8 bits, too, which is faster on a CPU (default: exact)"
+)
 JSON_HELP = (
     "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
     'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
@@ -148,6 +156,8 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--preemption", choices=MODES, default="auto", help=PREEMPTION_HELP)
     dtypes = ("auto", "fp32", "bf16", "fp16")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
+    group.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help=QUANTIZATION_HELP)
+    group.add_argument("--products", choices=PRODUCTS, default="exact", help=PRODUCTS_HELP)
     devices = ("auto", "cpu", "cuda")
     group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
     backends = ("auto", "torch", "triton", "cpp")

@@ -21,7 +21,7 @@ class Frozen:
     """What a head takes from its model: embedding [V, E], and the projection [V', E] to the tokens token_ids [V']."""
 
     def __init__(self, model: Model, token_ids: Tensor):
-        self.embedding = model.embedding.float().cpu()
+        self.embedding = model.embedding[torch.arange(model.config.vocab_size, device=token_ids.device)].float().cpu()
         self.token_ids = token_ids
         rows = output_rows(model, token_ids.to(model.embedding.device)).float().cpu()
         self.output = rows.bfloat16()
