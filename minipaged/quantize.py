@@ -1,4 +1,4 @@
-"""The command line `python -m minipaged.quantize MODEL OUT`: writes a model in four or eight bits. See quantization/."""
+"""The command line `python -m minipaged.quantize MODEL OUT`: a model in 4 or 8 bits. See quantization/."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ DESCRIPTION = (
 EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
 METHODS = {"rtn": "round to nearest", "gptq": "later columns make good", "awq": "columns scaled by what they read"}
 WIDTHS, GROUP_SIZES = (4, 8), (32, 64, 128, -1)
-CALIBRATION_TOKENS, CALIBRATION_CONTEXT = 8192, 512
+CALIBRATION_TOKENS = 8192
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,8 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--group-size", type=int, default=64, choices=GROUP_SIZES,
         help="columns that share a scale; -1: a whole row (default: 64)")  # fmt: skip
     add("--asymmetric", action="store_true",
-        help="a zero point for each group: closer, and read by fewer (transformers only with dequantize=True)")  # fmt: skip
-    add("--calibration", type=Path, metavar="FILE", help="text for gptq and awq (default: chapters 1 to 7 of Moby-Dick)")
+        help="a zero point for each group: closer, but transformers reads it with dequantize=True only")  # fmt: skip
+    add("--calibration", type=Path, metavar="FILE",
+        help="text for gptq and awq to learn from (default: the beginning of Moby-Dick)")  # fmt: skip
     add("--calibration-tokens", type=int, default=CALIBRATION_TOKENS, metavar="N",
         help=f"how much of it is read (default: {CALIBRATION_TOKENS})")  # fmt: skip
     return parser
@@ -74,23 +75,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from minipaged.models import open_checkpoint
+    from minipaged.quantization.methods import grid_for, quantize_to
     from minipaged.quantization.progress import Shown
-    from minipaged.quantization.rtn import Grid
-    from minipaged.quantization.texts import TO_CALIBRATE, cut, read_text
-    from minipaged.quantization.whole import Source, quantize
-    from minipaged.quantization.writing import new_folder, sixteen_bits, write_model
+    from minipaged.quantization.texts import TO_CALIBRATE
 
     try:
-        text = read_text(args.calibration or TO_CALIBRATE)
         checkpoint = open_checkpoint(args.model)
-        grid = Grid(args.bits, args.group_size, not args.asymmetric, sixteen_bits(checkpoint.config))
-        source = Source(checkpoint, grid)
-        token_ids = checkpoint.tokenizer().encode(text)[: args.calibration_tokens]
-        context = min(CALIBRATION_CONTEXT, source.config.max_model_len)
-        texts = cut(token_ids, context, len(token_ids))
-        with Shown() as shown, new_folder(args.out) as folder:
-            tensors = quantize(source, args.method, grid, texts, lambda done, total: shown("layer", done, total))
-            write_model(folder, checkpoint, tensors, args.method, grid)
+        grid = grid_for(checkpoint, args.bits, args.group_size, not args.asymmetric)
+        with Shown() as shown:
+            tell = shown.doing("layers")
+            text, tokens = args.calibration or TO_CALIBRATE, args.calibration_tokens
+            quantize_to(args.out, checkpoint, args.method, grid, tell, text, tokens)
     except (ValueError, MemoryError) as error:
         raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
     except FileExistsError as error:  # made by somebody meanwhile

@@ -70,7 +70,7 @@ def loss(weight: Tensor, rounded: Tensor, moment: Tensor) -> Tensor:
 
 
 def gptq_layer(weights: Weights, seen: dict[str, Seen], config: ModelConfig, grid: Grid) -> dict[str, Packed]:
-    """The layer's matrices, rounded; those that read the same are one matrix here, for rows are rounded by themselves."""
+    """The layer's matrices, rounded; those that read the same as one, for no row knows of another."""
     packs = {}
     for name, readers in READERS.items():
         together = gptq(torch.cat([weights[reader] for reader in readers]), seen[name].moment, grid)

@@ -73,23 +73,25 @@ def encode(tokenizer: Tokenizer, text: str, limit: int | None = None) -> tuple[l
     return ids, len(text[spans[1][0] : spans[-1][1]].encode())
 
 
-def score(llm: LLM, text: str, context: int, stride: int, limit: int | None = None, tell: Tell | None = None) -> Score:
-    """The model on a text. context: tokens of a window, at most llm's longest less 1. limit: tokens that are read."""
+def score(
+    llm: LLM, text: str, context: int, stride: int, limit: int | None = None, tell: Tell = lambda *_: None
+) -> Score:
+    """The model on a text. context: tokens of a window. limit: how many tokens of the text are read.
+
+    ValueError if a window is longer than the model sees, or the engine has nothing to say of a token.
+    """
     ids, num_bytes = encode(llm.tokenizer, text, limit)
-    cuts = windows(len(ids), context, stride)
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
-    nats, done = 0.0, 0
-    prompts = [{"prompt_token_ids": ids[begin:end]} for begin, _, end in cuts]
-    numbers = {}
-    for cut, prompt in zip(cuts, prompts, strict=True):
-        numbers[llm.add_request(prompt, params)] = cut
-    while llm.has_unfinished_requests:
-        for output in llm.step():
-            if not output.finished:
-                continue
-            begin, first, end = numbers[output.request_id]
-            nats -= sum(_own(output, ids, begin, position) for position in range(first, end))
-            done += 1
-            if tell:
-                tell(done, len(cuts))
+    cuts, nats = windows(len(ids), context, stride), 0.0
+    for number, (begin, first, end) in enumerate(cuts):
+        tell(number, len(cuts))
+        [output] = llm.generate([{"prompt_token_ids": ids[begin:end]}], params)
+        if output.error:
+            raise ValueError(output.error)
+        told = output.prompt_logprobs or []
+        for position in range(first, end):
+            known = told[position - begin]
+            assert known is not None
+            nats -= known[ids[position]].logprob
+    tell(len(cuts), len(cuts))
     return Score(nats, len(ids) - 1, num_bytes)

@@ -24,11 +24,10 @@ def read_text(file: Path) -> str:
     return text
 
 
-def cut(token_ids: list[int], length: int, number: int) -> list[list[int]]:
-    """The first `number` pieces of `length` tokens; the last may be shorter.
+def cut(token_ids: list[int], length: int) -> list[list[int]]:
+    """Pieces of `length` tokens; the last may be shorter.
 
-    >>> cut([1, 2, 3, 4, 5], 2, 9)
+    >>> cut([1, 2, 3, 4, 5], 2)
     [[1, 2], [3, 4], [5]]
     """
-    pieces = [token_ids[begin : begin + length] for begin in range(0, len(token_ids), length)]
-    return pieces[:number]
+    return [token_ids[begin : begin + length] for begin in range(0, len(token_ids), length)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.packed import Packed
+from kernels.packed import Packed, Weight, floats
 from minipaged.models import Checkpoint
 from minipaged.models.checkpoint import check_tensors
 from minipaged.models.config import ModelConfig, ModelError
@@ -42,7 +42,8 @@ class Source:
             raise ModelError(f"{checkpoint.path} is quantized already ({how}): name the model that it was made from")
         self.checkpoint, self.config = checkpoint, ModelConfig.from_hf(checkpoint.config)
         if self.config.architecture != "llama":
-            raise ModelError(f"{checkpoint.path}: only models of Llama's kind are quantized, not {self.config.architecture}")
+            what = self.config.architecture
+            raise ModelError(f"{checkpoint.path}: only models of Llama's kind are quantized, not {what}")
         expected = Llama.tensor_shapes(self.config)
         self.stored_as = {name: stored for stored, name in checkpoint.names(expected).items()}
         check_tensors(expected, {n: checkpoint.shapes[s] for n, s in self.stored_as.items()}, checkpoint.path)
@@ -52,13 +53,12 @@ class Source:
             if grid.group_size != -1 and columns % grid.group_size:
                 fitting = [str(size) for size in (32, 64, 128) if columns % size == 0]
                 raise ValueError(
-                    f"group size {grid.group_size}: {name.removesuffix('.weight')} has {columns} columns, which can't be "
-                    f"divided so; {' and '.join([*fitting, '-1 (a whole row)'])} would fit it"
+                    f"group size {grid.group_size}: {name.removesuffix('.weight')} has {columns} columns, which "
+                    f"can't be divided so; {', '.join([*fitting, '-1 (a whole row)'])} would fit it"
                 )
 
     def tensor(self, name: str) -> Tensor:
-        found: Tensor | Packed = self.checkpoint.tensor(self.stored_as[name], torch.float32)
-        return found.dequantize() if isinstance(found, Packed) else found
+        return floats(self.checkpoint.tensor(self.stored_as[name], torch.float32), torch.float32)
 
     def layer(self, number: int) -> Weights:
         prefix = f"model.layers.{number}."
@@ -72,16 +72,14 @@ class Source:
 @torch.no_grad()
 def quantize(
     source: Source, method: str, grid: Grid, texts: list[list[int]], tell: Tell = lambda *_: None
-) -> dict[str, Tensor | Packed]:
+) -> dict[str, Weight]:
     """All tensors of the model, by Hugging Face's names, its layers' matrices as Packed.
 
     method: rtn, gptq or awq. texts: token ids, to calibrate on; rtn needs none.
     """
-    config, tensors = source.config, dict[str, Tensor | Packed](source.others())
-    embedding, rope = tensors["model.embed_tokens.weight"], Rope(
-        config.rope or RopeConfig(), config.head_size, torch.device("cpu")
-    )
-    assert isinstance(embedding, Tensor)
+    config, tensors = source.config, dict[str, Weight](source.others())
+    rope = Rope(config.rope or RopeConfig(), config.head_size, torch.device("cpu"))
+    embedding = tensors["model.embed_tokens.weight"]
     states = [embedding[torch.tensor(ids)] for ids in texts] if method in NEEDS_TEXT else []
     turns = [rope(torch.arange(len(x))) for x in states]
     for number in range(config.num_layers):

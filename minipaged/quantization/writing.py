@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.packed import Packed
+from kernels.packed import Packed, Weight
 from minipaged.models import Checkpoint
 from minipaged.models.checkpoint import FolderCheckpoint
 from minipaged.models.config import ModelError
@@ -64,7 +64,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_model(
-    folder: Path, checkpoint: Checkpoint, tensors: dict[str, Tensor | Packed], method: str, grid: Grid
+    folder: Path, checkpoint: Checkpoint, tensors: dict[str, Weight], method: str, grid: Grid
 ) -> None:
     """Everything into `folder`. ModelError if a tensor does not fit into sixteen bits."""
     stored: dict[str, Tensor] = {}
@@ -75,7 +75,9 @@ def write_model(
             stored[name] = tensor.to(grid.dtype).contiguous()
             if not stored[name].isfinite().all():
                 raise ModelError(f"{checkpoint.path}: tensor {name} has numbers that {grid.dtype} does not have")
-    save_file(stored, folder / "model.safetensors", {"format": "pt", "made by": f"minipaged.quantize, {method}"})
+    file = folder / "model.safetensors"
+    save_file(stored, file, {"format": "pt", "made by": f"minipaged.quantize, {method}"})
+    file.chmod(0o644)  # as the others; safetensors lets only its owner read it
     _write_json(folder / "config.json", _config(checkpoint, grid))
     _write_tokenizer(folder, checkpoint)
 
