@@ -1,5 +1,6 @@
 """The ways to run a model that `python -m minipaged.perplexity` compares: each a name and how its engine is made."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from kernels.packed import Weight, floats, quantize
 from minipaged.llm import LLM
-from minipaged.models import Checkpoint, open_checkpoint
-from minipaged.quantization.layers import MATRICES
+from minipaged.models import ARCHITECTURES, BITS, Checkpoint, ModelConfig, open_checkpoint
 from minipaged.quantization.rtn import Grid
 from minipaged.quantization.texts import TO_CALIBRATE, cut, read_text
 from minipaged.quantization.whole import Source, Tell
@@ -54,8 +54,8 @@ def opened(model: str, way: Way, grid: Grid, context: int, tell: Tell) -> Iterat
             out = Path(folder, way.method)
             quantize_to(out, open_checkpoint(model), way.method, grid, tell)
             model = str(out)
-        bits = bits_per_weight(open_checkpoint(model), way.options.get("quantization", "auto"))
-        yield LLM(model, **room, **way.options), bits
+        with LLM(model, **room, **way.options) as llm:
+            yield llm, bits_per_weight(open_checkpoint(model), way.options.get("quantization", "auto"))
 
 
 def quantize_to(
@@ -79,20 +79,16 @@ def bits_per_weight(checkpoint: Checkpoint, quantization: str) -> float:
     """Of the layers' matrices, with scales and zero points: as the engine holds them, if it can multiply from them."""
     if quantization == "none":
         return 32.0
-    bits = weights = 0.0
-    for stored in checkpoint.shapes:
-        if stored.endswith(".weight") and len(checkpoint.shapes[stored]) == 2 and _in_a_layer(stored):
+    config, bits, weights = ModelConfig.from_hf(checkpoint.config), 0.0, 0
+    expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
+    for stored, name in checkpoint.names(expected).items():
+        if name in expected and len(expected[name]) == 2 and re.search(r"\.(layers|h)\.\d+\.", name):
             weight: Weight = checkpoint.tensor(stored, torch.float32)
-            if quantization in ("int8", "int4") and weight.shape[1] % 32 == 0:
-                weight = quantize(floats(weight, torch.float32), int(quantization[3:]))
+            if quantization in BITS and weight.shape[1] % 32 == 0:
+                weight = quantize(floats(weight, torch.float32), BITS[quantization])
             weights += weight.shape[0] * weight.shape[1]
             bits += stored_bits(weight)
     return bits / weights
-
-
-def _in_a_layer(name: str) -> bool:
-    """By Hugging Face's names or GGUF's."""
-    return name.startswith("blk.") or any(name.endswith(matrix) for matrix in MATRICES)
 
 
 def stored_bits(weight: Weight) -> int:

@@ -70,7 +70,7 @@ def encode(tokenizer: Tokenizer, text: str, limit: int | None = None) -> tuple[l
     ids, spans = encoding.ids[:limit], encoding.offsets[:limit]
     if len(ids) < 2:
         raise ValueError("the text must have at least two tokens: the first one can't be foreseen")
-    return ids, len(text[spans[1][0] : spans[-1][1]].encode())
+    return ids, len(text[spans[0][1] : spans[-1][1]].encode())
 
 
 def score(
