@@ -247,9 +247,10 @@ def test_transformers_reads_them(folder, tmp_path, text_file, flags):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, quantization_config=how
     )
-    with torch.no_grad():
-        found = model(torch.tensor([[1, 2, 3, 4]])).logits[0]
-    assert (found - logits_of(tmp_path / "out", read_back(tmp_path / "out"), [1, 2, 3, 4])).abs().max() < 1e-4
+    found, expected = model.state_dict(), read_back(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():  # it multiplies in the scale's own sixteen bits
+        assert torch.equal(found[name], tensor.to(torch.float16).float()), name
 
 
 @pytest.mark.parametrize("flags", [["--method", "gptq"], ["--method", "awq", "--asymmetric"], ["--bits", "8"]])

@@ -6,15 +6,16 @@ are, as others leave them, too.
 """
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.packed import Packed, Weight, floats
 from minipaged.models import Checkpoint
-from minipaged.models.checkpoint import check_tensors
+from minipaged.models.checkpoint import FolderCheckpoint, check_tensors
 from minipaged.models.config import ModelConfig, ModelError
+from minipaged.models.folder_tokenizer import read_json
 from minipaged.models.llama import Llama
 from minipaged.models.rope import Rope, RopeConfig
 from minipaged.quantization.awq import awq_layer
@@ -36,10 +37,8 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, grid: Grid):
-        settings: Any = checkpoint.config.get("quantization_config")
-        if settings is not None:
-            how = settings.get("quant_method") if isinstance(settings, dict) else settings
-            raise ModelError(f"{checkpoint.path} is quantized already ({how}): name the model that it was made from")
+        if isinstance(checkpoint, FolderCheckpoint):
+            _refuse_quantized(checkpoint.path)
         self.checkpoint, self.config = checkpoint, ModelConfig.from_hf(checkpoint.config)
         if self.config.architecture != "llama":
             what = self.config.architecture
@@ -67,6 +66,16 @@ class Source:
     def others(self) -> Weights:
         """All that belongs to no layer: the embedding, the last norm, the head if it is one of its own."""
         return {name: self.tensor(name) for name in self.names if not name.startswith("model.layers.")}
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """What is in a few bits already has lost what could be kept. (Of a GGUF file nobody has anything better.)"""
+    for name in ("config.json", "quantize_config.json"):
+        values = read_json(folder / name, missing_ok=True)
+        found = values.get("quantization_config") if name == "config.json" else values
+        if found:
+            how = found.get("quant_method", name) if isinstance(found, dict) else found
+            raise ModelError(f"{folder} is quantized already ({how}): name the model that it was made from")
 
 
 @torch.no_grad()
