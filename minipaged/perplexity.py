@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.stride and args.stride >= (args.context or CONTEXT):
         raise BadInput(f"--stride {args.stride}: must be less than --context, {args.context or CONTEXT}")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+    if args.json and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
         raise BadInput(f"--json {args.json}: no file can be written there")
 
 
@@ -125,6 +126,8 @@ def _run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 if args.methods:
                     raise BadInput(f"{name}: {said}") from error
                 print(f"{name} is left out: {said}", file=sys.stderr)
+    if not rows:
+        raise BadInput("none of the methods can be run on this model")
 
 
 def _measure(

@@ -1,5 +1,6 @@
 """Quantizing: each method against its definition, the files against the format's, and what is refused."""
 
+import doctest
 import itertools
 import json
 
@@ -13,6 +14,8 @@ from tiny_model import make_folder
 from minipaged.models import ModelError, load, open_checkpoint
 from minipaged.models.rope import Rope
 from minipaged.quantization import gptq as gptq_module
+from minipaged.quantization import methods, perplexity, writing
+from minipaged.quantization import texts as texts_module
 from minipaged.quantization.awq import awq_layer, best_scales, fold
 from minipaged.quantization.gptq import gptq, gptq_layer, loss
 from minipaged.quantization.layers import MATRICES, READERS, Recorder, Seen, run_layer
@@ -341,3 +344,10 @@ def test_all_methods_are_offered():
 
     assert [*door.METHODS] == [*METHODS]
     assert door.WIDTHS == grid.WIDTHS and door.GROUP_SIZES == grid.GROUP_SIZES
+    assert door.CALIBRATION_TOKENS == methods.CALIBRATION_TOKENS
+
+
+@pytest.mark.parametrize("module", [perplexity, texts_module, writing])
+def test_the_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed

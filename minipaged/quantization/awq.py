@@ -37,7 +37,7 @@ MADE_BY = {  # which tensors are divided, so that a product may read less
 
 
 def awq_layer(weights: Weights, seen: dict[str, Seen], config: ModelConfig, grid: Grid) -> dict[str, Packed]:
-    """The layer's matrices, rounded. weights, of the one layer, are changed: the scales are folded into them."""
+    """The layer's matrices, rounded. weights, of the one layer, and seen are changed: scales are folded into them."""
     packs = {}
     for name, readers in READERS.items():
         matrix = torch.cat([weights[reader] for reader in readers])

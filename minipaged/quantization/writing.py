@@ -97,8 +97,8 @@ def packed_tensors(name: str, packed: Packed) -> dict[str, Tensor]:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """uint8 [rows, n] -> int32 [rows, n bits / 32, rounded up]; the first code stands in the lowest bits.
 
-    >>> [f"{word:08x}" for word in pack_rows(torch.arange(1, 9, dtype=torch.uint8)[None], 4).tolist()[0]]
-    ['87654321']
+    >>> [f"{word:08x}" for word in pack_rows(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]]), 4).tolist()[0]]
+    ['07654321']
     """
     each = 32 // bits
     codes = F.pad(codes, (0, -codes.shape[1] % each)).view(len(codes), -1, each).long()
