@@ -141,6 +141,19 @@ def test_gptq_and_awq_lose_less_than_rounding_also_on_inputs_not_seen(bits, symm
     assert float(loss(weight, rounded["rtn"], moment).sum()) == pytest.approx(mean, rel=1e-4)
 
 
+def test_what_is_read_is_summed_up_over_all_that_is_shown():
+    x, recorder = inputs(), Recorder()
+    for piece in x.split([100, 299, 1]):
+        recorder("out", piece)
+    seen = recorder.seen()["out"]
+    assert torch.allclose(seen.moment.double(), x.T.double() @ x.double() / 400, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(seen.magnitude, x.abs().mean(0), rtol=1e-5)
+    halved, scales = seen.divided(torch.full((64,), 2.0)), torch.rand(64) + 0.5
+    assert torch.equal(halved.moment, seen.moment / 4) and torch.equal(halved.magnitude, seen.magnitude / 2)
+    y = x / scales
+    assert torch.allclose(seen.divided(scales).moment, y.T @ y / 400, rtol=1e-3, atol=1e-2)
+
+
 def test_inputs_that_are_dead_or_few_are_no_trouble():
     weight, x = torch.randn(8, 32), torch.randn(3, 32)
     x[:, 5] = 0
