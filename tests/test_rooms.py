@@ -23,9 +23,12 @@ ENGINE = {*MAY_IMPORT}
 MAY_IMPORT |= {
     "llm": ENGINE,
     "training": ENGINE | {"llm"},
+    "quantization": ENGINE | {"llm"},
     "terminal": ENGINE | {"llm"},
     "generate": ENGINE | {"llm", "terminal"},
     "train_head": ENGINE | {"llm", "terminal", "training"},
+    "quantize": ENGINE | {"terminal", "quantization"},
+    "perplexity": ENGINE | {"terminal", "quantization"},
     "trace": {"terminal"},
     "bench": ENGINE | {"llm"},
     "teaching": {"memory"},
@@ -140,4 +143,5 @@ def test_every_room_says_what_it_is_for():
             assert "?" in words.splitlines()[0], f"{file}: a room has a question"
             assert "owns:" in words and "does not own:" in words
     loose = {f.name for f in (ROOT / "minipaged").glob("*.py")}
-    assert loose == {"__init__.py", "llm.py", "engine.py", "generate.py", "trace.py", "train_head.py"}  # doors
+    doors = {"llm", "engine", "generate", "trace", "train_head", "quantize", "perplexity"}
+    assert loose == {"__init__.py", *(f"{name}.py" for name in doors)}
