@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(args.methods or METHODS):
             try:
                 _add(rows, name, _measure(args, name, text, grid, context, shown))
-            except (ValueError, TypeError, MemoryError) as error:
+            except (ValueError, MemoryError) as error:
                 said = " ".join(str(error).split()) or "not enough memory"
                 if args.methods:
                     raise BadInput(f"{name}: {said}") from error

@@ -149,7 +149,7 @@ def test_int8_products_are_those_of_rounded_activations(backend, name, rows):
     assert ((product(x) - expected).abs() <= 1e-6 * (size + terms)).all()
     assert torch.equal(product(x)[-1:], product(x[-1:]))
     error = (product(x) - x @ packed.dequantize().T).norm() / (x @ packed.dequantize().T).norm()
-    assert 1e-4 < error < 0.03  # it is another product, and not far from it
+    assert 1e-4 < error < 0.05  # it is another product, and not far from it
 
 
 def test_int8_products_keep_what_is_no_number(backend):

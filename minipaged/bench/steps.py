@@ -15,10 +15,11 @@ import time
 from typing import Any
 
 import torch
+from kernels.cache import is_quantized, raw, scales, slot_size
 
 import kernels
 from kernels.bench.tables import plain_table
-from kernels.cache import is_quantized, raw, scales, slot_size
+from kernels.cpp import CppBackend
 from minipaged import cache_folder
 from minipaged.execution.executor import KV_DTYPES
 from minipaged.models import Loaded, load
@@ -75,9 +76,8 @@ class Step:
             self.cache.normal_()
         tables = torch.randperm(batch * blocks).view(batch, blocks)
         last = context - 1
-        self.batch = kernels.Batch(
-            tables[:, last // BLOCK] * BLOCK + last % BLOCK, torch.arange(batch + 1), torch.full((batch,), context), tables
-        )
+        slots = tables[:, last // BLOCK] * BLOCK + last % BLOCK
+        self.batch = kernels.Batch(slots, torch.arange(batch + 1), torch.full((batch,), context), tables)
         self.inputs = torch.arange(batch) + 5, torch.full((batch,), last)
 
     def __call__(self) -> float:
@@ -90,6 +90,7 @@ class Step:
 def make(name: str, model: str) -> Step:
     quantization, products, kv = WAYS[name]
     backend = kernels.load("cpp", folder=cache_folder(), products=products)
+    assert isinstance(backend, CppBackend)
     loaded = load(model, backend=backend, quantization=quantization)
     return Step(name, loaded, KV_DTYPES.get(kv, torch.float32), backend.pages.taken)
 
@@ -119,7 +120,7 @@ def measure(model: str, ways: list[str], batches: list[int], contexts: list[int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m minipaged.bench.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m minipaged.bench.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["file", "floats"])
@@ -141,7 +142,7 @@ def main() -> None:
          f"{r['bytes'] / 1e6:.0f}", f"{100 * r['of_bound']:.0f} %"] for r in rows
     ]  # fmt: skip
     print(f"{args.model}, {torch.get_num_threads()} threads, reading {rows[0]['read_speed'] / 1e9:.1f} GB/s")
-    print(plain_table(head, cells))
+    print("\n".join(plain_table([head, *cells])))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kernels.packed import Weight, floats, quantize
 from minipaged.llm import LLM
-from minipaged.models import ARCHITECTURES, BITS, Checkpoint, ModelConfig, open_checkpoint
+from minipaged.models import ARCHITECTURES, Checkpoint, ModelConfig, open_checkpoint
+from minipaged.models.weights import BITS
 from minipaged.quantization.rtn import Grid
 from minipaged.quantization.texts import TO_CALIBRATE, cut, read_text
 from minipaged.quantization.whole import Source, Tell
