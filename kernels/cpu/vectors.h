@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -63,6 +64,27 @@ static inline void put(bf16* p, float x) {
     std::memcpy(&bits, &x, sizeof bits);
     p->bits = x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
 }
+
+// Eight bits: whole numbers, or floats of four bits of exponent and three of mantissa (e4m3: 2^-9 to 448, no infinity).
+// `widen` makes numbers of codes that stand in the upper bytes of words.
+struct int8 { int8_t bits; };
+struct fp8 { uint8_t bits; };
+typedef uint8_t VB __attribute__((vector_size(W)));
+
+static inline V widen(int8, VU words) { return __builtin_convertvector((VI)words >> 24, V); }
+static inline V widen(fp8, VU words) {
+    VU magnitude = words >> 4 & 0x07f00000u;  // where a float has them, but for the exponent's other beginning
+    V normal = (V)(magnitude + (120u << 23)), small = (V)(magnitude + (121u << 23)) - 0x1p-6f;  // no leading 1
+    return (V)((VU)(magnitude < (8u << 20) ? small : normal) | (words & 0x80000000u));
+}
+template <class C, class = std::enable_if_t<sizeof(C) == 1>>
+static inline V load(const C* p) {
+    VB codes;
+    std::memcpy(&codes, p, sizeof codes);
+    return widen(C{}, __builtin_convertvector(codes, VU) << 24);
+}
+template <class C, class = std::enable_if_t<sizeof(C) == 1>>
+static inline float get(const C* p) { return widen(C{}, VU{} + ((uint32_t)(uint8_t)p->bits << 24))[0]; }
 
 static inline float sum(V v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
 static inline V larger(V a, V b) { return a > b ? a : b; }
@@ -159,4 +181,13 @@ template <class F>
 static void with_type(int is_bf16, F call) {
     if (is_bf16) call(bf16{});
     else call(float{});
+}
+
+// What a cache holds: see `KINDS` in cpp.py.
+template <class F>
+static void with_cache_type(int kind, F call) {
+    if (kind == 0) call(float{});
+    if (kind == 1) call(bf16{});
+    if (kind == 2) call(int8{});
+    if (kind == 3) call(fp8{});
 }
