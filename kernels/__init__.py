@@ -26,10 +26,12 @@ from pathlib import Path
 import torch
 
 from kernels.batch import Batch
-from kernels.cache import new_cache
+from kernels.cache import new_cache, poison, slot_size
 from kernels.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "Backend", "Batch", "TorchBackend", "Unavailable", "load", "new_cache"]
+__all__ = [
+    "BACKENDS", "Backend", "Batch", "TorchBackend", "Unavailable", "load", "new_cache", "poison", "slot_size",
+]  # fmt: skip
 
 Backend = TorchBackend  # all others extend it
 BACKENDS = ("auto", "torch", "triton", "cpp")

@@ -48,8 +48,8 @@ def write_kv(
     ``block * B + offset``; a slot of -1 writes nothing. static: scales of keys and of values for an fp8 cache.
     """
     block_size = cache.shape[3]
-    static = static if static and cache.dtype == torch.float8_e4m3fn else (None, None)
-    for part, x, scale in zip(cache, (k, v), static, strict=True):
+    both = static if static and cache.dtype == torch.float8_e4m3fn else (None, None)
+    for part, x, scale in zip(cache, (k, v), both, strict=True):
         if is_quantized(cache):
             x, new_scales = quantize(x, cache.dtype, scale)
         for t, slot in enumerate(slot_mapping.tolist()):

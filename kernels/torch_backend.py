@@ -57,6 +57,10 @@ class TorchBackend:
         self.write_kv(reference.rope(k, cos, sin), v, layer_cache, batch, static)
         return reference.rope(q, cos, sin)
 
+    def why_no_cache(self, dtype: torch.dtype) -> str | None:
+        """Why a cache can't be of this dtype, which is the weights' or one of eight bits; None if it can."""
+        return None
+
     def write_kv(
         self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch, static: tuple[float, float] | None = None
     ) -> None:

@@ -18,6 +18,9 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 // --- 1. vectors ---------------------------------------------------------------------------------------------
 
@@ -69,20 +72,38 @@ static inline void put(bf16* p, float x) {
 // `widen` makes numbers of codes that stand in the upper bytes of words.
 struct int8 { int8_t bits; };
 struct fp8 { uint8_t bits; };
-typedef uint8_t VB __attribute__((vector_size(W)));
 
 static inline V widen(int8, VU words) { return __builtin_convertvector((VI)words >> 24, V); }
 static inline V widen(fp8, VU words) {
-    VU magnitude = words >> 4 & 0x07f00000u;  // where a float has them, but for the exponent's other beginning
-    V normal = (V)(magnitude + (120u << 23)), small = (V)(magnitude + (121u << 23)) - 0x1p-6f;  // no leading 1
-    return (V)((VU)(magnitude < (8u << 20) ? small : normal) | (words & 0x80000000u));
+    VU bits = (VU)((VI)words >> 4) & 0x87f00000u;  // sign, exponent and mantissa come where a float has them,
+    return (V)bits * 0x1p120f;                     // whose exponents begin elsewhere
 }
-template <class C, class = std::enable_if_t<sizeof(C) == 1>>
-static inline V load(const C* p) {
-    VB codes;
-    std::memcpy(&codes, p, sizeof codes);
-    return widen(C{}, __builtin_convertvector(codes, VU) << 24);
+
+// W codes, each as a word of its sign or of zeros. (What a compiler makes of a conversion of bytes to words is slow.)
+template <class C>
+static inline VU extend(const C* p) {
+    VU words;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) {
+        __m128i codes = _mm_loadu_si128((const __m128i*)p);
+        __m512i wide = std::is_same_v<C, int8> ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes);
+        std::memcpy(&words, &wide, sizeof words);
+        return words;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (W == 8) {
+        __m128i codes = _mm_loadl_epi64((const __m128i*)p);
+        __m256i wide = std::is_same_v<C, int8> ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes);
+        std::memcpy(&words, &wide, sizeof words);
+        return words;
+    }
+#endif
+    for (int i = 0; i < W; i++) words[i] = (uint32_t)(int32_t)p[i].bits;
+    return words;
 }
+static inline V load(const int8* p) { return __builtin_convertvector((VI)extend(p), V); }
+static inline V load(const fp8* p) { return widen(fp8{}, extend(p) << 24); }
 template <class C, class = std::enable_if_t<sizeof(C) == 1>>
 static inline float get(const C* p) { return widen(C{}, VU{} + ((uint32_t)(uint8_t)p->bits << 24))[0]; }
 

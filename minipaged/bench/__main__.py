@@ -119,11 +119,12 @@ def _peers(args: argparse.Namespace, loads: list[Load], is_gguf: bool) -> tuple[
 def _engine(args: argparse.Namespace) -> dict[str, Any]:
     """Settings for minipaged and its variants. ModelError if it would refuse them."""
     tokens, least = args.max_num_batched_tokens, EngineArgs.max_num_seqs
+    told = {} if args.kv_cache_dtype == "auto" else {"kv_cache_dtype": args.kv_cache_dtype}
     if tokens is None:
-        return {}
+        return told
     if tokens < least:
         raise ModelError(f"--max-num-batched-tokens {tokens}: must be at least {least}, a token for each sequence")
-    return {"max_num_batched_tokens": tokens}
+    return told | {"max_num_batched_tokens": tokens}
 
 
 def encoder(tokenizer: Tokenizer) -> Encode:

@@ -53,6 +53,8 @@ LABELS = {
     "no-graphs": "minipaged, no CUDA graphs",
     "ngram": "minipaged, n-gram guesses",
     "head": "minipaged, a head's guesses",
+    "kv-int8": "minipaged, keys and values in int8",
+    "kv-fp8": "minipaged, keys and values in fp8",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
     "vllm": "vLLM",
@@ -69,6 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-graphs": {"cuda_graphs": False},
     "ngram": {"speculative_config": {"method": "ngram"}},
     "head": {"speculative_config": {"method": "head"}},
+    "kv-int8": {"kv_cache_dtype": "int8"},
+    "kv-fp8": {"kv_cache_dtype": "fp8"},
 }
 DEFAULT_PEERS = ("static", "continuous")
 SEARCHERS = ("static", "vllm")  # peers with beam search

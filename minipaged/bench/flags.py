@@ -6,7 +6,7 @@ import kernels
 from minipaged.bench.contenders import DEFAULT_PEERS, PEERS, VARIANTS
 from minipaged.bench.environments import APART, how_to_install, peer_python
 from minipaged.bench.loads import DEFAULT_NAMES, NAMES
-from minipaged.execution.engine_args import BUDGET
+from minipaged.execution.engine_args import BUDGET, KV_CACHE_DTYPES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,14 +39,16 @@ def parser() -> argparse.ArgumentParser:
         "vllm-ngram (with its n-gram speculation; for quoting and quoting8), and llama.cpp (a .gguf model only, in the "
         "file's own quantization); or minipaged itself, but with no-cache (no prefix cache), radix (a radix tree for "
         "one), no-chunks (steps so large that no prompt is cut), small-chunks (256 tokens a step), no-graphs (on a "
-        "GPU, each kernel is launched by itself), ngram (guesses what was said before) or head (a small network "
-        "guesses, if the package has one for the model); default: static and continuous; with no name, minipaged runs "
-        "alone")  # fmt: skip
+        "GPU, each kernel is launched by itself), ngram (guesses what was said before), head (a small network guesses, "
+        "if the package has one for the model), kv-int8 or kv-fp8 (keys and values in eight bits); default: static and "
+        "continuous; with no name, minipaged runs alone")  # fmt: skip
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
         "may be repeated")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU, if there is one")
     add("--kernels", choices=kernels.BACKENDS, default="auto", help="minipaged's (default: auto)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="of minipaged and its variants, but for kv-int8 and kv-fp8 (default: auto, the weights')")  # fmt: skip
     add("--max-num-batched-tokens", type=_count, metavar="N",
         help="the most tokens in a step of minipaged and its variants, but for small-chunks; no-chunks takes at least "
         f"{BUDGET['cuda']}, and as many as the longest prompt needs (default: {BUDGET['cpu']}, on a GPU "

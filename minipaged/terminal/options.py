@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from minipaged.execution.engine_args import bytes_of
+from minipaged.execution.engine_args import KV_CACHE_DTYPES, bytes_of
 from minipaged.execution.speculative_config import METHODS, NUM_SPECULATIVE_TOKENS
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
@@ -56,6 +56,7 @@ PREEMPTION_HELP = (
     "to CPU memory; auto swaps if it has several sequences"
 )
 KERNELS_HELP = "who computes: auto is triton on a GPU, and cpp on a CPU where there is a compiler; torch needs neither"
+KV_CACHE_DTYPE_HELP = "keys and values in eight bits, for four times the blocks of fp32 (default: auto, as --dtype)"
 JSON_HELP = (
     "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
     'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
@@ -148,6 +149,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--preemption", choices=MODES, default="auto", help=PREEMPTION_HELP)
     dtypes = ("auto", "fp32", "bf16", "fp16")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
+    group.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help=KV_CACHE_DTYPE_HELP)
     devices = ("auto", "cpu", "cuda")
     group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
     backends = ("auto", "torch", "triton", "cpp")
