@@ -150,7 +150,7 @@ def test_long_contexts_against_fp64(backend, contexts, counts, dtype):
         scores = 0.2 * q[begin : begin + count].double().transpose(0, 1) @ keys.transpose(1, 2)  # [H, count, context]
         mask = torch.ones(count, context, dtype=torch.bool).tril(context - count)
         exact.append((scores.masked_fill(~mask, -math.inf).softmax(-1) @ values).transpose(0, 1))
-    assert (outs[0] - torch.cat(exact)).abs().max() < 2e-6
+    assert (outs[0] - torch.cat(exact)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("dtype", BYTES)
