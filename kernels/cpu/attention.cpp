@@ -178,9 +178,10 @@ static void sum_span(const Pool<C>& pool, const Piece& p, long begin, long end, 
     Place here[CHUNK], later[CHUNK];
     my.now.clear();
     pool.slots(p.s, p.g, begin, std::min(CHUNK, end - begin), here);
+    if (begin == p.begin) call_for(pool, here, std::min(CHUNK, end - begin));
     for (long chunk = begin; chunk < end; chunk += CHUNK) {
         long count = std::min(CHUNK, end - chunk), filled = (count + P - 1) / P * P;
-        long more = std::clamp(end - chunk - CHUNK, 0L, CHUNK);
+        long more = std::clamp(p.end - chunk - CHUNK, 0L, CHUNK);  // of the next span, too
         pool.slots(p.s, p.g, chunk + CHUNK, more, later);
         gather_keys(pool, here, count, filled, later, more, my.keys.data());
         multiply(my.q.data(), pool.D, my.keys.data(), CHUNK, my.rows, pool.D, filled, my.scores.data(), CHUNK, false);
