@@ -1,6 +1,7 @@
 """What the engine asks of the hardware: tensors in, tensors out. Imports nothing of minipaged.
 
     reference.py         each kernel in the plainest PyTorch that is right; all others are tested against it
+    cache.py             the memory for keys and values, in eight bits too
     torch_backend.py     the backend that needs nothing but PyTorch,
     torch_attention.py     its paged attention, fast on a CPU,
     linear.py              its products with weights packed for the machine
@@ -27,12 +28,14 @@ from pathlib import Path
 
 import torch
 
-from kernels.batch import Batch, new_cache
+from kernels.batch import Batch
+from kernels.cache import new_cache, poison, slot_size
 from kernels.packed import Packed, Weight
 from kernels.torch_backend import TorchBackend
 
 __all__ = [
     "BACKENDS", "PRODUCTS", "Backend", "Batch", "Packed", "TorchBackend", "Unavailable", "Weight", "load", "new_cache",
+    "poison", "slot_size",
 ]  # fmt: skip
 
 Backend = TorchBackend  # all others extend it

@@ -1,10 +1,9 @@
-"""What the kernels know of a step, and the memory that they read and write."""
+"""What the kernels know of a step."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -29,17 +28,3 @@ class Batch:
     @cached_property
     def max_context_len(self) -> int:
         return int(self.context_lens.max())
-
-
-def new_cache(
-    layers: int, num_blocks: int, block_size: int, kv_heads: int, head_size: int,
-    dtype: torch.dtype, device: torch.device | str = "cpu", pinned: bool = False,
-) -> Tensor:  # fmt: skip
-    """Keys and values of N blocks for all layers: [L, 2, G, N, B, D], not initialised.
-
-    A slot is never read before it is written, so the system need not give memory to blocks that are never used.
-    Heads stand outside blocks, so that for one head a block is B D numbers in one piece.
-    pinned: CPU memory that a GPU can reach by itself, to swap to.
-    """
-    shape = (layers, 2, kv_heads, num_blocks, block_size, head_size)
-    return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)

@@ -16,6 +16,7 @@ from kernels.packed import Packed, Weight
 from kernels.torch_backend import TorchBackend
 
 VECTORS = 64  # numbers: PyTorch takes two vectors at a time, of at most 64 bytes
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}  # of caches
 SHARE = 16384  # numbers: from 32768 on PyTorch shares them out among threads
 
 
@@ -88,23 +89,24 @@ class CppBackend(TorchBackend):
         return y.view(x.shape)[..., :width].contiguous()
 
     def rope_and_write(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch
-    ) -> Tensor:
-        _, kv_heads, num_blocks, block_size, head_size = layer_cache.shape
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch,
+        static: tuple[float, float] | None = None,
+    ) -> Tensor:  # fmt: skip
+        k_scale, v_scale = static if static and layer_cache.dtype == torch.float8_e4m3fn else (0.0, 0.0)
         self.library.cpu_rope_and_write(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), _bf16(q), q.stride(0), k.stride(0), v.stride(0),
-            cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), _bf16(layer_cache), batch.slot_mapping.data_ptr(),
-            *q.shape[:2], kv_heads, num_blocks, block_size, head_size, torch.get_num_threads(),
+            cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), KINDS[layer_cache.dtype],
+            batch.slot_mapping.data_ptr(), *q.shape[:2], *layer_cache.shape[1:4], q.shape[2], k_scale, v_scale,
+            torch.get_num_threads(),
         )  # fmt: skip
         return q
 
     def paged_attention(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
-        _, kv_heads, num_blocks, block_size, head_size = layer_cache.shape
         out = torch.empty(q.shape, dtype=q.dtype)
         self.library.cpu_attention(
-            q.data_ptr(), _bf16(q), q.stride(0), layer_cache.data_ptr(), _bf16(layer_cache),
+            q.data_ptr(), _bf16(q), q.stride(0), layer_cache.data_ptr(), KINDS[layer_cache.dtype],
             batch.query_start.data_ptr(), batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), out.data_ptr(),
-            *batch.block_tables.shape, q.shape[1], kv_heads, num_blocks, block_size, head_size, scale,
+            *batch.block_tables.shape, q.shape[1], *layer_cache.shape[1:4], q.shape[2], scale,
             torch.get_num_threads(),
         )  # fmt: skip
         return out

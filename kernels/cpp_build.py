@@ -84,7 +84,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.cpu_linear.argtypes = [p, p, i, p, p, n, n, n, i, i]
     library.cpu_attention.argtypes = [p, i, n, p, i, p, p, p, p, *[n] * 7, x, i]
     library.cpu_rms_norm.argtypes = [p, i, n, p, x, p, n, n, i]
-    library.cpu_rope_and_write.argtypes = [p, p, p, i, n, n, n, p, p, p, i, p, *[n] * 6, i]
+    library.cpu_rope_and_write.argtypes = [p, p, p, i, n, n, n, p, p, p, i, p, *[n] * 6, x, x, i]
     library.cpu_silu_and_mul.argtypes = [p, i, p, n, n, i]
     library.cpu_pack.argtypes = [p, n, n, i, p, i]
     library.cpu_packed_linear.argtypes = [p, p, p, p, n, i, i, i]

@@ -5,7 +5,7 @@ backend, in PyTorch, C++ or Triton, is tested against this file.
 
 Shapes, as in the whole project: T tokens in the batch, S sequences in it,
 N physical blocks, B block size, M blocks in a page table, H query heads,
-G key/value heads, D head size.
+G key/value heads, D head size. A cache may hold its numbers in eight bits: cache.py.
 """
 
 import math
@@ -13,21 +13,52 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.cache import LARGEST, codes, is_quantized, raw, scales
 from kernels.packed import Packed
 
 
-def write_kv(k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+def quantize(x: Tensor, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Codes [..., D] and scales [...] of numbers x [..., D]: x is nearly code * scale.
+
+    dtype int8 or float8_e4m3fn. The largest number gets the largest code, and no scale is below 1e-6 (vLLM's rules
+    for int8_per_token_head, fp8_per_token_head). Halves are rounded away from zero in int8, to even in fp8.
+    scale: one for all, from a checkpoint, instead; what it can't reach gets the largest code.
+    A row that is not finite gets a scale of NaN, so it reads as NaN.
+    """
+    largest = LARGEST[dtype]
+    tops = x.float().abs().amax(-1)
+    scales = (tops * (1 / largest)).clamp(min=1e-6) if scale is None else torch.full_like(tops, scale)
+    scales = torch.where(tops.isfinite(), scales, torch.nan)
+    y = (x.float() / scales[..., None]).nan_to_num(0).clamp(-largest, largest)
+    return ((y + y.sign() / 2) if dtype == torch.int8 else y).to(dtype), scales
+
+
+def dequantize(cache: Tensor) -> Tensor:
+    """The numbers of a cache, [..., N, B, D]; fp32 if it holds codes."""
+    if not is_quantized(cache):
+        return cache
+    return codes(cache).float() * scales(cache)[..., None]
+
+
+def write_kv(
+    k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor, static: tuple[float, float] | None = None
+) -> None:
     """Write this step's keys and values [T, G, D] into their slots.
 
-    cache [2, G, N, B, D]: keys and values of one layer. slot_mapping [T] holds
-    ``block * B + offset``; a slot of -1 writes nothing.
+    cache [2, G, N, B, D]: keys and values of one layer; in eight bits see cache.py. slot_mapping [T] holds
+    ``block * B + offset``; a slot of -1 writes nothing. static: scales of keys and of values for an fp8 cache.
     """
     block_size = cache.shape[3]
-    for t, slot in enumerate(slot_mapping.tolist()):
-        if slot >= 0:
-            block, offset = divmod(slot, block_size)
-            cache[0, :, block, offset] = k[t]
-            cache[1, :, block, offset] = v[t]
+    both = static if static and cache.dtype == torch.float8_e4m3fn else (None, None)
+    for part, x, scale in zip(cache, (k, v), both, strict=True):
+        if is_quantized(cache):
+            x, new_scales = quantize(x, cache.dtype, scale)
+        for t, slot in enumerate(slot_mapping.tolist()):
+            if slot >= 0:
+                block, offset = divmod(slot, block_size)
+                codes(part)[:, block, offset] = x[t]
+                if is_quantized(cache):
+                    scales(part)[:, block, offset] = new_scales[t]
 
 
 def paged_attention(
@@ -56,7 +87,8 @@ def paged_attention(
     for s, context in enumerate(context_lens.tolist()):
         begin, end = starts[s], starts[s + 1]
         blocks = block_tables[s, : math.ceil(context / block_size)].long()
-        keys, values = cache[:, :, blocks].flatten(2, 3)[:, :, :context].float()  # [G, context, D]
+        read = dequantize(raw(cache)[:, :, blocks].view(cache.dtype))
+        keys, values = read.flatten(2, 3)[:, :, :context].float()  # [G, context, D]
         keys = keys.repeat_interleave(groups, 0)  # [H, context, D]
         values = values.repeat_interleave(groups, 0)
         scores = scale * torch.einsum("thd,hcd->htc", q[begin:end].float(), keys)
@@ -81,6 +113,7 @@ def move_blocks(from_cache: Tensor, to_cache: Tensor, source: Tensor, target: Te
 
     from_cache, to_cache [L, 2, G, N, B, D], N of each its own; source and target [C].
     """
+    from_cache, to_cache = raw(from_cache), raw(to_cache)
     moved = from_cache[:, :, :, source.to(from_cache.device)]
     to_cache[:, :, :, target.to(to_cache.device)] = moved.to(to_cache.device)
 

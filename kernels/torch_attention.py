@@ -11,6 +11,8 @@ A bucket of n sequences costs what reading its keys and values costs:
     P V        `embedding_bag`, PyTorch's weighted sum of table rows: the pool is the table, slots are the row
                numbers, probabilities the weights. Values are summed right out of the pool and never gathered.
 
+A cache in eight bits (cache.py) is gathered for both, and becomes numbers on the way; P V is a batched product then.
+
 Symbols as in reference.py; R = H / G query heads read the same key/value head; m blocks hold a bucket's contexts.
 """
 
@@ -19,6 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.cache import LARGEST, head_size, raw
+from kernels.reference import dequantize
 
 BUCKET_COST = 48  # another bucket costs about as much as reading so many blocks of padding
 BUCKET_SIZE = 2**21  # numbers: the keys of a bucket should stay in the CPU's cache between gather and product
@@ -49,10 +54,11 @@ class AttentionPlan:
     """All that attention has to know about a batch, for every layer of the step."""
 
     def __init__(
-        self, query_start: Tensor, context_lens: Tensor, block_tables: Tensor, heads: int, cache_shape: torch.Size
+        self, query_start: Tensor, context_lens: Tensor, block_tables: Tensor, heads: int, cache: Tensor
     ):
-        """cache_shape: (2, G, N, B, D)."""
-        _, self.kv_heads, self.num_blocks, self.block_size, self.head_size = cache_shape
+        """cache: one layer's, [2, G, N, B, D]."""
+        _, self.kv_heads, self.num_blocks, self.block_size, _ = cache.shape
+        self.head_size = head_size(cache)
         self.repeat = heads // self.kv_heads  # R
         self.tables, self.context_lens, self.query_start = block_tables, context_lens, query_start
         contexts, starts = context_lens.tolist(), query_start.tolist()
@@ -105,34 +111,50 @@ class AttentionPlan:
 def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """q [T, H, D], cache [2, G, N, B, D] -> [T, H, D]. Contract: reference.paged_attention."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    pools = cache.flatten(1, 2).flatten(2)  # keys and values, [G N, B D] each
+    pools = raw(cache).flatten(1, 2).flatten(2)  # keys and values, [G N, B D] each, or bytes of blocks
+    kind = cache.dtype
     for bucket in plan.buckets:
-        out.index_copy_(0, bucket.rows, _decode(q, pools, plan, bucket, scale))
+        out.index_copy_(0, bucket.rows, _decode(q, pools, kind, plan, bucket, scale))
     for prefill in plan.prefills:
-        out[prefill.rows] = _prefill(q[prefill.rows], pools, plan, prefill, scale)
+        out[prefill.rows] = _prefill(q[prefill.rows], pools, kind, plan, prefill, scale)
     return out
 
 
-def _decode(q: Tensor, pools: Tensor, plan: AttentionPlan, bucket: Bucket, scale: float) -> Tensor:
+def _gather(pool: Tensor, kind: torch.dtype, blocks: Tensor, plan: AttentionPlan, dtype: torch.dtype) -> Tensor:
+    """The numbers of blocks of a pool of dtype `kind`, [blocks, B, D], in `dtype`."""
+    gathered = pool.index_select(0, blocks).unflatten(1, (plan.block_size, -1))
+    return dequantize(gathered.view(kind)).to(dtype)
+
+
+def _decode(
+    q: Tensor, pools: Tensor, kind: torch.dtype, plan: AttentionPlan, bucket: Bucket, scale: float
+) -> Tensor:
     """Attention of the n queries of a bucket: [n, H, D]."""
     n, d, g, r = len(bucket.rows), q.shape[-1], plan.kv_heads, plan.repeat
-    keys, values = pools[0], pools[1].view(-1, d)  # [G N, B D], [G N B, D]
     queries = q.index_select(0, bucket.rows).view(n, g, r, d).transpose(0, 1).reshape(g * n, r, d)
-    gathered = keys.index_select(0, bucket.key_blocks).to(q.dtype).view(g * n, -1, d)  # [G n, m B, D]
+    gathered = _gather(pools[0], kind, bucket.key_blocks, plan, q.dtype).view(g * n, -1, d)  # [G n, m B, D]
     scores = torch.bmm(queries * scale, gathered.transpose(1, 2))  # [G n, R, m B]
     scores.view(g, n, r, -1).masked_fill_(bucket.beyond, -torch.inf)
-    weights = scores.softmax(-1).to(values.dtype).flatten()
-    summed = torch.embedding_bag(
-        values, bucket.value_slots, bucket.offsets, mode=0, per_sample_weights=weights
-    )[0]  # fmt: skip
+    weights = scores.softmax(-1)
+    if kind in LARGEST:
+        values = _gather(pools[1], kind, bucket.key_blocks, plan, q.dtype).view(g, n, -1, d)
+        values.masked_fill_(bucket.beyond.transpose(1, 2), 0)  # as above: there may be NaN
+        summed = torch.bmm(weights, values.view(g * n, -1, d))
+    else:
+        slots = pools[1].view(-1, d)  # [G N B, D]
+        summed = torch.embedding_bag(
+            slots, bucket.value_slots, bucket.offsets, mode=0, per_sample_weights=weights.to(slots.dtype).flatten()
+        )[0]  # fmt: skip
     return summed.to(q.dtype).view(g, n, r, d).transpose(0, 1).reshape(n, g * r, d)
 
 
-def _prefill(q: Tensor, pools: Tensor, plan: AttentionPlan, prefill: Prefill, scale: float) -> Tensor:
+def _prefill(
+    q: Tensor, pools: Tensor, kind: torch.dtype, plan: AttentionPlan, prefill: Prefill, scale: float
+) -> Tensor:
     """Attention of the t queries of one sequence: [t, H, D]."""
     shape = (1, plan.kv_heads, -1, q.shape[-1])
     keys, values = (
-        pool.index_select(0, prefill.blocks).to(q.dtype).view(shape)[:, :, : prefill.context] for pool in pools
+        _gather(pool, kind, prefill.blocks, plan, q.dtype).view(shape)[:, :, : prefill.context] for pool in pools
     )  # [1, G, context, D]
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],

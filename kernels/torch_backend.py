@@ -1,6 +1,7 @@
 """The backend that needs nothing but PyTorch, on a CPU or a GPU. The others replace what they do faster.
 
-Shapes as in reference.py; a `layer_cache` is one layer's [2, G, N, B, D], a `cache` all of them, [L, 2, G, N, B, D].
+Shapes as in reference.py; a `layer_cache` is one layer's [2, G, N, B, D], a `cache` all of them, [L, 2, G, N, B, D];
+in eight bits, see cache.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kernels import reference, torch_attention
 from kernels.batch import Batch
+from kernels.cache import codes, is_quantized, raw, scales
 from kernels.linear import Linear, SideBySide, compute_dtype
 from kernels.packed import Packed, Weight, stack
 
@@ -65,24 +67,47 @@ class TorchBackend:
         return function(x)
 
     def rope_and_write(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: Batch,
+        static: tuple[float, float] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Turn q [T, H, D] and k [T, G, D] by cos and sin [T, D/2]; write k and v into their slots. Returns q, turned.
 
-        Within a token, heads lie side by side; q may be changed in place.
+        Within a token, heads lie side by side; q may be changed in place. static: see `write_kv`.
         """
-        self.write_kv(reference.rope(k, cos, sin), v, layer_cache, batch)
+        self.write_kv(reference.rope(k, cos, sin), v, layer_cache, batch, static)
         return reference.rope(q, cos, sin)
 
-    def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:
-        """Write k and v [T, G, D] into the batch's slots; a slot of -1 writes nothing."""
+    def why_no_cache(self, dtype: torch.dtype) -> str | None:
+        """Why a cache can't be of this dtype, which is the weights' or one of eight bits; None if it can."""
+        return None
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch, static: tuple[float, float] | None = None
+    ) -> None:
+        """Write k and v [T, G, D] into the batch's slots; a slot of -1 writes nothing.
+
+        static: the scales of keys and values for a cache in fp8, instead of one for each token and head.
+        """
         slots = batch.slot_mapping
         if slots.min() < 0:
             kept = slots >= 0
             k, v, slots = k[kept], v[kept], slots[kept]
+        if is_quantized(layer_cache):
+            return self._write_codes(torch.stack((k, v)), layer_cache, slots, static)
         keys, values = layer_cache.flatten(2, 3)  # [G, N B, D]
         keys.index_copy_(1, slots, k.transpose(0, 1).to(keys.dtype))
         values.index_copy_(1, slots, v.transpose(0, 1).to(values.dtype))
+
+    def _write_codes(self, kv: Tensor, cache: Tensor, slots: Tensor, static: tuple[float, float] | None) -> None:
+        """kv [2, T, G, D]."""
+        where = torch.div(slots, cache.shape[3], rounding_mode="floor"), slots % cache.shape[3]
+        if static and cache.dtype == torch.float8_e4m3fn:
+            both = [reference.quantize(x, cache.dtype, one) for x, one in zip(kv, static, strict=True)]
+            new_codes, new_scales = torch.stack([raw(x) for x, _ in both]), torch.stack([x for _, x in both])
+        else:
+            new_codes, new_scales = reference.quantize(kv, cache.dtype)
+        codes(cache).view(torch.uint8)[:, :, *where] = new_codes.view(torch.uint8).transpose(1, 2)
+        scales(cache)[:, :, *where] = new_scales.transpose(1, 2)
 
     def paged_attention(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
         """Causal attention of q [T, H, D] through the page tables: see reference.paged_attention. Returns [T, H, D]."""
@@ -90,7 +115,7 @@ class TorchBackend:
         if q.device.type != "cpu":
             return reference.paged_attention(q, layer_cache, *where, scale)
         if batch.plan is None:  # the first layer: the others share it
-            batch.plan = torch_attention.AttentionPlan(*where, q.shape[1], layer_cache.shape)
+            batch.plan = torch_attention.AttentionPlan(*where, q.shape[1], layer_cache)
         return torch_attention.paged_attention(q, layer_cache, batch.plan, scale)
 
     def copy_blocks(self, cache: Tensor, source: Tensor, target: Tensor) -> None:

@@ -30,6 +30,8 @@ and at the end the answer is o / z. (Powers of two, since that is what the hardw
     | physical block   |   offset    |   -> block * stride_n + offset * stride_b, the slot of D numbers, in 64 bits
     +------------------+-------------+
 
+In eight bits (cache.py) slots hold codes, and each has a scale, which lies behind the codes of its block.
+
 A tile of keys is BLOCK_N positions, whatever B is: it may hold many blocks, or a part of one.
 
 **Splitting** (flash-decoding). One query of one sequence is work for G programs only, and a GPU has room for hundreds.
@@ -48,6 +50,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache import codes, is_quantized, scales
 from kernels.triton_tiles import Tiles, check_input, choose_splits, choose_tiles, multiprocessors, power_of_2
 
 NONE = tl.constexpr(-1.0e38)  # m before the first key: below any score, but finite, since -inf - -inf is NaN
@@ -90,8 +93,9 @@ def _load(pointers, inside, ALL: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, o, m, z, position, keys, values, table, begin, end, stride_n, stride_b, scale_log2,
-    B: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    q, o, m, z, position, keys, values, key_scales, value_scales, table, begin, end, stride_n, stride_b, stride_scale_n,
+    scale_log2, B: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys begin .. end - 1 into o, m and z. MASKED: some of them lie behind some query's position."""
     d = tl.arange(0, D_PAD)
@@ -101,9 +105,12 @@ def _attend(
         block = _load(table + j // B, j < end, not MASKED).to(tl.int64)
         slot = block * stride_n + (j % B) * stride_b
         numbers = slot[:, None] + d[None, :]  # [BLOCK_N, D]
+        scale = block * stride_scale_n + j % B  # [BLOCK_N]
 
         k = _load(keys + numbers, inside, not MASKED and D == D_PAD).to(q.dtype)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]; ieee: no TF32 for fp32
+        if SCALED:
+            products *= _load(key_scales + scale, j < end, not MASKED)[None, :]
         if MASKED:
             products = tl.where(j[None, :] <= position[:, None], products, float("-inf"))
         m_new = tl.maximum(m, tl.max(products, 1) * scale_log2)  # s = products * scale_log2
@@ -111,15 +118,18 @@ def _attend(
         shrink = tl.exp2(m - m_new)
         m = m_new
         z = z * shrink + tl.sum(p, 1)
-        v = _load(values + numbers, inside, not MASKED and D == D_PAD).to(q.dtype)
-        o = tl.dot(p.to(q.dtype), v, o * shrink[:, None], input_precision="ieee")
+        v = _load(values + numbers, inside, not MASKED and D == D_PAD)
+        if SCALED:  # here, since a p times a small scale may be less than fp16 has
+            v = v.to(tl.float32) * _load(value_scales + scale, j < end, not MASKED)[:, None]
+        o = tl.dot(p.to(q.dtype), v.to(q.dtype), o * shrink[:, None], input_precision="ieee")
     return o, m, z
 
 
 @triton.jit(do_not_specialize=["num_seqs", "least", "stride_table"])
 def _attention_kernel(
-    out, partial_o, partial_mz, q, cache, query_start, context_lens, block_tables, num_seqs, least, scale_log2,
-    stride_out_t, stride_out_h, stride_q_t, stride_q_h, stride_kv, stride_g, stride_n, stride_b, stride_table,
+    out, partial_o, partial_mz, q, cache, scales, query_start, context_lens, block_tables, num_seqs, least, scale_log2,
+    stride_out_t, stride_out_h, stride_q_t, stride_q_h, stride_kv, stride_g, stride_n, stride_b,
+    stride_scale_kv, stride_scale_g, stride_scale_n, stride_table, SCALED: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -155,11 +165,14 @@ def _attention_kernel(
     z = tl.zeros([BLOCK_M], tl.float32)
     keys = cache + g.to(tl.int64) * stride_g
     values = keys + stride_kv
+    key_scales = scales + g.to(tl.int64) * stride_scale_g
+    value_scales = key_scales + stride_scale_kv
     table = block_tables + s.to(tl.int64) * stride_table
     for masked in tl.static_range(DECODE, 2):
         o, m, z = _attend(
-            tile_q, o, m, z, position, keys, values, table, middle if masked else split_begin,
-            split_end if masked else middle, stride_n, stride_b, scale_log2, B, D, D_PAD, BLOCK_N, masked,
+            tile_q, o, m, z, position, keys, values, key_scales, value_scales, table,
+            middle if masked else split_begin, split_end if masked else middle, stride_n, stride_b, stride_scale_n,
+            scale_log2, B, D, D_PAD, BLOCK_N, SCALED, masked,
         )  # fmt: skip
 
     if SPLIT:
@@ -234,12 +247,14 @@ def _launch(
     (_, heads, head_size), (_, kv_heads, _, block_size, _) = q.shape, cache.shape
     num_seqs = len(batch[1])
     rows = num_tiles * tiles.queries if splits > 1 else 0
+    behind = scales(cache) if is_quantized(cache) else cache  # of a cache without scales nothing is read there
     partial_o = torch.empty(rows, heads, splits, head_size, dtype=torch.float32, device=q.device)
     partial_mz = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=q.device)
     shape = dict(D=head_size, D_PAD=power_of_2(max(head_size, 16)), TILE_Q=tiles.queries, DECODE=decode)
     _attention_kernel[num_tiles, kv_heads, splits](
-        out, partial_o, partial_mz, q, cache, *batch, num_seqs, least, scale_log2,
-        *out.stride()[:2], *q.stride()[:2], *cache.stride()[:4], batch[2].stride(0),
+        out, partial_o, partial_mz, q, codes(cache), behind, *batch, num_seqs, least, scale_log2,
+        *out.stride()[:2], *q.stride()[:2], *codes(cache).stride()[:4], *behind.stride()[:3], batch[2].stride(0),
+        SCALED=is_quantized(cache),
         R=heads // kv_heads, B=block_size, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=splits > 1, **shape,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

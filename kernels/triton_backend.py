@@ -23,6 +23,16 @@ class TritonBackend(TorchBackend):
 
     name = "triton"
 
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        super().__init__(device, dtype)
+        self.device = torch.device(device)
+
+    def why_no_cache(self, dtype: torch.dtype) -> str | None:
+        if dtype != torch.float8_e4m3fn or self.device.type != "cuda":
+            return None
+        found = torch.cuda.get_device_capability(self.device)
+        return None if found >= (8, 9) else f"needs compute capability 8.9, not {found[0]}.{found[1]}: take int8"
+
     def packs(self, weight: Packed) -> bool:
         return triton_packed.takes(weight)
 
@@ -31,8 +41,10 @@ class TritonBackend(TorchBackend):
             return triton_packed.PackedLinear(weight, bias)
         return super().product(weight, bias)
 
-    def write_kv(self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch) -> None:
-        triton_cache.write_kv(k, v, layer_cache, batch.slot_mapping)
+    def write_kv(
+        self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch, static: tuple[float, float] | None = None
+    ) -> None:
+        triton_cache.write_kv(k, v, layer_cache, batch.slot_mapping, static)
 
     def paged_attention(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
         return triton_attention.paged_attention(

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.cache import head_size
+
 KEY_BYTES = 2**14  # of keys in a decode tile: a few such tiles on their way keep a multiprocessor's memory port busy
 MAX_SPLITS = 128
 RESIDENT = 2  # programs that we want on each multiprocessor at a time
@@ -96,7 +98,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def check_input(q: Tensor, cache: Tensor, scale: float) -> None:
     """ValueError for a q [T, H, D] or a cache [2, G, N, B, D] that the attention kernel would misread."""
-    if q.shape[1] % cache.shape[1] or q.shape[2] != cache.shape[4]:
+    if q.shape[1] % cache.shape[1] or q.shape[2] != head_size(cache):
         raise ValueError(f"q {list(q.shape)} has no whole number of heads for each of cache {list(cache.shape)}")
     if q.stride(2) != 1 or cache.stride(4) != 1:
         raise ValueError("the numbers of a head must lie side by side, in q and in the cache")

@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
 OPTIONS = (  # of LLM, that there are flags for
-    "dtype", "quantization", "products", "device", "kernels", "block_size", "num_blocks", "kv_cache_memory",
-    "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "preemption", "debug",
+    "dtype", "quantization", "products", "kv_cache_dtype", "device", "kernels", "block_size", "num_blocks",
+    "kv_cache_memory", "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill",
+    "preemption", "debug",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Every fast kernel against its plain reference, with poison wherever nothing may be read or left unwritten."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import cpp, cpp_build, reference
+from kernels.cache import LARGEST, codes, is_quantized, scales
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+BYTES = [torch.int8, torch.float8_e4m3fn]
+TOLERANCE |= dict.fromkeys(BYTES, 2e-5)  # of what the codes say: beyond that a cache of a byte is one of fp32
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 FACES = {  # the C++ file as each kind of machine builds it: by the floats in its vectors
     "torch": None,
@@ -57,12 +61,14 @@ def make_batch(contexts, counts, block_size, num_blocks, generator):
 
 def make_cache(batch, contexts, kv_heads, head_size, block_size, num_blocks, dtype, generator):
     """One layer's cache: random where a context lies, NaN everywhere else."""
-    cache = torch.full((2, kv_heads, num_blocks, block_size, head_size), torch.nan, dtype=dtype)
-    for table, context in zip(batch.block_tables.tolist(), contexts, strict=True):
-        for position in range(context):
-            block, offset = table[position // block_size], position % block_size
-            cache[:, :, block, offset] = torch.randn(2, kv_heads, head_size, generator=generator).to(dtype)
-    return cache
+    cache = kernels.new_cache(1, num_blocks, block_size, kv_heads, head_size, dtype)
+    kernels.poison(cache)
+    for table, context in zip(batch.block_tables, contexts, strict=True):
+        position = torch.arange(context)
+        slots = table[position // block_size] * block_size + position % block_size
+        numbers = torch.randn(2, context, kv_heads, head_size, generator=generator)
+        kernels.TorchBackend().write_kv(*numbers, cache[0], kernels.Batch(slots, *[torch.tensor(())] * 3))
+    return cache[0]
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size=1, max_size=9)
@@ -74,7 +80,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), min_size
     heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (6, 2), (32, 2)]),
     head_size=st.sampled_from([4, 6, 32, 48, 64, 80, 128, 256]),
     block_size=st.sampled_from([1, 2, 3, 4, 16, 64, 256]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, *BYTES]),
     compute=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**20),
 )
@@ -84,9 +90,11 @@ def test_paged_attention_equals_the_reference(backend, lengths, heads, head_size
     counts = [1 if seed % 3 and s % 2 else min(pair) for s, pair in enumerate(lengths)]  # decode, prefill, mixed
     num_blocks = sum(-(-c // block_size) for c in contexts) + 3
     batch = make_batch(contexts, counts, block_size, num_blocks, generator)
-    one = backend(dtype)
+    one = backend(torch.float32 if dtype in BYTES else dtype)
     if one.name == "cpp" and dtype == torch.float16:
         dtype = torch.float32
+    if dtype in BYTES:
+        head_size += -head_size % 4
     cache = make_cache(batch, contexts, heads[1], head_size, block_size, num_blocks, dtype, generator)
     rows = torch.randn(sum(counts), heads[0] + 2, head_size, generator=generator)  # as in the product for q, k and v
     q = rows.to(compute if one.name == "cpp" else torch.float32)[:, : heads[0]]
@@ -109,6 +117,123 @@ def test_attention_keeps_its_accuracy_where_scores_are_large(backend):
     out = backend(torch.float32).paged_attention(q, cache, batch, 1.0)
     expected = reference.paged_attention(q, cache, batch.query_start, batch.context_lens, batch.block_tables, 1.0)
     torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
+
+
+LONG = [([2500, 1100, 30], [1, 1, 1]), ([2500], [1]), ([1024, 1025, 2049], [1, 2, 70])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *BYTES])
+@pytest.mark.parametrize("contexts, counts", LONG)
+def test_long_contexts_against_fp64(backend, contexts, counts, dtype):
+    """On one thread or several, which cut a context into spans: near the exact answer, and all the same bits."""
+    generator = torch.Generator().manual_seed(2)
+    batch = make_batch(contexts, counts, 16, 400, generator)
+    cache = make_cache(batch, contexts, 2, 64, 16, 400, dtype, generator)
+    q = torch.randn(sum(counts), 6, 64, generator=generator)
+    one, outs, threads = backend(torch.float32), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            outs.append(one.paged_attention(q, cache, batch, 0.2))
+    finally:
+        torch.set_num_threads(threads)
+    if one.same_bits:
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    exact = []
+    for s, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+        blocks = batch.block_tables[s, : -(-context // 16)]
+        numbers = codes(cache)[:, :, blocks].double()
+        if is_quantized(cache):
+            numbers *= scales(cache)[:, :, blocks][..., None].double()
+        keys, values = numbers.flatten(2, 3)[:, :, :context].repeat_interleave(3, 1)
+        begin = int(batch.query_start[s])
+        scores = 0.2 * q[begin : begin + count].double().transpose(0, 1) @ keys.transpose(1, 2)  # [H, count, context]
+        mask = torch.ones(count, context, dtype=torch.bool).tril(context - count)
+        exact.append((scores.masked_fill(~mask, -math.inf).softmax(-1) @ values).transpose(0, 1))
+    assert (outs[0] - torch.cat(exact)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_codes_of_bytes(backend, dtype):
+    """Every face writes the codes and scales of the reference, bit for bit, whatever the numbers are."""
+    one, generator = backend(torch.float32), torch.Generator().manual_seed(3)
+    x = torch.randn(300, 15, 36, generator=generator) * torch.randn(300, 15, 1, generator=generator).exp()
+    x[3], x[4, 9], x[5, 12, 7], x[6, 10, 2], x[7, 14, 3] = 0, 0, torch.nan, torch.inf, -torch.inf
+    x[8] *= 1e-9  # below the smallest scale
+    x[9], x[10, :, 1:], x[11] = 1e30, x[10, :, 1:] / 5000, torch.arange(36) - 18.5
+    x[12] = (torch.arange(36) / 2 - 9).where(torch.arange(36) > 0, 127)  # halves
+    x[13, :, 1:], x[13, :, 0] = torch.arange(35) / 1024 - 0.015, 448
+    everything = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0)
+    x[14:24, 9:] = torch.cat((everything, everything + 0.001))[: 360].view(10, 1, 36)
+    q, k, v = x.split((9, 3, 3), 1)
+    turns = torch.ones(300, 18), torch.zeros(300, 18)
+    slots = torch.randperm(400, generator=generator)[:300]
+    slots[20] = -1
+    batch = kernels.Batch(slots, *[torch.tensor(())] * 3)
+    for static in (None, (0.01, 0.5)):
+        expected, written, turned = kernels.new_cache(3, 100, 4, 3, 36, dtype)
+        for cache in (expected, written, turned):
+            kernels.poison(cache[None])
+        reference.write_kv(k, v, expected, slots, static)
+        one.write_kv(k, v, written, batch, static)
+        one.rope_and_write(q.clone(), k, v, *turns, turned, batch, static)
+        bits = [codes(cache).view(torch.uint8) for cache in (expected, written, turned)]
+        assert torch.equal(bits[1], bits[0])
+        minus_0 = 0x80 if dtype == torch.float8_e4m3fn else 0  # turned by nothing, it is 0
+        assert torch.equal(*(x.where(x != minus_0, 0) for x in (bits[2], bits[0])))
+        for found in (written, turned):
+            assert torch.equal(scales(found).view(torch.int32), scales(expected).view(torch.int32))
+        assert int(scales(expected).isnan().sum()) == 3 + 2 * 3 * 101  # one row of each that isn't finite, and poison
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_what_eight_bits_lose(dtype):
+    """Half a step: 1/254 of the largest number in int8, 1/16 of each in fp8, and half of 2^-9 codes near 0."""
+    x = torch.randn(50, 4, 64) * torch.logspace(-3, 3, 50)[:, None, None]
+    found, by = reference.quantize(x, dtype)
+    lost = (found.float() * by[..., None] - x).abs()
+    step = by[..., None].expand_as(x)
+    half = step / 2 if dtype == torch.int8 else torch.maximum(x.abs() / 16, step * 2**-10)
+    assert (lost <= half * 1.0001).all() and lost.max() > 0
+    assert torch.equal(found.float().abs().amax(-1), torch.full((50, 4), LARGEST[dtype]))
+    torch.testing.assert_close(by, x.abs().amax(-1) / LARGEST[dtype])
+    fixed, same = reference.quantize(torch.tensor([[1.0, -1000.0, 3.0, 0.0]]), dtype, 0.5)
+    assert (fixed.float() * same[..., None]).tolist() == [[1.0, -LARGEST[dtype] / 2, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_blocks_of_bytes_carry_their_scales(dtype):
+    """Copied and moved whole, and their poison is NaN in what is read."""
+    x = torch.randn(2, 32, 2, 8)
+    cache, other = kernels.new_cache(1, 8, 4, 2, 8, dtype), kernels.new_cache(1, 3, 4, 2, 8, dtype)
+    assert cache.nbytes == 2 * 32 * 2 * (8 + 4)
+    reference.write_kv(*x, cache[0], torch.arange(32))
+    before = reference.dequantize(cache)
+    assert (before[0].flatten(2, 3).transpose(1, 2) - x).abs().max() < 0.2  # [2, G, N B, D] -> [2, T, G, D]
+    reference.copy_blocks(cache, torch.tensor([1, 2]), torch.tensor([2, 3]))
+    reference.move_blocks(cache, other, torch.tensor([7, 2]), torch.tensor([0, 1]))
+    after, moved = reference.dequantize(cache), reference.dequantize(other)
+    assert torch.equal(after[:, :, :, [2, 3, 0, 1]], before[:, :, :, [1, 2, 0, 1]])
+    assert torch.equal(moved[:, :, :, [0, 1]], before[:, :, :, [7, 1]])
+    kernels.poison(cache, [2, 5])
+    gone = reference.dequantize(cache).isnan().all(-1).all(-1)[0, 0, 0]
+    assert gone.tolist() == [block in (2, 5) for block in range(8)]
+    with pytest.raises(ValueError, match="a multiple of 4, not 6"):
+        kernels.new_cache(1, 8, 4, 2, 6, dtype)
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_a_stale_read_of_bytes_shows(backend, dtype):
+    generator = torch.Generator().manual_seed(1)
+    batch = make_batch([70], [1], 4, 20, generator)
+    cache = make_cache(batch, [70], 1, 32, 4, 20, dtype, generator)
+    q = torch.randn(1, 2, 32)
+    assert backend(torch.float32).paged_attention(q, cache, batch, 0.2).isfinite().all()
+    batch.plan = None
+    for part in (0, 1):
+        poisoned = cache.clone()
+        kernels.poison(poisoned[None, part : part + 1], [int(batch.block_tables[0, 3])])
+        assert backend(torch.float32).paged_attention(q, poisoned, batch, 0.2).isnan().any(-1).all()
 
 
 def test_a_stale_read_shows(backend):
@@ -318,9 +443,9 @@ def test_pointwise_is_the_function_itself(backend):
 @given(
     contexts=st.lists(st.integers(1, 200), min_size=1, max_size=6),
     heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (32, 2)]),
-    head_size=st.sampled_from([6, 32, 64, 80]),
+    head_size=st.sampled_from([8, 32, 64, 80]),
     block_size=st.sampled_from([1, 3, 4, 16, 64]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, *BYTES]),
     seed=st.integers(0, 2**20),
 )
 def test_a_query_is_the_same_in_any_company(backend, contexts, heads, head_size, block_size, dtype, seed):
@@ -335,7 +460,10 @@ def test_a_query_is_the_same_in_any_company(backend, contexts, heads, head_size,
     out = one.paged_attention(last, cache, batch, 0.3).split(counts)
     for s, context in enumerate(contexts):
         slots = [int(batch.block_tables[s, p // block_size]) * block_size + p % block_size for p in range(context)]
-        straight = cache.flatten(2, 3)[:, :, slots][:, :, :, None].contiguous()  # blocks of one, side by side
+        straight = kernels.new_cache(1, context, 1, heads[1], head_size, dtype)[0]  # blocks of one, side by side
+        codes(straight)[...] = codes(cache).flatten(2, 3)[:, :, slots][:, :, :, None]
+        if is_quantized(cache):
+            scales(straight)[...] = scales(cache).flatten(2, 3)[:, :, slots][..., None]
         starts, table = torch.tensor([0, context]), torch.arange(context)[None]
         alone = kernels.Batch(torch.tensor(()), starts, torch.tensor([context]), table)
         assert torch.equal(out[s], one.paged_attention(q[s], straight, alone, 0.3)[-counts[s] :]), s

@@ -34,6 +34,7 @@ MODELS = {
     },
 }  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16]
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def backend_for(dtype, name="cpp"):
@@ -58,6 +59,7 @@ class Company:
     """Sequences over one pool. `step` computes some tokens of some of them, in any order, and keeps their logits."""
 
     def __init__(self, model, dtype, sequences, block_size, spare, seed):
+        """dtype: of keys and values."""
         self.model, self.sequences, self.block_size = model, sequences, block_size
         needed = [-(-len(tokens) // block_size) for tokens in sequences]
         self.num_blocks = sum(needed) + spare
@@ -65,7 +67,8 @@ class Company:
         self.tables = [[next(order) for _ in range(n)] for n in needed]
         config = model.config
         shape = (self.num_blocks, block_size, config.num_kv_heads, config.head_size, dtype)
-        self.cache = kernels.new_cache(config.num_layers, *shape).fill_(torch.nan)
+        self.cache = kernels.new_cache(config.num_layers, *shape)
+        kernels.poison(self.cache)
         self.computed = [0] * len(sequences)
         self.logits = [[] for _ in sequences]
 
@@ -96,9 +99,10 @@ class Company:
         """All blocks go to another pool, and come back to other places."""
         backend, everywhere = self.model.backend, torch.arange(self.num_blocks)
         places = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(sum(self.computed)))
-        other = torch.full_like(self.cache, torch.nan)
+        other = torch.empty_like(self.cache)
+        kernels.poison(other)
         backend.move_blocks(self.cache, other, everywhere, places.flip(0))
-        self.cache.fill_(torch.nan)
+        kernels.poison(self.cache)
         backend.move_blocks(other, self.cache, places.flip(0), places)
         self.tables = [[int(places[block]) for block in table] for table in self.tables]
 
@@ -134,10 +138,13 @@ def assert_same(found, expected, what):
     assert torch.equal(found, expected), f"{what}: {int((found != expected).sum())} of {found.numel()} differ"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_in_any_company_are_those_alone(name, dtype):
-    model, rng = make_model(name, dtype), random.Random(f"{name} {dtype}")
+CASES = [(name, dtype, dtype) for name in MODELS for dtype in DTYPES]
+CASES += [(name, dtype, kv) for name in ("wide llama", "qwen3") for dtype in DTYPES for kv in KV_DTYPES.values()]
+
+
+@pytest.mark.parametrize("name, weights, dtype", CASES, ids=str)
+def test_logits_in_any_company_are_those_alone(name, weights, dtype):
+    model, rng = make_model(name, weights), random.Random(f"{name} {dtype}")
     for attempt in range(TRIES):
         sequences = random_sequences(rng, rng.choice((2, 3, 9, 17, 33)), model.config.vocab_size)
         expected = [alone(model, dtype, sequence) for sequence in sequences]
@@ -146,6 +153,25 @@ def test_logits_in_any_company_are_those_alone(name, dtype):
         wander(company, rng)
         for s, rows in enumerate(expected):
             assert_same(torch.cat(company.logits[s]), rows, f"try {attempt}, blocks of {block_size}, sequence {s}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *KV_DTYPES.values()], ids=str)
+def test_a_long_context_in_any_company_is_the_one_alone(dtype):
+    """Long enough for several spans of attention, alone or beside others, and on two threads, which share them out."""
+    model, rng = make_model("wide llama", torch.float32), random.Random(6)
+    sequences = [[rng.randrange(101) for _ in range(n)] for n in (2200, 1100, 9)]
+    expected = [alone(model, dtype, sequence) for sequence in sequences]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            company = Company(model, dtype, sequences, 16, 3, 0)
+            for step in ({0: 700, 2: 9}, {0: 1400, 1: 1000}, {0: 1, 1: 1}, {1: 50}, {0: 1}, {0: 98, 1: 49}):
+                company.step(step)
+            for s, rows in enumerate(expected):
+                assert_same(torch.cat(company.logits[s]), rows, f"sequence {s}")
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -204,6 +230,7 @@ def answers(outputs):
     ]
 
 
+ENGINES = [("fp32", "auto"), ("bf16", "auto"), ("fp32", "int8"), ("fp32", "fp8")]  # dtype, kv_cache_dtype
 ROOMY = dict(kernels="cpp", num_blocks=400, prefix_cache="none")
 CROWDED = {
     "one batch": dict(num_blocks=400),
@@ -230,27 +257,27 @@ def requests(count):
 
 @pytest.fixture(scope="module")
 def each_alone(folder):
-    """The answers of an engine that never has more than one request, a new one for each dtype."""
+    """The answers of an engine that never has more than one request, a new one for each of ENGINES."""
     found = {}
-    for dtype in ("fp32", "bf16"):
+    for dtype, kv in ENGINES:
         os.environ["MINIPAGED_SAME_BITS"] = "1"
         try:
-            llm = LLM(folder, dtype=dtype, **ROOMY)
+            llm = LLM(folder, dtype=dtype, kv_cache_dtype=kv, **ROOMY)
         finally:
             del os.environ["MINIPAGED_SAME_BITS"]
-        found[dtype] = [answers(llm.generate([p], [one]))[0] for p, one in zip(*requests(28), strict=True)]
+        found[dtype, kv] = [answers(llm.generate([p], [one]))[0] for p, one in zip(*requests(28), strict=True)]
     return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, kv", ENGINES)
 @pytest.mark.parametrize("how", CROWDED)
-def test_a_crowded_engine_draws_what_each_would_alone(folder, each_alone, monkeypatch, how, dtype):
+def test_a_crowded_engine_draws_what_each_would_alone(folder, each_alone, monkeypatch, how, dtype, kv):
     """Tokens and logprobs, with prefixes found, forks copied on write, preemption by either way, and chunks."""
     monkeypatch.setenv("MINIPAGED_SAME_BITS", "1")
-    llm = LLM(folder, dtype=dtype, kernels="cpp", debug=True, **CROWDED[how])
+    llm = LLM(folder, dtype=dtype, kv_cache_dtype=kv, kernels="cpp", debug=True, **CROWDED[how])
     assert llm.executor.runner.backend.same_bits
     outputs = llm.generate(*requests(28))
-    for i, (found, expected) in enumerate(zip(answers(outputs), each_alone[dtype], strict=True)):
+    for i, (found, expected) in enumerate(zip(answers(outputs), each_alone[dtype, kv], strict=True)):
         assert found == expected, f"request {i}"
     stats = llm.stats()
     if "swapped" in how or "recomputed" in how:

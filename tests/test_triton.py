@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
 from kernels import reference
+from kernels.cache import codes, scales
 
 pytest.importorskip("triton", reason="Triton is not installed")
 GPU = torch.cuda.is_available()
@@ -25,7 +27,8 @@ from kernels.triton_tiles import Tiles, power_of_2  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+BYTES = [torch.int8, torch.float8_e4m3fn]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2} | dict.fromkeys(BYTES, 2e-5)
 LONGEST = 1500 if GPU else 64
 
 
@@ -51,7 +54,7 @@ class Batch:
         rows = sum(counts)
         qkv = torch.randn(rows, heads[0] + 2 * heads[1], head_size, generator=generator).to(DEVICE, dtype)
         self.q = qkv[:, : heads[0]]  # as a model hands it over: a view
-        self.cache = cache.to(DEVICE, cache_dtype or dtype)
+        self.cache = in_bytes(cache, cache_dtype) if cache_dtype in BYTES else cache.to(DEVICE, cache_dtype or dtype)
         self.query_start = torch.tensor([0, *counts]).cumsum(0).to(DEVICE, index)
         self.context_lens = torch.tensor(contexts).to(DEVICE, index)
         self.tables = tables.to(DEVICE, index)
@@ -70,6 +73,15 @@ class Batch:
         return out
 
 
+def in_bytes(cache, dtype):
+    """The numbers of a cache [2, G, N, B, D] in one of eight bits."""
+    _, heads, blocks, size, head_size = cache.shape
+    written = kernels.new_cache(1, blocks, size, heads, head_size, dtype)[0]
+    found = reference.quantize(cache, dtype)
+    codes(written).view(torch.uint8)[...], scales(written)[...] = found[0].view(torch.uint8), found[1]
+    return written.to(DEVICE)
+
+
 def small_tiles(group_size, head_size, itemsize, decode, few):
     """Few queries and 16 keys at a time, so that short contexts take several iterations, and splits have work."""
     queries = 1 if decode else 5
@@ -86,16 +98,19 @@ counts = st.one_of(st.integers(0, 1), st.integers(0, LONGEST // 4))
     head_size=st.sampled_from([8, 16, 20, 32]),
     block_size=st.sampled_from([1, 2, 3, 4, 7, 16, 64]),
     dtype=st.sampled_from(DTYPES),
+    cache_dtype=st.sampled_from([None, *BYTES]),
     index=st.sampled_from([torch.int32, torch.int64]),
     splits=st.sampled_from([None, 1, 2, 3]),
     small=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_attention_equals_the_reference(lengths, heads, head_size, block_size, dtype, index, splits, small, seed):
+def test_attention_equals_the_reference(
+    lengths, heads, head_size, block_size, dtype, cache_dtype, index, splits, small, seed
+):  # fmt: skip
     lengths = [(context, min(count, context)) for context, count in lengths]
     if not any(count for _, count in lengths):
         lengths[0] = (lengths[0][0], 1)
-    Batch(lengths, heads, head_size, block_size, dtype, seed, index=index).check(splits, small)
+    Batch(lengths, heads, head_size, block_size, dtype, seed, cache_dtype, index).check(splits, small)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 256])
@@ -216,6 +231,36 @@ def test_write_kv_writes_its_slots_and_nothing_else(slots, shape, dtypes, index)
     triton_cache.write_kv(k, v, written, torch.tensor(slots, dtype=index, device=DEVICE))
     reference.write_kv(k, v, expected, torch.tensor(slots))
     torch.testing.assert_close(written, expected, equal_nan=True, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("static", [None, (0.01, 0.5)])
+@pytest.mark.parametrize("dtype", BYTES)
+def test_codes_and_scales_are_the_references_bit_for_bit(dtype, static):
+    x = torch.randn(40, 5, 20) * torch.randn(40, 5, 1).exp()
+    x[3], x[4, 0, 7], x[5, 2, 1], x[6], x[7, :, 1:] = 0, torch.nan, torch.inf, x[6] * 1e-9, x[7, :, 1:] / 5000
+    x[8] = (torch.arange(20) / 2 - 5).where(torch.arange(20) > 0, 127)
+    x, slots = x.to(DEVICE), torch.randperm(80)[:40].to(DEVICE)
+    slots[9] = -1
+    written, expected = kernels.new_cache(2, 20, 4, 2, 20, dtype, DEVICE)
+    for cache in (written, expected):
+        kernels.poison(cache[None])
+    triton_cache.write_kv(x[:, :2], x[:, 2:4], written, slots, static)
+    reference.write_kv(x[:, :2], x[:, 2:4], expected, slots, static)
+    assert torch.equal(written.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_blocks_of_bytes_move_whole(dtype):
+    pool = kernels.new_cache(2, 9, 4, 3, 8, dtype, DEVICE)
+    pool.view(torch.uint8).random_()
+    other, expected = torch.zeros_like(pool[:, :, :, :4]), pool.clone()
+    source, target = torch.tensor([1, 2, 8]), torch.tensor([2, 3, 0])
+    triton_cache.copy_blocks(pool, source, target)
+    reference.copy_blocks(expected, source, target)
+    assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))
+    triton_cache.move_blocks(pool, other, source, target)
+    assert torch.equal(other.view(torch.uint8)[:, :, :, [2, 3, 0]], pool.view(torch.uint8)[:, :, :, [1, 2, 8]])
+
 
 
 def copied(num_blocks, source, target, shape=(3, 5)):

@@ -665,7 +665,8 @@ from kernels import Batch, reference
 show_source(kernels.new_cache, reference.write_kv, reference.paged_attention)
 
 # %% [markdown]
-# `write_kv` is our `write`, except that each token is told its slot: they need not be in a row. `paged_attention` is
+# `write_kv` is our `write`, except that each token is told its slot: they need not be in a row. (Where it speaks of
+# codes, scales and `quantize`: the package can keep numbers in eight bits, too. Here it doesn't.) `paged_attention` is
 # our `read` and `attention`, with two things more:
 #
 # - **Many sequences.** All their tokens stand in one row, and `query_start` says where each one's begin. There is no

@@ -608,7 +608,8 @@ show_source(torch_attention._decode, torch_attention.AttentionPlan._bucket)
 # - **Keys are gathered** (`index_select`), for PyTorch has no product that follows a table. But only for a few
 #   sequences at a time, a *bucket*, so that the copy is still in the processor's cache when the product reads it.
 # - **Values are not.** `embedding_bag` takes a weighted sum of rows of a table, rows given by number. That is what
-#   $\sum_j a_j v_j$ through a slot mapping is, so values are read in place.
+#   $\sum_j a_j v_j$ through a slot mapping is, so values are read in place. (A pool may also hold its numbers in eight
+#   bits, with a scale for each token and head. `embedding_bag` knows nothing of these, so then values are gathered.)
 # - Look for the comment "Subtle": what lies beyond the context is not even read. It is our $0 \cdot \mathrm{NaN}$: the
 #   slots beyond are replaced by the sequence's first slot, which is harmless with weight 0.
 # - Everything that is the same in all layers, which slots, which mask, is prepared once a step.
@@ -634,7 +635,7 @@ print(cpp[begin : cpp.index("\n}\n", begin) + 2])
 #   number of steps does not depend on B.
 # - **fp32 inside.** Keys and values may be kept in bf16, to take half the room; $m$, $z$ and $o$ never are.
 # - **Threads.** Each takes a few queries of one sequence with all heads of a group, so that a block is read once for
-#   all of them.
+#   all of them. Every 1,024 keys are summed up by themselves and merged as above, so a long context can be shared out.
 # - **Ahead of time.** While one step is computed, the keys and values of the next are already called from memory.
 #
 # ### All of them agree

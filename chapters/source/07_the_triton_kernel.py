@@ -743,6 +743,8 @@ show_source(triton_attention._attend)
 # - **`MASKED`.** In a prefill a tile holds queries at many positions, and none may look ahead. Keys that every query of
 #   the tile may see need no mask at all, so the loop runs twice: without masks, and with. `MASKED` is a
 #   constant when the kernel is compiled, and each of the two contains only what it needs. (Decode has the second only.)
+# - **`SCALED`.** Keys and values may lie there in eight bits, with a scale for each: products are multiplied by the
+#   keys' scales, and values by theirs.
 # - **`tl.dot(p, v, o * shrink)`** adds the product to what `o` holds already, as tensor cores do anyway.
 #
 # The kernel around it has strides for everything, and its merging is the one that you know.

@@ -17,9 +17,7 @@
 
 #include "vectors.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
 
@@ -51,15 +49,6 @@ static inline V load_half(const uint16_t* p) {  // finite ones
     return (V)((VU)size | (bits & 0x8000u) << 16);
 }
 
-typedef int8_t VB __attribute__((vector_size(W)));
-typedef int16_t VS __attribute__((vector_size(2 * W)));
-
-static inline V load_int8(const int8_t* p) {
-    VB v;
-    std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, VS), VI), V);
-}
-
 // Quad t of W rows; `words`: their first word of the unit.
 template <int BITS>
 static inline VU quad(const uint32_t* words, int t) {
@@ -80,7 +69,7 @@ static inline void find(const Matrix& w, long panel, long k, Coefficients& of) {
         auto get = [&](const void* numbers, const uint16_t* outers) {
             if (w.kind == HALF) return load_half((const uint16_t*)numbers + inner);
             if (w.kind == FLOAT) return load((const float*)numbers + inner);
-            return load_int8((const int8_t*)numbers + inner) * load_half(outers + outer);
+            return load((const int8*)numbers + inner) * load_half(outers + outer);
         };
         of.scale[c] = get(w.scale, w.outer_scale);
         of.minimum[c] = w.minimum ? get(w.minimum, w.outer_minimum) : V{};
@@ -90,13 +79,6 @@ static inline void find(const Matrix& w, long panel, long k, Coefficients& of) {
 
 template <int BITS>
 constexpr int SCALES = BITS == 6 ? 2 : 1;  // groups in a unit: Q6_K's have 16 columns
-
-// Codes in float8_e4m3fn: sign, 4 bits of exponent, 3 of mantissa. Exponent 0 has no leading one.
-static inline V from_float8(VU code) {
-    VU bits = (code & 127u) << 20, low = (VU)((code & 120u) == 0u);
-    V size = (V)(bits + (low & (1u << 23)) + (120u << 23)) - (V)(low & (VU)splat(0x1p-6f));
-    return (V)((VU)size | (code & 128u) << 24);
-}
 
 // Calls use(k, c, weights) for each column k of a unit and both vectors c of a panel's rows, in order.
 //
@@ -123,7 +105,7 @@ static inline void each_weight(const Matrix& w, long panel, long first, F use) {
         for (int i = 0; i < 4; i++)
             for (int c = 0; c < 2; c++) {
                 VU code = quads[c] >> 8 * i & 255u;
-                if constexpr (FORM == FLOAT8) use(4 * t + i, c, from_float8(code) * of.scale[c]);
+                if constexpr (FORM == FLOAT8) use(4 * t + i, c, widen(fp8{}, code << 24) * of.scale[c]);
                 if constexpr (FORM == PLAIN) {
                     V number = (V)(code | 0x4b000000u) - (of.zero[c] + 8388608.0f);
                     use(4 * t + i, c, number * of.scale[c] + of.minimum[c]);
@@ -208,6 +190,9 @@ static inline VI dot(VI acc, VU codes, VI x) {
     for (int i = 0; i < 4; i++) acc += (VI)(codes >> 8 * i & 255u) * ((x << (24 - 8 * i)) >> 24);
     return acc;
 }
+
+typedef int8_t VB __attribute__((vector_size(W)));
+typedef int16_t VS __attribute__((vector_size(2 * W)));
 
 // Rows of x in 8 bits: codes [M, K], of each UNIT a scale [M, K / UNIT] and of each half of one the sum of its codes.
 struct Activations {

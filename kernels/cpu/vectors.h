@@ -15,8 +15,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 // --- 1. vectors ---------------------------------------------------------------------------------------------
 
@@ -63,6 +67,45 @@ static inline void put(bf16* p, float x) {
     std::memcpy(&bits, &x, sizeof bits);
     p->bits = x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
 }
+
+// Eight bits: whole numbers, or floats of four bits of exponent and three of mantissa (e4m3: 2^-9 to 448, no infinity).
+// `widen` makes numbers of codes that stand in the upper bytes of words.
+struct int8 { int8_t bits; };
+struct fp8 { uint8_t bits; };
+
+static inline V widen(int8, VU words) { return __builtin_convertvector((VI)words >> 24, V); }
+static inline V widen(fp8, VU words) {
+    VU bits = (VU)((VI)words >> 4) & 0x87f00000u;  // sign, exponent and mantissa come where a float has them,
+    return (V)bits * 0x1p120f;                     // whose exponents begin elsewhere
+}
+
+// W codes, each as a word of its sign or of zeros. (What a compiler makes of a conversion of bytes to words is slow.)
+template <class C>
+static inline VU extend(const C* p) {
+    VU words;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) {
+        __m128i codes = _mm_loadu_si128((const __m128i*)p);
+        __m512i wide = std::is_same_v<C, int8> ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes);
+        std::memcpy(&words, &wide, sizeof words);
+        return words;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (W == 8) {
+        __m128i codes = _mm_loadl_epi64((const __m128i*)p);
+        __m256i wide = std::is_same_v<C, int8> ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes);
+        std::memcpy(&words, &wide, sizeof words);
+        return words;
+    }
+#endif
+    for (int i = 0; i < W; i++) words[i] = (uint32_t)(int32_t)p[i].bits;
+    return words;
+}
+static inline V load(const int8* p) { return __builtin_convertvector((VI)extend(p), V); }
+static inline V load(const fp8* p) { return widen(fp8{}, extend(p) << 24); }
+template <class C, class = std::enable_if_t<sizeof(C) == 1>>
+static inline float get(const C* p) { return widen(C{}, VU{} + ((uint32_t)(uint8_t)p->bits << 24))[0]; }
 
 static inline float sum(V v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
 static inline V larger(V a, V b) { return a > b ? a : b; }
@@ -159,4 +202,13 @@ template <class F>
 static void with_type(int is_bf16, F call) {
     if (is_bf16) call(bf16{});
     else call(float{});
+}
+
+// What a cache holds: see `KINDS` in cpp.py.
+template <class F>
+static void with_cache_type(int kind, F call) {
+    if (kind == 0) call(float{});
+    if (kind == 1) call(bf16{});
+    if (kind == 2) call(int8{});
+    if (kind == 3) call(fp8{});
 }

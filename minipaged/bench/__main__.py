@@ -121,8 +121,8 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
     tokens, least = args.max_num_batched_tokens, EngineArgs.max_num_seqs
     if tokens is not None and tokens < least:
         raise ModelError(f"--max-num-batched-tokens {tokens}: must be at least {least}, a token for each sequence")
-    told = {name: getattr(args, name) for name in ("max_num_batched_tokens", "quantization", "products")}
-    return {name: value for name, value in told.items() if value is not None}
+    names = ("max_num_batched_tokens", "quantization", "products", "kv_cache_dtype")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def encoder(tokenizer: Tokenizer) -> Encode:

@@ -57,6 +57,8 @@ LABELS = {
     "int4": "minipaged, weights in int4",
     "ngram": "minipaged, n-gram guesses",
     "head": "minipaged, a head's guesses",
+    "kv-int8": "minipaged, keys and values in int8",
+    "kv-fp8": "minipaged, keys and values in fp8",
     "static": "transformers, padded batches",
     "continuous": "transformers, continuous batching",
     "vllm": "vLLM",
@@ -77,6 +79,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": {"quantization": "int4"},
     "ngram": {"speculative_config": {"method": "ngram"}},
     "head": {"speculative_config": {"method": "head"}},
+    "kv-int8": {"kv_cache_dtype": "int8"},
+    "kv-fp8": {"kv_cache_dtype": "fp8"},
 }
 DEFAULT_PEERS = ("static", "continuous")
 SEARCHERS = ("static", "vllm")  # peers with beam search

@@ -6,7 +6,7 @@ import kernels
 from minipaged.bench.contenders import DEFAULT_PEERS, PEERS, VARIANTS
 from minipaged.bench.environments import APART, how_to_install, peer_python
 from minipaged.bench.loads import DEFAULT_NAMES, NAMES
-from minipaged.execution.engine_args import BUDGET, PRODUCTS, QUANTIZATIONS
+from minipaged.execution.engine_args import BUDGET, KV_CACHE_DTYPES, PRODUCTS, QUANTIZATIONS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
         "file's own quantization); or minipaged itself, but with no-cache (no prefix cache), radix (a radix tree for "
         "one), no-chunks (steps so large that no prompt is cut), small-chunks (256 tokens a step), no-graphs (on a "
         "GPU, each kernel is launched by itself), floats (weights are not left in the file's small numbers), "
-        "int8-products (activations are rounded to 8 bits), int8 or int4 (weights are rounded at loading), ngram "
-        "(guesses what was said before) or head (a small network guesses, if the package has one for the model); "
-        "default: static and continuous; with no name, minipaged runs "
+        "int8-products (activations are rounded to 8 bits), int8 or int4 (weights are rounded at loading), kv-int8 or "
+        "kv-fp8 (keys and values in eight bits), ngram (guesses what was said before) or head (a small network "
+        "guesses, if the package has one for the model); default: static and continuous; with no name, minipaged runs "
         "alone")  # fmt: skip
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has this peer's package, for vllm or llama.cpp (default: this one); "
@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add("--quantization", choices=QUANTIZATIONS,
         help="what becomes of minipaged's weights at loading (default: auto)")  # fmt: skip
     add("--products", choices=PRODUCTS, help="minipaged's, with weights in small numbers (default: exact)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES,
+        help="of minipaged and its variants, but for kv-int8 and kv-fp8 (default: auto, as --dtype)")  # fmt: skip
     add("--max-num-batched-tokens", type=_count, metavar="N",
         help="the most tokens in a step of minipaged and its variants, but for small-chunks; no-chunks takes at least "
         f"{BUDGET['cuda']}, and as many as the longest prompt needs (default: {BUDGET['cpu']}, on a GPU "

@@ -20,6 +20,9 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 LONG_DTYPES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 PRODUCTS = ("exact", "int8")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+# vLLM's names of the same.
+LONG_KV_CACHE_DTYPES = {"fp8_e4m3": "fp8", "fp8_per_token_head": "fp8", "int8_per_token_head": "int8"}
 KERNELS = ("auto", "torch", "triton", "cpp")
 # vLLM's name -> ours, and ours from its value.
 ALIASES: dict[str, tuple[str, Any]] = {
@@ -45,6 +48,7 @@ class EngineArgs:
     kernels: "auto", "torch", "triton" or "cpp": see `kernels.load`.
     cuda_graphs: on a GPU with Triton, replay decode steps: see decode_graphs.py.
     block_size: token slots in a block.
+    kv_cache_dtype: keys and values in eight bits: "int8" or "fp8" (e4m3), see kernels/cache.py; "auto": as `dtype`.
     num_blocks, kv_cache_memory: the size of the pool, in blocks or in bytes (also "512MiB" or "2GB").
     gpu_memory_utilization: or as a share of the memory that is free when the model is loaded, on a CPU too.
     num_cpu_blocks: blocks of CPU memory to swap to; by default as many as the pool has, if they fit.
@@ -66,6 +70,7 @@ class EngineArgs:
     kernels: str = "auto"
     cuda_graphs: bool = True
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float | None = None
@@ -104,6 +109,8 @@ class EngineArgs:
         given["dtype"] = LONG_DTYPES.get(dtype, dtype)
         if given.get("quantization") is None:
             given.pop("quantization", None)  # as in vLLM: what the checkpoint says
+        if "kv_cache_dtype" in given:
+            given["kv_cache_dtype"] = kv_cache_dtype_of(given["kv_cache_dtype"])
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -142,8 +149,8 @@ _INTEGERS = {
     "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_logprobs": -1, "seed": 0,
 }  # fmt: skip
 _CHOICES = {
-    "dtype": DTYPES, "quantization": QUANTIZATIONS, "products": PRODUCTS, "device": ("auto", "cpu", "cuda"),
-    "kernels": KERNELS,
+    "dtype": DTYPES, "quantization": QUANTIZATIONS, "products": PRODUCTS, "kv_cache_dtype": KV_CACHE_DTYPES,
+    "device": ("auto", "cpu", "cuda"), "kernels": KERNELS,
     "prefix_cache": tuple(PREFIX_CACHES), "schedule": SCHEDULES, "preemption": MODES,
 }  # fmt: skip
 
@@ -154,6 +161,20 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def kv_cache_dtype_of(name: Any) -> Any:
+    """Our name for what vLLM calls so. ValueError for what vLLM has and we don't.
+
+    >>> kv_cache_dtype_of("fp8_e4m3"), kv_cache_dtype_of("int8_per_token_head"), kv_cache_dtype_of("auto")
+    ('fp8', 'int8', 'auto')
+    """
+    name = str(name).removeprefix("torch.")
+    if name == "fp8_e5m2":
+        raise ValueError("kv_cache_dtype='fp8_e5m2': two bits of mantissa are too few; take fp8 (e4m3) or int8")
+    if name in DTYPES[1:] or name in LONG_DTYPES:
+        raise ValueError(f"kv_cache_dtype={name!r}: keys and values have the model's dtype (auto), or are int8 or fp8")
+    return LONG_KV_CACHE_DTYPES.get(name, name)
 
 
 def bytes_of(size: Any) -> Any:

@@ -28,6 +28,7 @@ from minipaged.scheduling.speculation import Speculation
 FREE_ROWS = {("cpu", torch.float32): 16.0, ("cpu", torch.bfloat16): 40.0}
 FREE_ROWS_PACKED = 8.0  # less is read, and floats are made of it for each further row once
 FREE_ROWS_OF_A_GPU = 256.0
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # the others are the model's
 PASS = 0.02  # of a step: what a proposer's pass costs besides reading its weights
 
 
@@ -47,7 +48,10 @@ class Executor:
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self.max_model_len = min(args.max_model_len or self.config.max_model_len, self.config.max_model_len)
         guesser = self._load_guesser(loaded)
-        own, extra = kv_bytes_per_token(self.config, self._dtype), _bytes_per_token(guesser, self.config, self._dtype)
+        kv_dtype = KV_DTYPES.get(args.kv_cache_dtype, self._dtype)
+        if reason := backend.why_no_cache(kv_dtype):
+            raise ValueError(f"kv_cache_dtype={args.kv_cache_dtype!r}: {reason}")
+        own, extra = kv_bytes_per_token(self.config, kv_dtype), _bytes_per_token(guesser, self.config, self._dtype)
         self.block_bytes = args.block_size * (own + extra)
         self.guess_cost = PASS + _num_weights(guesser) / _num_weights(loaded) if guesser else 0.0
         self.free_rows = FREE_ROWS.get((self.device, backend.dtype), FREE_ROWS_OF_A_GPU)
@@ -63,7 +67,7 @@ class Executor:
         )
         replays = args.cuda_graphs and self.device == "cuda" and backend.name == "triton"
         self.runner = ModelRunner(
-            loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, self._dtype, self.device, args.debug,
+            loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, kv_dtype, self.device, args.debug,
             (args.max_num_seqs, longest) if replays else None, self._proposer(guesser),
         )  # fmt: skip
 
@@ -103,7 +107,7 @@ class Executor:
         return DraftProposer(guesser, own, batches, vocab_size, config)
 
     def _caches(self, layers: int, kv_heads: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a proposer, under the page tables of both pools."""
+        """For a proposer, under the page tables of both pools; in the model's dtype."""
         shape = self._args.block_size, kv_heads, head_size, self._dtype
         here = kernels.new_cache(layers, self.num_blocks, *shape, device=self.device)
         return here, kernels.new_cache(layers, self.num_cpu_blocks, *shape, pinned=self.device == "cuda")

@@ -41,13 +41,17 @@ def resolve(dtype: str, device: str) -> tuple[torch.dtype, str]:
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values: 2 L G D itemsize (paper, section 3: 800 KB for OPT-13B in fp16)."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+    """Bytes of one token's keys and values: 2 L G D itemsize (paper, section 3: 800 KB for OPT-13B in fp16).
+
+    In eight bits each of the 2 L G has a scale besides, of 4 bytes.
+    """
+    return 2 * config.num_layers * config.num_kv_heads * kernels.slot_size(config.head_size, dtype) * dtype.itemsize
 
 
 class ModelRunner:
     """Runs `model` over a pool of N = num_blocks blocks of B = block_size slots, in all L layers.
 
+    dtype: of keys and values: int8 and float8_e4m3fn too, see kernels/cache.py.
     debug: fill freed blocks with NaN, so that a stale read shows in the output, and check every table.
     replay: (sequences, blocks of a page table) at the most in decode steps that are replayed as CUDA graphs.
     proposer: who guesses where the plan leaves that to us.
@@ -79,7 +83,7 @@ class ModelRunner:
         self.pools = [(self.cache, self.cpu_cache), *(proposer.caches if proposer else ())]  # they move together
         if debug:
             for pool, _ in self.pools:
-                pool.fill_(torch.nan)
+                kernels.poison(pool)
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
         if self.graphs:
             self.graphs.record_all()
@@ -117,7 +121,7 @@ class ModelRunner:
             if plan.swap_out:
                 self.backend.move_blocks(pool, cpu_pool, *self._pairs(plan.swap_out))
             if self.debug and plan.freed:
-                pool[:, :, :, plan.freed] = torch.nan
+                kernels.poison(pool, plan.freed)
             if plan.swap_in:
                 self.backend.move_blocks(cpu_pool, pool, *self._pairs(plan.swap_in))
             if plan.copies:

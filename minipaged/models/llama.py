@@ -6,6 +6,7 @@ Nothing here knows about sequences, prefill or decode: only attention looks at
 other tokens, and it finds them through the batch's page tables.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from minipaged.models.config import ModelConfig
+from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.rope import Rope, RopeConfig
 
 Linear = Callable[..., Tensor]
@@ -37,6 +38,7 @@ class LlamaLayer:
         self.config, self.backend = config, backend
         self.scale = config.attention_scale(layer)
         self.attention_norm = norm("input_layernorm")
+        self.kv_scales = kv_scales(weights, f"model.layers.{layer}.self_attn")
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
         self.out = linear("self_attn.o_proj", bias=config.out_bias)
         self.mlp_norm = norm("post_attention_layernorm")
@@ -65,8 +67,23 @@ class LlamaLayer:
         if config.qk_norm:
             q = backend.rms_norm(q, self.q_norm, config.norm_eps)
             k = backend.rms_norm(k, self.k_norm, config.norm_eps)
-        q = backend.rope_and_write(q, k, v, cos, sin, layer_cache, batch)
+        q = backend.rope_and_write(q, k, v, cos, sin, layer_cache, batch, self.kv_scales)
         return backend.paged_attention(q, layer_cache, batch, self.scale)
+
+
+def kv_scales(weights: dict[str, Tensor], name: str) -> tuple[float, float] | None:
+    """A checkpoint's own scales of keys and values, `k_scale` and `v_scale`, for a cache in fp8; None if it has none.
+
+    Takes both out of the dict. ModelError if one is missing or is no scale.
+    """
+    found = [weights.pop(f"{name}.{kind}", None) for kind in ("k_scale", "v_scale")]
+    if found == [None, None]:
+        return None
+    scales = [0.0 if scale is None or scale.numel() != 1 else float(scale) for scale in found]
+    for kind, scale in zip(("k_scale", "v_scale"), scales, strict=True):
+        if not 0 < scale < math.inf:
+            raise ModelError(f"{name}.{kind}: it must be there and be one positive number, as its pair")
+    return scales[0], scales[1]
 
 
 class Llama:

@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from minipaged.execution.engine_args import PRODUCTS, QUANTIZATIONS, bytes_of
+from minipaged.execution.engine_args import KV_CACHE_DTYPES, PRODUCTS, QUANTIZATIONS, bytes_of
 from minipaged.execution.speculative_config import METHODS, NUM_SPECULATIVE_TOKENS
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
@@ -64,6 +64,7 @@ PRODUCTS_HELP = (
     "with weights in small numbers: exact, the same as with the floats that they stand for; int8 rounds activations "
     "to 8 bits, too, which is faster on a CPU (default: exact)"
 )
+KV_CACHE_DTYPE_HELP = "keys and values in eight bits, for four times the blocks of fp32 (default: auto, as --dtype)"
 JSON_HELP = (
     "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
     'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
@@ -158,6 +159,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=dtypes, default="auto", help="auto: fp32, on a GPU bf16")
     group.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help=QUANTIZATION_HELP)
     group.add_argument("--products", choices=PRODUCTS, default="exact", help=PRODUCTS_HELP)
+    group.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help=KV_CACHE_DTYPE_HELP)
     devices = ("auto", "cpu", "cuda")
     group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
     backends = ("auto", "torch", "triton", "cpp")
