@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import kernels
 from kernels.packed import Packed, floats
 from minipaged.models import ModelError, fetch, load, load_model, open_checkpoint
 from minipaged.models.checkpoint import check_tensors
@@ -577,6 +578,53 @@ def test_gguf_types(tmp_path, weights, backend, type_):
     for name, tensor in weights.items():
         error = (tensor - model.state_dict()[name]).abs().max() / model.state_dict()[name].abs().max()
         assert error < (0.2 if "Q" in type_ else 0.01), name
+
+
+def logits(model, token_ids):
+    config, count = model.config, len(token_ids)
+    cache = kernels.new_cache(config.num_layers, 1, 64, config.num_kv_heads, config.head_size, torch.float32)
+    where = torch.arange(count), torch.tensor([0, count]), torch.tensor([count]), torch.tensor([[0]])
+    hidden = model(torch.tensor(token_ids), torch.arange(count), cache, kernels.Batch(*where))
+    return model.logits(hidden)
+
+
+@pytest.mark.parametrize("type_", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("qwen3", True), ("gpt2", True)])
+def test_gguf_models_compute_the_same_bits_packed_as_in_floats(tmp_path, backend, kind, tied, type_):
+    model = hf_model(kind, tie_word_embeddings=tied)
+    path = write_gguf(tmp_path / "m.gguf", model, kind, backend, gguf.GGMLQuantizationType[type_])
+    packed, floats, rounded = (
+        load_model(open_checkpoint(path), backend=kernels.load("cpp", products=products), quantization=quantization)[1]
+        for quantization, products in (("auto", "exact"), ("none", "exact"), ("auto", "int8"))
+    )
+    assert packed.packed and rounded.packed and not floats.packed
+    expected = logits(floats, [3, 14, 15, 92, 65])
+    assert torch.equal(logits(packed, [3, 14, 15, 92, 65]), expected)
+    error = (logits(rounded, [3, 14, 15, 92, 65]) - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.05
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_are_rounded_at_loading(make_folder, kind, quantization):
+    folder = make_folder(kind)
+    models_ = [load_model(open_checkpoint(folder), backend=kernels.load("cpp"), quantization=quantization)[1],
+               load_model(open_checkpoint(folder), backend=kernels.TorchBackend(), quantization=quantization)[1],
+               load_model(open_checkpoint(folder), backend=kernels.load("cpp"))[1]]  # fmt: skip
+    ours, plain, exact = (logits(model, [3, 14, 15, 92, 65]) for model in models_)
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+    error = (ours - exact).norm() / exact.norm()
+    assert 1e-4 < error < (0.02 if quantization == "int8" else 0.3)
+
+
+def test_gguf_with_a_scale_that_is_no_number(tmp_path, backend):
+    path = write_gguf(tmp_path / "m.gguf", hf_model("llama"), "llama", backend, gguf.GGMLQuantizationType.Q8_0)
+    rows = read_gguf(path)[1]["blk.1.ffn_up.weight"].rows
+    found = path.read_bytes()
+    at = found.index(rows.tobytes())
+    path.write_bytes(found[: at + 34] + b"\x00\x7e" + found[at + 36 :])  # the second block's: NaN
+    with pytest.raises(ModelError, match="tensor blk.1.ffn_up.weight has a scale that is infinite or no number"):
+        load(path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

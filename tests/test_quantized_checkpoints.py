@@ -600,13 +600,14 @@ def test_any_quantization_config_is_read_or_refused(data):
         assert str(error).startswith("model config: quantization_config")
 
 
-def test_triton_multiplies_from_them(tmp_path, said):
+@pytest.mark.parametrize("shape", ["LLAMA", "GPT"])
+def test_triton_multiplies_from_them(tmp_path, said, shape):
     pytest.importorskip("triton", reason="Triton is not installed")
     try:
         backend = kernels.load("triton", "cpu")
     except kernels.Unavailable as error:
         pytest.skip(str(error))
-    folder, _ = make(tmp_path / "m", GPTQ(order="scattered", symmetric=False, size=16), GPT)
+    folder, _ = make(tmp_path / "m", GPTQ(order="scattered", symmetric=False, size=16), globals()[shape])
     one, other = (load_model(open_checkpoint(folder), backend=b)[1] for b in (backend, kernels.TorchBackend()))
     assert one.layers[0].qkv.codes.dtype == torch.uint8 and len(said) == 1  # of the other
     torch.testing.assert_close(logits(one, [3, 14, 15]), logits(other, [3, 14, 15]), rtol=1e-4, atol=1e-4)
