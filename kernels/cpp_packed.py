@@ -66,6 +66,7 @@ class PackedMatrix:
             self._panels(outer[0], torch.float16), self._panels(outer[1], torch.float16),
             self.out, self.into, *_groups(packed), zero, packed.bits, kind, self._form(packed),
         )  # fmt: skip
+        self.told = ctypes.byref(self.matrix), None if self.bias is None else self.bias.data_ptr()
 
     def _panels(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
         """[out, groups] as [panels, groups, P]: the address of it."""
@@ -87,16 +88,13 @@ class PackedMatrix:
         return SHORT if exact and self.library.has_fma() else PLAIN
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        rows = x.float() if self.order is None else x.float().index_select(1, self.order)
-        rows = rows.contiguous()
+        rows = x.float().contiguous() if self.order is None else x.float().index_select(1, self.order)
         y = torch.empty(len(x), self.out) if add_to is None or add_to.dtype != torch.float32 else add_to
+        add, (matrix, bias) = y is add_to, self.told
         self.library.cpu_packed_linear(
-            ctypes.byref(self.matrix), rows.data_ptr(), None if self.bias is None else self.bias.data_ptr(),
-            y.data_ptr(), len(x), y is add_to, self.int8, torch.get_num_threads(),
-        )  # fmt: skip
-        if add_to is None:
-            return y.to(x.dtype)
-        return add_to if y is add_to else add_to.add_(y)
+            matrix, rows.data_ptr(), bias, y.data_ptr(), len(x), add, self.int8, torch.get_num_threads()
+        )
+        return y.to(x.dtype) if add or add_to is None else add_to.add_(y)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """rows: int64, of any shape [...] -> [..., in], fp32."""

@@ -5,41 +5,32 @@ import os
 import subprocess
 import sys
 
+import cpp_builds
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import cpp, cpp_build, reference
+from kernels import cpp, reference
 from kernels.cache import LARGEST, codes, is_quantized, scales
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 BYTES = [torch.int8, torch.float8_e4m3fn]
 TOLERANCE |= dict.fromkeys(BYTES, 2e-5)  # of what the codes say: beyond that a cache of a byte is one of fp32
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
-FACES = {  # the C++ file as each kind of machine builds it: by the floats in its vectors
-    "torch": None,
-    "cpp": (),
-    "cpp 4": ("-DLANES=4",),
-    "cpp 16": ("-DLANES=16", "-Wno-psabi"),
-}
+FACES = ("torch", "cpp", "cpp 4", "cpp 16")
 
 
 @pytest.fixture(scope="session", params=FACES)
-def backend(request, tmp_path_factory):
-    """A function dtype -> backend. With --sanitize, C++ is built with SANITIZERS."""
-    extra, sanitize = FACES[request.param], request.config.getoption("--sanitize")
+def backend(request):
+    """A function dtype -> backend. With --sanitize, C++ is built with sanitizers."""
+    sanitize = request.config.getoption("--sanitize")
     if sanitize and request.param != "cpp":
         pytest.skip("for the sanitizers one face is enough")
-    if extra is None:
+    if request.param == "torch":
         return lambda dtype: kernels.TorchBackend("cpu", dtype)
-    flags = cpp_build.FLAGS + extra + (SANITIZERS if sanitize else ())
-    try:
-        library = cpp_build.build(tmp_path_factory.mktemp("kernels"), print, flags)
-    except cpp_build.BuildFailed as error:
-        pytest.skip(str(error))
-    return lambda dtype: cpp.CppBackend(dtype, library)
+    built = cpp_builds.library(request.param, sanitize)
+    return lambda dtype: cpp.CppBackend(dtype, built)
 
 
 def make_batch(contexts, counts, block_size, num_blocks, generator):

@@ -5,38 +5,25 @@ import os
 import subprocess
 import sys
 
+import cpp_builds
 import gguf
 import numpy as np
 import pytest
 import torch
 
 import kernels
-from kernels import cpp, cpp_build, cpp_packed, reference
+from kernels import cpp, cpp_packed, reference
 from kernels.packed import Packed, quantize, stack
 from minipaged.models.gguf_blocks import TYPES, take_apart
 
-# C++ as this machine has it, and as others do: no instruction for dot products, pairs of 16 bits, another one.
-FACES = {
-    "as here": (),
-    "4 lanes": ("-DLANES=4",),
-    "8 lanes": ("-DLANES=8", "-Wno-psabi"),
-    "16 lanes": ("-DLANES=16", "-Wno-psabi"),
-    "8 lanes, no AVX2": ("-DLANES=8", "-mno-avx2", "-Wno-psabi"),
-}
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 
-
-@pytest.fixture(scope="module", params=FACES)
-def backend(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=cpp_builds.FACES)
+def backend(request):
     """A function products -> backend."""
     sanitize = request.config.getoption("--sanitize")
-    if sanitize and request.param != "as here":
+    if sanitize and request.param != "cpp":
         pytest.skip("for the sanitizers one face is enough")
-    flags = cpp_build.FLAGS + FACES[request.param] + (SANITIZERS if sanitize else ())
-    try:
-        library = cpp_build.build(tmp_path_factory.mktemp("kernels"), print, flags)
-    except cpp_build.BuildFailed as error:
-        pytest.skip(str(error))
+    library = cpp_builds.library(request.param, sanitize)
     return lambda products="exact": cpp.CppBackend(torch.float32, library, products=products)
 
 
