@@ -42,6 +42,21 @@ struct Matrix {
 static inline VU load(const uint32_t* p) { VU v; std::memcpy(&v, p, sizeof v); return v; }
 
 static inline V load_half(const uint16_t* p) {  // finite ones
+    [[maybe_unused]] V v;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) {
+        __m512 floats = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+        std::memcpy(&v, &floats, sizeof v);
+        return v;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (W == 8) {
+        __m256 floats = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+        std::memcpy(&v, &floats, sizeof v);
+        return v;
+    }
+#endif
     VH h;
     std::memcpy(&h, p, sizeof h);
     VU bits = __builtin_convertvector(h, VU);
@@ -63,17 +78,21 @@ static inline VU quad(const uint32_t* words, int t) {
 // The coefficients of the formula for the P rows of a panel and one group.
 struct Coefficients { V scale[2], zero[2], minimum[2]; };
 
+// Scales (or minima) at `inner`, and `outer` ones, if they are not simply fp16.
+__attribute__((noinline)) static V find_other(const Matrix& w, const void* inner, long at, const uint16_t* outer, long to) {
+    if (w.kind == FLOAT) return load((const float*)inner + at);
+    return load((const int8*)inner + at) * load_half(outer + to);
+}
+
 static inline void find(const Matrix& w, long panel, long k, Coefficients& of) {
-    long inner = (panel * w.groups + (k >> w.shift)) * P, outer = (panel * (w.K / OUTER) + k / OUTER) * P;
-    for (int c = 0; c < 2; c++, inner += W, outer += W) {
-        auto get = [&](const void* numbers, const uint16_t* outers) {
-            if (w.kind == HALF) return load_half((const uint16_t*)numbers + inner);
-            if (w.kind == FLOAT) return load((const float*)numbers + inner);
-            return load((const int8*)numbers + inner) * load_half(outers + outer);
-        };
-        of.scale[c] = get(w.scale, w.outer_scale);
-        of.minimum[c] = w.minimum ? get(w.minimum, w.outer_minimum) : V{};
-        of.zero[c] = w.zeros ? load_half(w.zeros + inner) : splat(w.zero);
+    long at = (panel * w.groups + (k >> w.shift)) * P, outer = (panel * (w.K / OUTER) + k / OUTER) * P;
+    for (int c = 0; c < 2; c++, at += W, outer += W) {
+        of.scale[c] = w.kind == HALF ? load_half((const uint16_t*)w.scale + at)
+                                     : find_other(w, w.scale, at, w.outer_scale, outer);
+        of.minimum[c] = !w.minimum       ? V{}
+                        : w.kind == HALF ? load_half((const uint16_t*)w.minimum + at)
+                                         : find_other(w, w.minimum, at, w.outer_minimum, outer);
+        of.zero[c] = w.zeros ? load_half(w.zeros + at) : splat(w.zero);
     }
 }
 
@@ -137,11 +156,24 @@ static inline void put_panel(const float* sums, long panel, long rows, long N, c
     }
 }
 
-// As `linear`. A single row takes weights as they come; more of them would make the same floats again and again, so
-// these are made once for a piece that stays in the first cache.
+// A panel with few rows: weights are used as they come. R rows at a time; `rows` of them are real.
+template <int BITS, int FORM, int R>
+static void exact_few(const Matrix& w, long panel, const float* x, long rows, float* to) {
+    const float* row[R];
+    for (long r = 0; r < R; r++) row[r] = x + std::min(r, rows - 1) * w.K;
+    V sums[R][2] = {};
+    for (long k = 0; k < w.K; k += UNIT)
+        each_weight<BITS, FORM>(w, panel, k, [&](int i, int c, V weights) {
+            for (int r = 0; r < R; r++) sums[r][c] += splat(row[r][k + i]) * weights;
+        });
+    for (long r = 0; r < rows; r++)
+        for (int c = 0; c < 2; c++) store(to + r * P + c * W, sums[r][c]);
+}
+
+// As `linear`. For more than a few rows floats are made once, in pieces that stay in the first cache.
 template <int BITS, int FORM>
 static void exact(const Matrix& w, const float* x, const float* bias, float* y, long M, bool add, int threads) {
-    constexpr long SLICE = 96, PIECE = 192;
+    constexpr long SLICE = 96, PIECE = 192, FEW = 4;
     long K = w.K, panels = (w.N + P - 1) / P;
 #pragma omp parallel num_threads(threads)
     for (long m = 0; m < M; m += SLICE) {
@@ -149,12 +181,9 @@ static void exact(const Matrix& w, const float* x, const float* bias, float* y, 
 #pragma omp for schedule(static) nowait
         for (long p = 0; p < panels; p++) {
             float sums[SLICE * P], piece[PIECE * P];
-            if (M == 1) {
-                V sum[2] = {};
-                for (long k = 0; k < K; k += UNIT)
-                    each_weight<BITS, FORM>(w, p, k, [&](int i, int c, V weights) { sum[c] += splat(x[k + i]) * weights; });
-                store(sums, sum[0]), store(sums + W, sum[1]);
-            } else
+            if (rows == 1) exact_few<BITS, FORM, 1>(w, p, x + m * K, rows, sums);
+            else if (rows <= FEW) exact_few<BITS, FORM, FEW>(w, p, x + m * K, rows, sums);
+            else
                 for (long k = 0; k < K; k += PIECE) {
                     long depth = std::min(PIECE, K - k);
                     for (long u = 0; u < depth; u += UNIT) unpack<BITS, FORM>(w, p, k + u, piece + u * P);

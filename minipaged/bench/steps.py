@@ -15,11 +15,12 @@ import time
 from typing import Any
 
 import torch
-from kernels.cache import is_quantized, raw, scales, slot_size
 
 import kernels
 from kernels.bench.tables import plain_table
+from kernels.cache import codes, is_quantized, raw, scales, slot_size
 from kernels.cpp import CppBackend
+from kernels.reference import quantize
 from minipaged import cache_folder
 from minipaged.execution.executor import KV_DTYPES
 from minipaged.models import Loaded, load
@@ -31,8 +32,8 @@ WAYS: dict[str, tuple[str, str, str]] = {
     "int8-products": ("auto", "int8", "fp32"),
     "int8": ("int8", "exact", "fp32"),
     "int4": ("int4", "exact", "fp32"),
-    "kv-int8": ("none", "exact", "int8"),
-    "kv-fp8": ("none", "exact", "fp8"),
+    "kv-int8": ("auto", "exact", "int8"),
+    "kv-fp8": ("auto", "exact", "fp8"),
 }
 BLOCK = 16
 READ = 1 << 28  # numbers: a gigabyte, more than the caches hold
@@ -70,8 +71,10 @@ class Step:
             config.num_layers, batch * blocks, BLOCK, config.num_kv_heads, config.head_size, self.kv_dtype
         )
         if is_quantized(self.cache):
-            raw(self.cache).random_(0, 100)
-            scales(self.cache).fill_(0.01)
+            for layer in self.cache:
+                numbers, factors = quantize(torch.randn(codes(layer).shape), self.kv_dtype)
+                raw(codes(layer)).copy_(numbers.view(torch.uint8))
+                scales(layer).copy_(factors)
         else:
             self.cache.normal_()
         tables = torch.randperm(batch * blocks).view(batch, blocks)
