@@ -14,7 +14,7 @@ import pytest
 from minipaged.experiments import __main__ as command
 from minipaged.experiments import runs
 from minipaged.experiments.figures import FIGURES
-from minipaged.experiments.figures.today import NUMBERS, parts
+from minipaged.experiments.figures.today import NUMBERS, parts, steep
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.report import Point, Report, Table, compare
 from minipaged.experiments.runs import SYSTEMS, Result, Run, crossing, execute, sweep
@@ -102,6 +102,14 @@ def test_figure_today_begins_with_figure_12(study):
     there, here = FIGURES["fig12"](study).data, FIGURES["today"](study).data
     assert here["13b sharegpt"]["13b"] == there["13b sharegpt"]["paged"]
     assert here["13b sharegpt"]["13b-kv8"] != there["13b sharegpt"]["paged"]
+
+
+def test_a_wide_step_is_looked_into_where_the_latency_rises():
+    def curve(*points):
+        return [(rate, Result(latency, 0, 0, 0, {}, 1, 1, 0)) for rate, latency in points]
+
+    assert steep(curve((1.0, 0.02), (2.0, 0.03), (4.0, 0.5), (5.0, 5.0))) == [2.83]
+    assert steep(curve((1.0, 0.02), (1.5, 0.5))) == steep([]) == []
 
 
 def test_the_parts_of_a_step_are_those_of_the_clock():
