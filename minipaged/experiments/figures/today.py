@@ -43,10 +43,11 @@ def today(study: Study) -> Report:
         for load in SECONDS for server in reversed(NUMBERS)
     ]  # fmt: skip  # the longest first
     points = dict(zip(sweeps, study.sweeps("Today", sweeps), strict=True))
-    middles = [] if study.settings.quick else [(run, rate) for run in sweeps for rate in steep(points[run])]
-    between = study.results("Today, between", [replace(run, rate=rate) for run, rate in middles])
-    for (run, rate), result in zip(middles, between, strict=True):
-        points[run] = sorted([*points[run], (rate, result)], key=lambda point: point[0])
+    for _ in range(0 if study.settings.quick else 2):
+        middles = [(run, rate) for run in sweeps for rate in steep(points[run])]
+        between = study.results("Today, between", [replace(run, rate=rate) for run, rate in middles])
+        for (run, rate), result in zip(middles, between, strict=True):
+            points[run] = sorted([*points[run], (rate, result)], key=lambda point: point[0])
     crowds = [
         Run("paged", server, load, rate, study.seconds(seconds), study.seed)
         for load, (rate, seconds) in FULL.items() for server in NUMBERS
@@ -71,12 +72,12 @@ def today(study: Study) -> Report:
 def steep(points: Points) -> list[float]:
     """The middle of each wide step in which the latency rises: a straight line would pass far above the true one.
 
-    That is where nearly as many fit as come for `sweep`'s first guess: what it takes for a full memory is not full.
+    `sweep` steps wide where nearly all requests of its first guess fit at once, so that it guesses too much.
     """
     return [
         float(f"{math.sqrt(low * high):.3g}")
         for (low, before), (high, after) in zip(points, points[1:], strict=False)
-        if high > 1.6 * low and after.latency > 2 * before.latency
+        if high > 1.2 * low and after.latency > 2 * before.latency
     ]  # fmt: skip
 
 
