@@ -108,7 +108,7 @@ def test_a_wide_step_is_looked_into_where_the_latency_rises():
     def curve(*points):
         return [(rate, Result(latency, 0, 0, 0, {}, 1, 1, 0)) for rate, latency in points]
 
-    assert steep(curve((1.0, 0.02), (2.0, 0.03), (4.0, 0.5), (5.0, 5.0))) == [2.83]
+    assert steep(curve((1.0, 0.02), (2.0, 0.03), (4.0, 0.5), (4.5, 1.2), (6.0, 3.0))) == [2.83]
     assert steep(curve((1.0, 0.02), (1.1, 0.5))) == steep([]) == []
 
 

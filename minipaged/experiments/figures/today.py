@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from minipaged.experiments.figures.rates import HOUR, LOADS, THRESHOLD, curves_data, draw_curves, number, walls
 from minipaged.experiments.hardware import FOUR_BITS, GIB, HOST_PER_REQUEST, SERVERS
 from minipaged.experiments.report import Report, Table
-from minipaged.experiments.runs import Points, Result, Run
+from minipaged.experiments.runs import LATENCY, Points, Result, Run
 from minipaged.experiments.study import Study
 
 NUMBERS = {"13b": "fp16", "13b-kv8": "8-bit cache", "13b-w4": "4-bit weights", "13b-w4-kv8": "both"}
@@ -77,7 +77,7 @@ def steep(points: Points) -> list[float]:
     return [
         float(f"{math.sqrt(low * high):.3g}")
         for (low, before), (high, after) in zip(points, points[1:], strict=False)
-        if high > 1.2 * low and after.latency > 2 * before.latency
+        if high > 1.2 * low and before.latency < LATENCY and after.latency > 2 * before.latency
     ]  # fmt: skip
 
 
