@@ -14,21 +14,24 @@ import pytest
 from minipaged.experiments import __main__ as command
 from minipaged.experiments import runs
 from minipaged.experiments.figures import FIGURES
+from minipaged.experiments.figures.today import NUMBERS, parts, steep
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.report import Point, Report, Table, compare
 from minipaged.experiments.runs import SYSTEMS, Result, Run, crossing, execute, sweep
+from minipaged.experiments.simulation import Durations
 from minipaged.experiments.study import Settings, Study
+from minipaged.experiments.systems import Work
 
 LINE = '{"prompt": 100, "output": 20}\n'
 
 
 @pytest.fixture(scope="module")
-def study():
+def study(tmp_path_factory):
     class Short(Study):
         def seconds(self, full):
             return full / 150
 
-    with Short(Settings()) as one:
+    with Short(Settings(folder=tmp_path_factory.mktemp("cache"))) as one:  # nothing is computed twice
         yield one
 
 
@@ -70,6 +73,54 @@ def test_the_order_of_the_systems(crowds):
     rates = [crowds[name].throughput for name in SYSTEMS]
     assert rates == sorted(rates)
     assert 1.3 < crowds["paged"].throughput / crowds["oracle"].throughput < 2.7
+
+
+# --- today: smaller numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smaller():
+    """Requests that all come at once, on one server with its four sizes of numbers."""
+    return {
+        load: [execute(Run("paged", name, load, 1000.0, seconds), None) for name in NUMBERS]
+        for load, seconds in (("sharegpt", 0.6), ("alpaca", 1.5))
+    }
+
+
+@pytest.mark.parametrize("load", ["sharegpt", "alpaca"])
+def test_smaller_numbers_hold_and_take_more(load, smaller):
+    """fp16, an 8-bit cache, 4-bit weights, both: each leaves more blocks, and none makes a step longer."""
+    fp16, cache, weights, both = (result.throughput for result in smaller[load])
+    assert fp16 < min(cache, weights) and max(cache, weights) < both
+    if load == "sharegpt":  # short answers wait for arithmetic and for the host, not for memory
+        assert cache < weights and both / fp16 > 1.5
+    assert [result.num_requests for result in smaller[load]] == 4 * [smaller[load][0].num_requests]
+
+
+def test_figure_today_begins_with_figure_12(study):
+    """In fp16 it is minipaged's own curve there, to the last digit."""
+    there, here = FIGURES["fig12"](study).data, FIGURES["today"](study).data
+    assert here["13b sharegpt"]["13b"] == there["13b sharegpt"]["paged"]
+    assert here["13b sharegpt"]["13b-kv8"] != there["13b sharegpt"]["paged"]
+
+
+def test_a_wide_step_is_looked_into_where_the_latency_rises():
+    def curve(*points):
+        return [(rate, Result(latency, 0, 0, 0, {}, 1, 1, 0)) for rate, latency in points]
+
+    assert steep(curve((1.0, 0.02), (2.0, 0.03), (4.0, 0.5), (4.5, 1.2), (6.0, 3.0))) == [2.83]
+    assert steep(curve((1.0, 0.02), (1.1, 0.5))) == steep([]) == []
+
+
+def test_the_parts_of_a_step_are_those_of_the_clock():
+    """So many requests, each with so much context, and no prompt: see test_one_request_alone_takes_what_..."""
+    full = Result(1, 1, 1, 30.0, {"tokens": 50.0}, 1, 1, 0)
+    for name in NUMBERS:
+        one, server = parts(name, full), SERVERS[name]
+        work = Work(1, 30, 30, 0)
+        seconds = Durations(server, 16).first(work, 30) + server.num_slots / 2 * server.context_seconds(16)
+        step = max(one["weights"], one["arithmetic"]) + one["cache"] + one["kernels"] + one["host"]
+        assert step == pytest.approx(1e3 * seconds)
 
 
 def test_figure_19_crosses_between_16_and_32():

@@ -549,7 +549,9 @@ show_source(Orca.plan, Orca._admit)
 # quantiles instead of with random numbers, and it also reads requests from a file.
 
 # %%
-show_source(type(opt).matrix_seconds, type(opt).context_seconds)
+Server = type(opt)
+formulas = (Server.reading_seconds, Server.computing_seconds, Server.matrix_seconds)
+show_source(*formulas, Server.context_seconds)
 
 # %%
 rng = np.random.default_rng(4)

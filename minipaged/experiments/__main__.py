@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "and memory, Orca and FasterTransformer beside it, and a cost model instead of a GPU.\n"
         "`live` compares static batches, contiguous memory and paging on the real model instead.",
         epilog="Figures: " + ", ".join(FIGURES) + ".\n"
+        "Not in the paper: llama (a model and a GPU of today), today (an 8-bit cache and 4-bit weights).\n"
         "Each writes NAME.txt, .json, .png and .svg. What was computed once is kept in the cache folder.\n"
         "Exit status: 0 fine, 1 a process died, 2 bad input, 130 interrupted by Ctrl-C.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ Everything but the last constant comes from data sheets or from what is commonly
 calibrated by one number that the paper prints, see there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 # Of the data sheet's bandwidth. A plain copy reaches 0.8 or more, which was our first guess; with it small batches came
@@ -33,6 +33,9 @@ PCIE = 25e9  # bytes a second, PCIe 4.0 x16 in practice
 DRAM_LATENCY = 0.6e-6  # seconds until a load from global memory arrives, on an A100
 DEPENDENT_LOADS = 3  # for each block one after another: its number, its keys, its values
 WARPS_PER_SM = 16  # that are in flight at a time in such a kernel
+# Weights in four bits as GPTQ and AWQ store them: for each 128 columns of a row an fp16 scale and a zero of four bits.
+FOUR_BITS = 4 + (16 + 4) / 128
+OPT_13B_EMBEDDING = 50_272 * 5_120  # weights that such checkpoints leave in fp16; also its output matrix (OPT's config)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,12 @@ H100 = GPU("H100-80GB", 3350e9, 989e12, 132)
 
 @dataclass(frozen=True)
 class Server:
-    """A model on one or more GPUs, in fp16. Sizes of weights and KV memory: the paper's Table 1, where it has them."""
+    """A model on one or more GPUs. Sizes of weights and KV memory: the paper's Table 1, where it has them.
+
+    All is fp16 if the last three don't say otherwise: bits of a weight, scales and zeros counted; bytes of a number in
+    the cache; bytes of the scale that each token has there for each head, of its key and of its value. Whatever the
+    bits, arithmetic is in fp16: numbers become fp16 in registers, which costs nothing here.
+    """
 
     model: str
     gpu: GPU
@@ -63,6 +71,9 @@ class Server:
     head_size: int
     weight_bytes: float
     kv_memory: int  # bytes left for keys and values
+    weight_bits: float = 16.0
+    cache_bytes: int = 2
+    scale_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -71,8 +82,12 @@ class Server:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values of one token, in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_size * 2
+        """Bytes of keys and values of one token, in all layers.
+
+        >>> SERVERS["13b"].kv_bytes, SERVERS["13b-kv8"].kv_bytes
+        (819200, 422400)
+        """
+        return 2 * self.layers * self.kv_heads * (self.head_size * self.cache_bytes + self.scale_bytes)
 
     @property
     def num_slots(self) -> int:
@@ -87,12 +102,19 @@ class Server:
     def bandwidth(self) -> float:
         return self.num_gpus * self.gpu.bandwidth * REACHED_BANDWIDTH
 
+    def reading_seconds(self) -> float:
+        """All weights, once."""
+        return self.weight_bytes / self.bandwidth
+
+    def computing_seconds(self, tokens: float) -> float:
+        """A matrix product of each weight and so many tokens."""
+        operations = 2 * (8 * self.weight_bytes / self.weight_bits) * tokens
+        return operations / (self.num_gpus * self.gpu.peak * REACHED_COMPUTE)
+
     def matrix_seconds(self, tokens: int) -> float:
         """All matrix products of a step, and starting its kernels; tokens: of all sequences together."""
-        reading = self.weight_bytes / self.bandwidth
-        computing = self.weight_bytes * tokens / (self.num_gpus * self.gpu.peak * REACHED_COMPUTE)  # 2 bytes: 2 ops
         starting = self.layers * (KERNELS_PER_LAYER * LAUNCH + (2 * ALL_REDUCE if self.num_gpus > 1 else 0))
-        return max(reading, computing) + starting
+        return max(self.reading_seconds(), self.computing_seconds(tokens)) + starting
 
     def context_seconds(self, block_size: int | None) -> float:
         """What attention adds for each token that is read; None: contiguous."""
@@ -114,6 +136,22 @@ class Server:
         return blocks * 2 * self.layers * (LAUNCH + share / PCIE)
 
 
+def in_four_bits(server: Server, kept: float) -> Server:
+    """The same in four bits, but for `kept` of its weights. What that frees is room for keys and values."""
+    count = server.weight_bytes / 2
+    bits = (16 * kept + FOUR_BITS * (count - kept)) / count
+    size = count * bits / 8
+    room = server.kv_memory + int(server.weight_bytes - size)
+    return replace(
+        server, model=f"{server.model}, 4-bit weights", weight_bytes=size, kv_memory=room, weight_bits=bits
+    )  # fmt: skip
+
+
+def eight_bit_cache(server: Server) -> Server:
+    """The same with keys and values as this engine has them in eight bits: a byte a number, and scales in fp32."""
+    return replace(server, model=f"{server.model}, 8-bit cache", cache_bytes=1, scale_bytes=4)
+
+
 SERVERS = {
     "13b": Server("OPT-13B", A100_40, 1, 40, 40, 40, 128, 26e9, 12 * GIB),
     "66b": Server("OPT-66B", A100_40, 4, 64, 72, 72, 128, 132e9, 21 * GIB),
@@ -121,3 +159,7 @@ SERVERS = {
     # Not in the paper: a model of today. Of 80 GB nine tenths are used, 16.1 GB of them by the weights.
     "llama": Server("Llama-3-8B", H100, 1, 32, 32, 8, 128, 16.1e9, int(0.9 * 80e9 - 16.1e9)),
 }
+# Nor these: the paper's smallest server, with numbers of today.
+SERVERS["13b-kv8"] = eight_bit_cache(SERVERS["13b"])
+SERVERS["13b-w4"] = in_four_bits(SERVERS["13b"], OPT_13B_EMBEDDING)
+SERVERS["13b-w4-kv8"] = eight_bit_cache(SERVERS["13b-w4"])

@@ -2,8 +2,9 @@
 
 from minipaged.experiments.figures.blocks import figure18, figure19
 from minipaged.experiments.figures.memory import figure2, figure13, table1
-from minipaged.experiments.figures.rates import figure12, figure17, today
+from minipaged.experiments.figures.rates import figure12, figure17, llama
 from minipaged.experiments.figures.sharing import figure14, figure15, figure16
+from minipaged.experiments.figures.today import today
 
 FIGURES = {
     "table1": table1,
@@ -16,5 +17,6 @@ FIGURES = {
     "fig17": figure17,
     "fig18": figure18,
     "fig19": figure19,
+    "llama": llama,
     "today": today,
 }

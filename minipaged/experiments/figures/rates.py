@@ -70,14 +70,14 @@ def _rates(panels: Mapping[tuple[str, str], Curves]) -> Table:
         ratios = [rates["paged"] / rates[system] for system in ("oracle", "max", "ft")]
         rows.append([
             f"{SERVERS[server].model}, {LOADS.get(load, load)}",
-            *(_number(rate, "{:.2f}") for rate in rates.values()),
-            *(_number(ratio, "{:.1f}x") for ratio in ratios),
+            *(number(rate, "{:.2f}") for rate in rates.values()),
+            *(number(ratio, "{:.1f}x") for ratio in ratios),
         ])  # fmt: skip
     header = ["req/s at 1 s/token", "FT", "Max", "Pow2", "Oracle", "ours", "/Oracle", "/Max", "/FT"]
     return Table("What each can take, and ours by theirs (-: too short a trace)", header, rows)
 
 
-def _number(value: float, form: str) -> str:
+def number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else form.format(value)
 
 
@@ -107,16 +107,21 @@ def curves_data(panels: Mapping[tuple[Any, ...], Curves]) -> dict[str, Any]:
 
 
 def draw_curves(
-    panels: Mapping[tuple[str, str], Curves], theirs: Mapping[tuple[str, str], Mapping[str, float]]
+    panels: Mapping[tuple[str, str], Curves],
+    theirs: Mapping[tuple[str, str], Mapping[str, float]],
+    called: Mapping[str, str] = SYSTEMS,
 ) -> Figure:
-    """A panel for each (server, load). theirs: the paper's crossings, as hollow marks on the upper edge."""
+    """A panel for each (server, load). theirs: the paper's crossings, as hollow marks on the upper edge.
+
+    called: what the legend says for each curve.
+    """
     titles = [f"{SERVERS[server].model}, {LOADS.get(load, load)}" for server, load in panels]
     with plots.drawing(*titles, rows=2 if len(panels) > 3 else 1) as (picture, axes):
         for one, (panel, curves) in zip(axes, panels.items(), strict=True):
             for system, points in curves.items():
-                place = list(SYSTEMS).index(system)
+                place = list(called).index(system)
                 look: Any = dict(color=plots.COLORS[place], marker=plots.MARKERS[place])
-                line = dict(look, linestyle=plots.DASHES[place], label=SYSTEMS[system])
+                line = dict(look, linestyle=plots.DASHES[place], label=called[system])
                 one.plot([rate for rate, _ in points], [result.latency for _, result in points], **line)
                 if system in theirs.get(panel, {}):
                     mark = dict(look, linestyle="", markerfacecolor="white", markersize=7, clip_on=False, zorder=5)
@@ -160,19 +165,19 @@ def figure17(study: Study) -> Report:
 # --- not in the paper ------------------------------------------------------------------------------------------------
 
 
-def today(study: Study) -> Report:
+def llama(study: Study) -> Report:
     """A model and a GPU of today under the paper's loads: four times fewer keys and values, four times the memory."""
     runs = [
         Run(system, "llama", load, 0, study.seconds(HOUR / 4), study.seed)
         for load in ("alpaca", "sharegpt") for system in reversed(SYSTEMS)
     ]  # fmt: skip
-    points = dict(zip(runs, study.sweeps("Today", runs), strict=True))
+    points = dict(zip(runs, study.sweeps("Llama", runs), strict=True))
     panels = {
         ("llama", load): {run.system: points[run] for run in reversed(runs) if run.load == load}
         for load in ("sharegpt", "alpaca")
     }
     return Report(
-        "today", "Today: Llama-3-8B on an H100", curves_data(panels), [_rates(panels)],
+        "llama", "Not in the paper: Llama-3-8B on an H100", curves_data(panels), [_rates(panels)],
         ["Hundreds of requests fit, even with Orca (Max), and the host's work for each of them, which is that of 2023 "
          "here, takes longer than the GPU's: memory is no longer what limits. Engines of today overlap the two."],
         lambda: draw_curves(panels, {}), "Two panels: all systems that schedule by iteration lie close together",
