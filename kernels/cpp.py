@@ -24,7 +24,7 @@ class CppBackend(TorchBackend):
     """Attention, norm, rope with cache write, gated activation and products in C++; the rest as in PyTorch.
 
     dtype: float32 or bfloat16. library: see `build`.
-    products: "exact" or "int8", with weights that stay packed: see cpu/packed.cpp.
+    products: "exact" or "int8", with weights that stay packed: see cpu/packed.h.
     same_bits: have oneDNN, which does products in bf16 where the processor can, take rows in groups of one size. All
     that is computed in fp32 is summed in one order for any number of rows anyway.
     """

@@ -87,6 +87,6 @@ def load(path: Path) -> ctypes.CDLL:
     library.cpu_rope_and_write.argtypes = [p, p, p, i, n, n, n, p, p, p, i, p, *[n] * 6, x, x, i]
     library.cpu_silu_and_mul.argtypes = [p, i, p, n, n, i]
     library.cpu_pack.argtypes = [p, n, n, i, p, i]
-    library.cpu_packed_linear.argtypes = [p, p, p, p, n, i, i, i]
+    library.cpu_packed_linear.argtypes = library.cpu_packed_linear_int8.argtypes = [p, p, p, p, n, i, i]
     library.cpu_packed_rows.argtypes = [p, p, n, p]
     return library

@@ -1,4 +1,4 @@
-"""Products in C++ with weights that stay in small numbers: lays them out as cpu/packed.cpp reads them."""
+"""Products in C++ with weights that stay in small numbers: lays them out as cpu/packed.h says."""
 
 import ctypes
 
@@ -16,7 +16,7 @@ PLAIN, SHORT, FLOAT8 = range(3)  # how codes become floats
 
 
 class Matrix(ctypes.Structure):
-    """The struct of the same name in packed.cpp."""
+    """The struct of the same name in packed.h."""
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("words", "scale", "minimum", "zeros", "outer_scale", "outer_minimum")],
@@ -44,7 +44,8 @@ class PackedMatrix:
     def __init__(
         self, library: ctypes.CDLL, pages: HugePages, packed: Packed, bias: Tensor | None = None, int8: bool = False
     ):
-        self.library, self.pages, self.int8 = library, pages, int8
+        self.library, self.pages = library, pages
+        self.product = library.cpu_packed_linear_int8 if int8 and not packed.float8 else library.cpu_packed_linear
         self.out, self.into = packed.codes.shape
         self.bias = None if bias is None else bias.float().contiguous()
         self.order = packed.order
@@ -91,9 +92,7 @@ class PackedMatrix:
         rows = x.float().contiguous() if self.order is None else x.float().index_select(1, self.order)
         y = torch.empty(len(x), self.out) if add_to is None or add_to.dtype != torch.float32 else add_to
         add, (matrix, bias) = y is add_to, self.told
-        self.library.cpu_packed_linear(
-            matrix, rows.data_ptr(), bias, y.data_ptr(), len(x), add, self.int8, torch.get_num_threads()
-        )
+        self.product(matrix, rows.data_ptr(), bias, y.data_ptr(), len(x), add, torch.get_num_threads())
         return y.to(x.dtype) if add or add_to is None else add_to.add_(y)
 
     def __getitem__(self, rows: Tensor) -> Tensor:

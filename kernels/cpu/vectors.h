@@ -3,6 +3,7 @@
 //   vectors.h      W floats at a time, which the compiler turns into what the machine has; and the tile, y += x w for
 //                  a few rows and two vectors of columns: the one loop that all the time is spent in
 //   linear.cpp     tiles over weights that were packed once
+//   packed.h       weights in small numbers: packed.cpp, exact products; packed_int8.cpp, with activations rounded, too
 //   attention.cpp  tiles over keys and values, read through the page table, with an online softmax
 //   rest.cpp       norm, rope and cache write, gated activation
 //
