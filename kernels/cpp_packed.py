@@ -83,10 +83,10 @@ class PackedMatrix:
         """The short way to make floats of codes, where it makes the same ones."""
         if packed.float8:
             return FLOAT8
-        scales, minima = packed.scales().double(), packed.minima()
-        bracket = (0 if minima is None else minima.double()) - scales * ((1 << packed.bits) + packed.zeros().double())
-        exact = torch.equal(bracket.float().double(), bracket)
-        return SHORT if exact and self.library.has_fma() else PLAIN
+        scales, minima, steps = packed.scales(), packed.minima(), 1 << packed.bits
+        few_digits = bool((scales.view(torch.int32) & (2 * steps - 1) == 0).all())  # code times scale needs no rounding
+        zeros = (0 if minima is None else minima.double()) - scales.double() * (steps + packed.zeros().double())
+        return SHORT if few_digits and torch.equal(zeros.float().double(), zeros) else PLAIN
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         rows = x.float().contiguous() if self.order is None else x.float().index_select(1, self.order)

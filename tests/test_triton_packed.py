@@ -128,9 +128,12 @@ def test_what_it_does_not_take_is_said():
     for other in (make(16, 48, 4, 24), make(16, 64, 6, 32), outer):
         assert not backend.packs(other)
         with pytest.raises(ValueError, match="takes codes of 4 or 8 bits in groups of a multiple of 16"):
-            backend.linear(other)
+            triton_packed.PackedLinear(other)
+    x = torch.randn(2, 48, device=DEVICE, dtype=torch.float16)
+    expected = reference.packed_linear(x, make(16, 48, 4, 24))
+    torch.testing.assert_close(backend.linear(make(16, 48, 4, 24))(x), expected, rtol=2e-3, atol=2e-2)  # of floats
     with pytest.raises(ValueError, match="not across"):
-        backend.linear(good.t())
+        triton_packed.PackedLinear(good.t())
     with pytest.raises(ValueError, match="does not fit"):
         backend.linear(good)(torch.zeros(1, 65, device=DEVICE))
 

@@ -58,6 +58,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch.nn.functional import gelu, layer_norm, silu, softmax
 
+from kernels.packed import floats
 from minipaged.models import ModelConfig, load, open_checkpoint
 from minipaged.teaching import attempt, plots, show_source
 
@@ -71,14 +72,14 @@ H, G, D, F = config.num_heads, config.num_kv_heads, config.head_size, config.int
 print(f"L={L} layers, E={E}, H={H} query heads, G={G} key/value heads, D={D}, F={F}, V={V}")
 
 # %% [markdown]
-# The file keeps most weights in 4 bits; reading converts them to fp32. Here are all the tensors of one layer, and
+# The file keeps most weights in 4 bits; `floats` makes fp32 of them. Here are all the tensors of one layer, and
 # those outside the layers:
 
 # %%
 from minipaged.models.llama import Llama
 
 stored = checkpoint.names(Llama.tensor_shapes(config))  # name in the file -> our name
-W = {name: checkpoint.tensor(key, torch.float32) for key, name in stored.items()}
+W = {name: floats(checkpoint.tensor(key, torch.float32), torch.float32) for key, name in stored.items()}
 for name, tensor in W.items():
     if "layers." not in name or "layers.0." in name:
         print(f"{name:45} {list(tensor.shape)}")

@@ -24,6 +24,7 @@ import torch
 from einops import einsum, rearrange
 from torch.nn.functional import linear, softmax
 
+from kernels.packed import floats
 from kernels.reference import rms_norm, rope, silu_and_mul
 from minipaged.models import ModelConfig, open_checkpoint
 from minipaged.models.llama import Llama
@@ -39,7 +40,7 @@ config, tokenizer = ModelConfig.from_hf(checkpoint.config), checkpoint.tokenizer
 L, E, V = config.num_layers, config.hidden_size, config.vocab_size
 H, G, D = config.num_heads, config.num_kv_heads, config.head_size
 stored = checkpoint.names(Llama.tensor_shapes(config))
-W = {name: checkpoint.tensor(key, torch.float32) for key, name in stored.items()}
+W = {name: floats(checkpoint.tensor(key, torch.float32), torch.float32) for key, name in stored.items()}
 embedding, turn = W["model.embed_tokens.weight"], Rope(config.rope, D, torch.device("cpu"))
 print(f"L={L} layers, E={E}, H={H} query heads, G={G} key/value heads, D={D}, V={V}")
 

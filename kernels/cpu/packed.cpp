@@ -9,7 +9,7 @@
 // A code becomes a float by being written into the mantissa of one. PLAIN: as the last bits of 2^23 it makes
 // 2^23 + code, and what is too much is taken off with the zero. SHORT: as the first bits of 1 it makes
 // f = 1 + code / 2^b, and then W = f (2^b scale) + (minimum - (2^b + zero) scale) is one instruction. That is the same
-// float if the bracket is exact: cpp_packed.py looks whether it is.
+// float if neither product nor bracket are rounded: cpp_packed.py looks whether they are.
 template <int BITS, int FORM, class F>
 static inline void each_weight(const Matrix& w, long panel, long first, F use) {
     constexpr float STEPS = 1 << BITS;
@@ -133,14 +133,6 @@ static void with_form(const Matrix& w, F call) {
 }
 
 extern "C" {
-
-int has_fma() {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 void cpu_pack(const uint8_t* codes, long N, long K, int bits, uint32_t* words, int threads) {
     with_bits(bits, [&](auto bits) { pack<bits()>(codes, N, K, words, threads); });
