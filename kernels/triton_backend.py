@@ -34,10 +34,11 @@ class TritonBackend(TorchBackend):
         return None if found >= (8, 9) else f"needs compute capability 8.9, not {found[0]}.{found[1]}: take int8"
 
     def packs(self, weight: Packed) -> bool:
-        return triton_packed.takes(weight)
+        """Not under the interpreter: there floats are faster by far."""
+        return self.device.type == "cuda" and triton_packed.takes(weight)
 
     def product(self, weight: Weight, bias: Tensor | None = None) -> Callable[..., Tensor]:
-        if isinstance(weight, Packed) and self.packs(weight):
+        if isinstance(weight, Packed) and triton_packed.takes(weight):
             return triton_packed.PackedLinear(weight, bias)
         return super().product(weight, bias)
 
