@@ -24,10 +24,11 @@ DESCRIPTION = (
     "output, all else to standard error."
 )
 EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
-METHODS = ("fp32", "file", "int8", "int4", "rtn", "gptq", "awq", "kv-int8", "kv-fp8")
+METHODS = ("fp32", "file", "int8-products", "int8", "int4", "rtn", "gptq", "awq", "kv-int8", "kv-fp8")
 METHODS_HELP = (
-    "fp32: weights in floats; file: as the file has them; int8, int4: rounded when they are loaded; rtn, gptq, awq: "
-    "as minipaged.quantize writes them, in 4 bits; kv-int8, kv-fp8: floats, but keys and values in eight bits "
+    "fp32: weights in floats; file: as the file has them; int8-products: and activations rounded, too; int8, int4: "
+    "rounded when they are loaded; rtn, gptq, awq: as minipaged.quantize writes them, in 4 bits; kv-int8, kv-fp8: "
+    "floats, but keys and values in eight bits "
     "(default: all that the model and the engine can do)"
 )
 CONTEXT = 1024
@@ -165,7 +166,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         Console().print(table)
     else:
         for cells in (["method", *COLUMNS], *written):
-            print(f"{cells[0]:8}" + "".join(f"{cell:>12}" for cell in cells[1:]).rstrip())
+            print(f"{cells[0]:13}" + "".join(f"{cell:>12}" for cell in cells[1:]).rstrip())
     print(f"{rows[0]['tokens']} tokens, {rows[0]['bytes']} bytes")
 
 

@@ -40,6 +40,7 @@ FLOATS = {"quantization": "none"}
 WAYS = {
     "fp32": Way(FLOATS),
     "file": Way(),  # as it is: a GGUF's own small numbers
+    "int8-products": Way({"products": "int8"}),  # as it is, with activations rounded, too
     "int8": Way({"quantization": "int8"}),  # rounded when it is loaded
     "int4": Way({"quantization": "int4"}),
     "rtn": Way(method="rtn"),
