@@ -143,7 +143,7 @@ class Packed:
 Weight = Tensor | Packed
 
 
-def floats(weight: Weight, dtype: torch.dtype) -> Tensor:
+def floats(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight.dequantize(dtype) if isinstance(weight, Packed) else weight.to(dtype)
 
 

@@ -79,7 +79,7 @@ print(f"L={L} layers, E={E}, H={H} query heads, G={G} key/value heads, D={D}, F=
 from minipaged.models.llama import Llama
 
 stored = checkpoint.names(Llama.tensor_shapes(config))  # name in the file -> our name
-W = {name: floats(checkpoint.tensor(key, torch.float32), torch.float32) for key, name in stored.items()}
+W = {name: floats(checkpoint.tensor(key, torch.float32)) for key, name in stored.items()}
 for name, tensor in W.items():
     if "layers." not in name or "layers.0." in name:
         print(f"{name:45} {list(tensor.shape)}")

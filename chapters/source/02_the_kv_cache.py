@@ -40,7 +40,7 @@ config, tokenizer = ModelConfig.from_hf(checkpoint.config), checkpoint.tokenizer
 L, E, V = config.num_layers, config.hidden_size, config.vocab_size
 H, G, D = config.num_heads, config.num_kv_heads, config.head_size
 stored = checkpoint.names(Llama.tensor_shapes(config))
-W = {name: floats(checkpoint.tensor(key, torch.float32), torch.float32) for key, name in stored.items()}
+W = {name: floats(checkpoint.tensor(key, torch.float32)) for key, name in stored.items()}
 embedding, turn = W["model.embed_tokens.weight"], Rope(config.rope, D, torch.device("cpu"))
 print(f"L={L} layers, E={E}, H={H} query heads, G={G} key/value heads, D={D}, V={V}")
 
