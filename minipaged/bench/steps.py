@@ -44,12 +44,12 @@ class Reader:
     """Reads a gigabyte: the speed of memory as the threads of PyTorch see it."""
 
     def __init__(self) -> None:
-        self.numbers = torch.ones(READ // 4, 4)
+        self.numbers, self.ones = torch.ones(READ // 1024, 1024), torch.ones(1024)
 
     def __call__(self) -> float:
         """Bytes a second."""
         began = time.perf_counter()
-        self.numbers.amax()
+        torch.mv(self.numbers, self.ones)  # the fastest reader that PyTorch has
         return self.numbers.nbytes / (time.perf_counter() - began)
 
 
