@@ -166,7 +166,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         Console().print(table)
     else:
         for cells in (["method", *COLUMNS], *written):
-            print(f"{cells[0]:13}" + "".join(f"{cell:>12}" for cell in cells[1:]).rstrip())
+            print(f"{cells[0]:13}" + "".join(f"{cell:>11}" for cell in cells[1:]).rstrip())
     print(f"{rows[0]['tokens']} tokens, {rows[0]['bytes']} bytes")
 
 

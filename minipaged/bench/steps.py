@@ -11,6 +11,7 @@ threads, from memory that no cache holds. It is measured in turns with the steps
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -121,32 +122,53 @@ def measure(model: str, ways: list[str], batches: list[int], contexts: list[int]
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C."""
+    args = _parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        rows = measure(args.model, args.ways, args.batch, args.context, args.repeat)
+    except (ValueError, OSError) as error:
+        print(f"minipaged.bench.steps: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(rows, indent=2) if args.json else "\n".join(_report(args.model, rows)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m minipaged.bench.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["file", "floats"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64])
-    parser.add_argument("--context", nargs="+", type=int, default=[256, 4096])
-    parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="(default: PyTorch's own choice)")
+    parser.add_argument("--batch", nargs="+", type=_count, default=[1, 8, 32, 64], metavar="N")
+    parser.add_argument("--context", nargs="+", type=_count, default=[256, 4096], metavar="N")
+    parser.add_argument("--repeat", type=_count, default=9, metavar="N")
+    parser.add_argument("--threads", type=_count, metavar="N", help="(default: PyTorch's own choice)")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = measure(args.model, args.ways, args.batch, args.context, args.repeat)
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return number
+
+
+def _report(model: str, rows: list[dict[str, Any]]) -> list[str]:
     head = ["weights", "sequences", "context", "ms a step", "tok/s", "MB read", "of the bound"]
     cells = [
         [r["way"], str(r["batch"]), str(r["context"]), f"{1000 * r['seconds']:.1f}", f"{r['tokens_a_second']:.0f}",
          f"{r['bytes'] / 1e6:.0f}", f"{100 * r['of_bound']:.0f} %"] for r in rows
     ]  # fmt: skip
-    print(f"{args.model}, {torch.get_num_threads()} threads, reading {rows[0]['read_speed'] / 1e9:.1f} GB/s")
-    print("\n".join(plain_table([head, *cells])))
+    speed = f"reading {rows[0]['read_speed'] / 1e9:.1f} GB/s" if rows else "all caches are too large"
+    return [f"{model}, {torch.get_num_threads()} threads, {speed}", *plain_table([head, *cells])]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
