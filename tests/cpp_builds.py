@@ -1,6 +1,8 @@
 """The C++ as other machines build it, kept between tests: a build takes half a minute of a processor."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,3 +26,16 @@ def library(face: str, sanitize: bool = False) -> Path:
         return cpp_build.build(folder, print, cpp_build.FLAGS + FACES[face] + SANITIZERS * sanitize)
     except cpp_build.BuildFailed as error:
         pytest.skip(str(error))
+
+
+def again_under_sanitizers(file: str, request) -> None:
+    """The tests of a file again, in a process whose memory is watched: a read or write outside of a tensor ends it."""
+    if request.config.getoption("--sanitize"):
+        pytest.skip("this is that process")
+    watcher = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(watcher):
+        pytest.skip("no address sanitizer")
+    environment = os.environ | {"LD_PRELOAD": watcher, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "pytest", "-x", "--sanitize", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,9 +1,6 @@
 """Every fast kernel against its plain reference, with poison wherever nothing may be read or left unwritten."""
 
 import math
-import os
-import subprocess
-import sys
 
 import cpp_builds
 import pytest
@@ -364,16 +361,7 @@ def test_rope_turns_by_the_position():
 
 
 def test_the_c_plus_plus_tests_under_sanitizers(request):
-    """Again, in a process whose memory is watched: a read or write outside of a tensor ends it."""
-    if request.config.getoption("--sanitize"):
-        pytest.skip("this is that process")
-    watcher = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(watcher):
-        pytest.skip("no address sanitizer")
-    environment = os.environ | {"LD_PRELOAD": watcher, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "pytest", "-x", "--sanitize", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    cpp_builds.again_under_sanitizers(__file__, request)
 
 
 # --- the same bits in any company, for those that promise them: see test_same_bits.py ---------------------------

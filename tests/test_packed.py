@@ -1,9 +1,6 @@
 """Weights in small numbers: GGUF blocks beside the gguf package, products beside fp64, the same bits as floats."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import cpp_builds
 import gguf
@@ -220,13 +217,4 @@ def test_bytes_are_those_of_the_file():
 
 
 def test_packed_products_under_sanitizers(request):
-    """Again, in a process whose memory is watched: a read or write outside of a tensor ends it."""
-    if request.config.getoption("--sanitize"):
-        pytest.skip("this is that process")
-    watcher = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(watcher):
-        pytest.skip("no address sanitizer")
-    environment = os.environ | {"LD_PRELOAD": watcher, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "pytest", "-x", "--sanitize", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    cpp_builds.again_under_sanitizers(__file__, request)

@@ -21,7 +21,7 @@ Checkpoint: TypeAlias = "FolderCheckpoint | GGUFCheckpoint"
 Progress = Callable[[int, int], None]  # called with: tensors read so far, tensors in all
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BITS = {"int8": 8, "int4": 4}
-CACHE_SCALES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_scale")  # of an FP8 cache; always fp32, never needed
+CACHE_SCALES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_scale")  # of an FP8 cache; always fp32
 
 
 def read_weights(
