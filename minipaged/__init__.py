@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minipaged.async_llm import AsyncLLM
     from minipaged.llm import LLM
     from minipaged.requests.beam_search_params import BeamSearchParams
     from minipaged.requests.request import RequestRefused
     from minipaged.requests.sampling_params import Logprob, RequestOutputKind, SamplingParams
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "RequestOutputKind"]
+__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "RequestOutputKind"]
 __all__ += ["RequestRefused", "SamplingParams"]
 
 _HOMES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "BeamSearchParams": "requests.beam_search_params",
     "CompletionOutput": "text.outputs",
     "Logprob": "requests.sampling_params",

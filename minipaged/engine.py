@@ -93,14 +93,30 @@ class LLMEngine:
         tokens or by timing what another one asked.
         """
         [params] = one_for_each(sampling_params, [prompt])
-        return self._add(prompt, params, request_id, cache_salt, self._mail)
+        return self.add(self.prepare(prompt, params, request_id, cache_salt), self._mail)
+
+    def prepare(
+        self, prompt: Prompt, params: Params, request_id: str | None = None, cache_salt: str | None = None,
+        where: str = "",
+    ) -> Request:  # fmt: skip
+        """Read and check what was asked, and change nothing: it waits for no step, in whatever thread it is called.
+
+        where: what errors begin with.
+        """
+        try:
+            request = self._intake.request(prompt, params, request_id, cache_salt, self._requests)
+            self.scheduler.check(request)
+            return request
+        except ValueError as error:
+            error.args = (f"{where}{error}",)
+            raise
 
     def step(self) -> list[RequestOutput]:
         """Compute one step. Returns the state of the requests of add_request that got new tokens, or ended.
 
         Also what others made for them meanwhile, in `generate` or in another thread; then nothing is computed.
         """
-        return self._step(self._mail)
+        return self.step_for(self._mail)
 
     def abort(self, request_id: str) -> None:
         """End a request at once and free all it holds, whatever it is doing. Unknown and ended ones are ignored.
@@ -150,6 +166,11 @@ class LLMEngine:
                 speculation=scheduler.speculation.counts.copy() if scheduler.speculation else None,
             )
 
+    @property
+    def totals(self) -> Totals:
+        """The sums since the beginning, as of the last step. Whoever asks, in whatever thread, waits for none."""
+        return self._totals
+
     def close(self) -> None:
         """End all requests, and give the memory back. Nothing can be asked afterwards."""
         with self._lock:
@@ -166,7 +187,7 @@ class LLMEngine:
 
     # --- a step -------------------------------------------------------------------------------------------------
 
-    def _step(self, mailbox: Mailbox) -> list[RequestOutput]:
+    def step_for(self, mailbox: Mailbox) -> list[RequestOutput]:
         """What waits in a mailbox; if there is nothing, a step is computed first."""
         self._must_not_compute()
         mailbox.arrived()
@@ -280,16 +301,15 @@ class LLMEngine:
 
     # --- requests come and go -----------------------------------------------------------------------------------
 
-    def _add(
-        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, mailbox: Mailbox,
-        where: str = "",
-    ) -> str:  # fmt: skip
-        name = None
+    def add(self, request: Request, mailbox: Mailbox) -> str:
+        name = request.request_id
+        adding = False
         try:
             with self._lock:
                 self._make_whole()
-                request = self._checked(prompt, params, request_id, cache_salt, where)
-                name = request.request_id
+                if name in self._requests:
+                    raise ValueError(f"request_id {name!r} is in use")
+                adding = True
                 self._say_what_beams_do_without(request)
                 self._unfinished = self._start_over
                 self.scheduler.add(request)
@@ -297,20 +317,9 @@ class LLMEngine:
                 self._unfinished = None
                 return name
         except BaseException:
-            if name is not None:  # nobody knows of it: it is gone
+            if adding:  # nobody knows of it: it is gone
                 self._requests.pop(name, None)
                 self._unfinished = self._start_over
-            raise
-
-    def _checked(
-        self, prompt: Prompt, params: Params, request_id: str | None, cache_salt: str | None, where: str
-    ) -> Request:
-        try:
-            request = self._intake.request(prompt, params, request_id, cache_salt, self._requests)
-            self.scheduler.check(request)
-            return request
-        except ValueError as error:
-            error.args = (f"{where}{error}",)
             raise
 
     def _abort(self, request: Request, mailbox: Mailbox) -> None:

@@ -7,62 +7,49 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 
-from minipaged.execution.engine_args import EngineArgs
-from minipaged.terminal.options import HINTS, BadInput, parse, speculative_config
+from minipaged.terminal.command import FAILED, INTERRUPTED, BadInput, CommandFailed, run
+from minipaged.terminal.engine_flags import engine_options
+from minipaged.terminal.loading import load
+from minipaged.terminal.options import HINTS, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
-from minipaged.terminal.report import Results, ignore_closed_pipe, show_account, show_prefixes
+from minipaged.terminal.report import Results, show_account, show_prefixes
 from minipaged.terminal.trace import TraceError, TraceWriter
-from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts, waiting
+from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.llm import LLM
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
-OPTIONS = (  # of LLM, that there are flags for
-    "dtype", "quantization", "products", "kv_cache_dtype", "device", "kernels", "block_size", "num_blocks",
-    "kv_cache_memory", "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill",
-    "preemption", "debug",
-)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit status: see the end of --help."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work() -> int:
         with contextlib.ExitStack() as stack:
-            args = parse(argv)
-            return _generate(args, read_jobs(args), stack)
-    except BadInput as error:
-        if isinstance(error, NoPrompt) and not argv:
-            print(HINTS)
-            return 0
-        for line in str(error).splitlines():
-            print(f"minipaged.generate: error: {line}", file=sys.stderr)
-        return BAD_INPUT
-    except TraceError as error:
-        print(f"minipaged.generate: error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return ignore_closed_pipe()
-    except OSError as error:  # a full disk below standard output, say
-        print(f"minipaged.generate: error: {error}", file=sys.stderr)
-        ignore_closed_pipe()
-        return FAILED
+            try:
+                args = parse(argv)
+                return _generate(args, read_jobs(args), stack)
+            except NoPrompt:
+                if argv:
+                    raise
+                print(HINTS)
+                return 0
+            except TraceError as error:
+                raise CommandFailed(str(error)) from error
+
+    return run("minipaged.generate", work)
 
 
 def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:
-    _check_options(args)
+    options = engine_options(args)
     console = Console(stderr=True, no_color=args.no_color or None, highlight=False)
     trace = stack.enter_context(_open_trace(args.trace)) if args.trace else None
-    llm = _load(args, console)
+    llm: LLM = load("LLM", args.model, options, console)
     _add_all(llm, jobs, args.chat)
     if trace:
         with contextlib.suppress(OSError):  # a pipe has nothing to be removed
@@ -71,45 +58,12 @@ def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitS
     return _run(llm, jobs, args, console)
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    """Say what is wrong with them now, and not after loading."""
-    try:
-        EngineArgs.of(args.model, _options(args))
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {name: getattr(args, name) for name in OPTIONS}
-    return options | {"speculative_config": speculative_config(args)}
-
-
 def _open_trace(path: str) -> IO[str]:
     """Opened before anything runs; but what it held is kept until there is something to write."""
     try:
         return open(path, "a", encoding="utf-8")
     except OSError as error:
         raise BadInput(f"cannot write the trace {path}: {error.strerror}") from None
-
-
-def _load(args: argparse.Namespace, console: Console) -> "LLM":
-    with waiting(console, "loading PyTorch"):
-        from minipaged.llm import LLM
-        from minipaged.models.fetch import fetch_smollm2
-
-    try:
-        if args.model == "smollm2":
-            fetch_smollm2()  # by itself, since it draws a progress bar of its own
-        fetched = args.model == "smollm2" or Path(args.model).exists()
-        words = f"loading {args.model}"
-        with waiting(console, words) if fetched else contextlib.nullcontext():
-            return LLM(args.model, **_options(args))
-    except (ValueError, OSError, MemoryError) as error:
-        raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
-    except RuntimeError as error:  # PyTorch's way to say that there is no memory
-        if "memory" not in str(error):
-            raise
-        raise BadInput("not enough memory: lower --num-blocks or --kv-cache-memory") from error
 
 
 def _add_all(llm: "LLM", jobs: list[Job], chat: bool | None) -> None:

@@ -80,7 +80,7 @@ class LLM(LLMEngine):
         try:
             for number, (prompt, one) in enumerate(zip(prompts, one_for_each(params, prompts), strict=True)):
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
-                ids.append(self._add(prompt, one, None, cache_salt, mailbox, where))
+                ids.append(self.add(self.prepare(prompt, one, None, cache_salt, where), mailbox))
             answers = self._answers(mailbox, len(ids))
             next(answers)  # from now on it cleans up after itself
         except BaseException:
@@ -92,7 +92,7 @@ class LLM(LLMEngine):
         try:
             yield None  # type: ignore[misc]
             while left:
-                for output in self._step(mailbox):
+                for output in self.step_for(mailbox):
                     if output.request_id not in mailbox:  # else it was aborted meanwhile, and there is a newer one
                         left -= output.finished
                         yield output

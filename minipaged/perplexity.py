@@ -6,13 +6,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.terminal.options import BadInput
-from minipaged.terminal.report import ignore_closed_pipe
+from minipaged.terminal.command import EPILOG, BadInput, Parser, run
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not to say that a flag is wrong
     from minipaged.quantization.progress import Shown
@@ -23,7 +22,6 @@ DESCRIPTION = (
     "Measure how well a model foresees a text, in floats and quantized in several ways. A table goes to standard "
     "output, all else to standard error."
 )
-EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
 METHODS = ("fp32", "file", "int8-products", "int8", "int4", "rtn", "gptq", "awq", "kv-int8", "kv-fp8")
 METHODS_HELP = (
     "fp32: weights in floats; file: as the file has them; int8-products: and activations rounded, too; int8, int4: "
@@ -42,15 +40,10 @@ COLUMNS = {  # of the table: the field of a row, and how it is written
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (--help tells of all options)")
-
-
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     rows: list[dict[str, Any]] = []
-    try:
+
+    def work() -> None:
         args = _parser().parse_args(argv)
         _check(args)
         try:
@@ -60,22 +53,12 @@ def main(argv: list[str] | None = None) -> int:
                 _print(rows)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        return 0
-    except BadInput as error:
-        print(f"minipaged.perplexity: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return ignore_closed_pipe()
-    except OSError as error:
-        print(f"minipaged.perplexity: error: {error}", file=sys.stderr)
-        return 1
+
+    return run("minipaged.perplexity", work)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", default="smollm2",
         help="smollm2, a folder in Hugging Face layout, a .gguf file or a hub id (default: smollm2)")  # fmt: skip

@@ -4,46 +4,30 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from minipaged.terminal.options import BadInput
+from minipaged.terminal.command import EPILOG, BadInput, Parser, run
 
 PROGRAM = "python -m minipaged.quantize"
 DESCRIPTION = (
     "Write a model with its matrices in 4 or 8 bits: a folder in Hugging Face layout, packed as compressed-tensors has "
     "it, that minipaged, vLLM and transformers read."
 )
-EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
 METHODS = {"rtn": "round to nearest", "gptq": "later columns make good", "awq": "columns scaled by what they read"}
 WIDTHS, GROUP_SIZES = (4, 8), (32, 64, 128, -1)
 CALIBRATION_TOKENS = 8192
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (--help tells of all options)")
-
-
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    try:
+    def work() -> None:
         args = _parser().parse_args(argv)
         _check(args)
         _run(args)
-        return 0
-    except BadInput as error:
-        print(f"minipaged.quantize: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    except OSError as error:  # a full disk, say
-        print(f"minipaged.quantize: error: {error}", file=sys.stderr)
-        return 1
+
+    return run("minipaged.quantize", work, "interrupted: nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("model", metavar="MODEL", help="smollm2, a folder in Hugging Face layout, a .gguf file or a hub id")
     add("out", metavar="OUT", type=Path, help="the folder that is written; it must not exist")

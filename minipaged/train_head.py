@@ -5,12 +5,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.terminal.options import BadInput
+from minipaged.terminal.command import EPILOG, BadInput, Parser, run
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not to say that a flag is wrong
     from minipaged.training.course import Report
@@ -20,35 +20,22 @@ DESCRIPTION = (
     "Train a head: a small network that guesses a model's next tokens from its last hidden state. The model itself "
     "writes the text that it is trained on."
 )
-EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
 LINES = 10  # of progress where there is no terminal
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (--help tells of all options)")
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work() -> None:
         args = _parser().parse_args(argv)
         _check(args)
         _run(args, shlex.join([*PROGRAM.split(), *argv]))
-        return 0
-    except BadInput as error:
-        print(f"minipaged.train_head: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: no head was written", file=sys.stderr)
-        return 130
-    except OSError as error:  # a full disk, say
-        print(f"minipaged.train_head: error: {error}", file=sys.stderr)
-        return 1
+
+    return run("minipaged.train_head", work, "interrupted: no head was written")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, a .gguf file or a hub id")
     add("--out", required=True, metavar="FILE", help="where the head is written: a .safetensors file")

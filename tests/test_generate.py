@@ -19,7 +19,8 @@ from minipaged import LLM, SamplingParams
 from minipaged.generate import main
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import RequestMetrics
-from minipaged.terminal.options import HINTS, parse_bytes
+from minipaged.terminal.engine_flags import parse_bytes
+from minipaged.terminal.options import HINTS
 from minipaged.terminal.prompts import Job
 from minipaged.terminal.report import Results
 from minipaged.text.outputs import CompletionOutput, RequestOutput

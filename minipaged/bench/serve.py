@@ -44,6 +44,7 @@ from minipaged.models import Checkpoint, ModelConfig, ModelError, open_checkpoin
 
 CONNECTED_IN, CONNECTED_OUT = 16, 128  # tokens of --connections: enough that all are open before the first one ends
 MEMORY = 4 << 30  # bytes of keys and values: more only if what runs at a time needs it
+WAITING = 1024  # requests in our server's queue, as it is by default: --connections may need more
 LABELS = {"minipaged": "minipaged", "server": "the server", "offline": "offline", "vllm": "vLLM"}
 Case = tuple[Load, Arrivals]
 
@@ -192,7 +193,7 @@ def _contenders(
     if args.url:
         contenders: dict[str, Contender] = {"server": Online(args.url, args.timeout, args.goodput)}
     else:
-        contenders = {"minipaged": _started(ours(options), args, stack)}
+        contenders = {"minipaged": _started(ours(options, max(WAITING, args.connections or 0)), args, stack)}
     if args.offline:
         contenders["offline"] = Offline(options)
         stack.callback(contenders["offline"].close)

@@ -107,16 +107,15 @@ class Server:
         self._said.close()
 
 
-def ours(options: Options) -> Recipe:
-    """This engine's server, as `options` say."""
+def ours(options: Options, most_requests: int) -> Recipe:
+    """This engine's server, as `options` say; so many may wait in its queue."""
     arguments = [
         "-m", "minipaged.serve", "--model", options.model, "--host", HOST, "--port", "PORT", "--dtype", options.dtype,
-        "--num-blocks", str(options.num_blocks),
+        "--num-blocks", str(options.num_blocks), "--max-queued-requests", str(most_requests),
     ]  # fmt: skip
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return Recipe(
-        "minipaged", sys.executable, arguments, {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": path}
-    )
+    environment = {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": path, "MINIPAGED_API_KEY": ""}
+    return Recipe("minipaged", sys.executable, arguments, environment)
 
 
 def vllm(options: Options, python: str) -> Recipe:
@@ -131,7 +130,8 @@ def vllm(options: Options, python: str) -> Recipe:
         "--uvicorn-log-level", "warning", "--max-model-len", str(options.longest),
     ]  # fmt: skip
     settings = {name: value for name, value in peer_vllm.SETTINGS.items() if "MULTIPROCESSING" not in name}
-    return Recipe("vLLM", python, arguments, settings | {"OMP_NUM_THREADS": str(options.threads)})
+    settings |= {"OMP_NUM_THREADS": str(options.threads), "VLLM_API_KEY": ""}
+    return Recipe("vLLM", python, arguments, settings | {"PYTHONPATH": ""})  # its environment is its own
 
 
 def free_port() -> str:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.sampling_params import SamplingParams
-from minipaged.terminal.options import MAX_TOKENS, TEMPERATURE, BadInput
+from minipaged.terminal.command import BadInput
+from minipaged.terminal.options import MAX_TOKENS, TEMPERATURE
 
 T = TypeVar("T")
 R = TypeVar("R")

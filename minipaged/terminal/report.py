@@ -4,8 +4,6 @@ And how it ends when nobody listens any more.
 """
 
 import json
-import os
-import sys
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
@@ -191,10 +189,3 @@ def show_prefixes(llm: "LLM", console: Console) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 1024:,.1f} KiB"
-
-
-def ignore_closed_pipe() -> int:
-    """Whoever read our output has gone (`| head`): end quietly, with a shell's exit status for that."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at exit
-    return 141

@@ -84,13 +84,19 @@ def encode(prompt: Any, tokenizer: Tokenizer, vocab_size: int, keep: int | None 
         assert text is not None
         token_ids = tokenize(text, tokenizer)
     elif given and isinstance(given[0], Mapping):
-        text = tokenizer.apply_chat_template([_text_only(i, message) for i, message in enumerate(given)])
+        text = chat_text(given, tokenizer)
         token_ids = tokenize(text, tokenizer, add_special_tokens=False)
     else:
         token_ids = [_token_id(token, vocab_size) for token in given]
     if not token_ids:
         raise ValueError("the prompt is empty: it needs at least one token")
     return Encoded(text, token_ids if keep is None else token_ids[-keep:], salt)
+
+
+def chat_text(messages: Sequence[Any], tokenizer: Tokenizer, add_generation_prompt: bool = True) -> str:
+    """A conversation as the model reads it; it is tokenized without special tokens, for it has them all."""
+    texts = [_text_only(i, message) for i, message in enumerate(messages)]
+    return tokenizer.apply_chat_template(texts, add_generation_prompt)
 
 
 def _read_mapping(prompt: Mapping[Any, Any]) -> tuple[str | None, list[Any] | None, str | None]:

@@ -28,6 +28,10 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
 
 @dataclass
 class RequestOutput:
@@ -85,6 +89,10 @@ class GrowingOutput(CompletionOutput):
         self.index, self.finish_reason, self.stop_reason = seq.index, seq.finish_reason, seq.stop_reason
         self._seq, self._num_tokens = seq, len(seq.output_token_ids)
         self._text, self._length, self._tokenizer = text, text.shown_length(self.finished()), tokenizer
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
 
     @cached_property
     def text(self) -> str:  # type: ignore[override]

@@ -4,12 +4,17 @@ from minipaged.requests.sampling_params import SamplingParams
 from minipaged.text.detokenizer import StreamDecoder
 from minipaged.text.tokenizer import Tokenizer
 
+MANY = 64  # pieces are joined at the latest when there are so many
+
 
 class SequenceText:
     """The text of one sequence: streamed token by token, and cut where a stop string is complete.
 
     A token costs what it adds, however long the text is: pieces are joined when somebody reads them, and stop
     strings are looked for at the end only.
+
+    It may be read in one thread while it grows in another: pieces are only ever appended to a list, and where they
+    are joined or cut there is a new list.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
@@ -61,12 +66,12 @@ class SequenceText:
 
     def start(self, length: int) -> str:
         """Its first characters; what was shown once stays."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0][:length] if self._pieces else ""
+        return "".join(self._pieces)[:length]
 
     def _append(self, piece: str) -> None:
         if piece:
+            if len(self._pieces) == MANY:
+                self._pieces = ["".join(self._pieces)]
             self._pieces.append(piece)
             self._length += len(piece)
             self._end = (self._end + piece)[-self._reach :] if self._reach else ""

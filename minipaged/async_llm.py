@@ -1,0 +1,314 @@
+"""Many who ask, one engine, in asyncio. vLLM's `AsyncLLM`, by its names.
+
+    from minipaged import AsyncLLM, SamplingParams
+    async with AsyncLLM("smollm2") as llm:
+        async for output in llm.generate("The capital of France is", SamplingParams(max_tokens=20)):
+            print(output.outputs[0].text)
+
+One thread steps the engine, and nobody else does. What is asked goes into an inbox that it empties between two steps;
+what a step made goes back to the event loop in one piece. So the loop never waits for a step, nor a step for a reader:
+who reads slowly finds the newest state of what was made meanwhile, and no queue of all that was between.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import fields
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from minipaged.engine import LLMEngine
+from minipaged.execution.engine_args import EngineArgs
+from minipaged.execution.stats import EngineStats
+from minipaged.requests.request import Request
+from minipaged.scheduling.plan import StepOutput, StepPlan
+from minipaged.text.inputs import Params, Prompt, one_for_each
+from minipaged.text.mailbox import Mailbox
+from minipaged.text.outputs import RequestOutput
+from minipaged.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+PATIENCE = 3  # so many steps may fail one after the other before those who wait are told
+
+
+class EngineDeadError(RuntimeError):
+    """The engine was shut down, or step after step failed."""
+
+
+class AsyncLLM:
+    """An engine with a thread of its own. Options: see `EngineArgs`."""
+
+    def __init__(self, model: str = "smollm2", **options: Any):
+        self.engine = LLMEngine(model, **options)
+        self.waiting: dict[str, int] = {}  # prompt tokens of those that nothing was computed for yet
+        self._streams: dict[str, Stream] = {}  # of requests that are not finished; the thread's own
+        self._admitted: list[str] = []  # in the step that is being computed
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._open, self._stopped = threading.Lock(), False  # nothing comes in once it is stopped
+        self._mailbox = _Newest()
+        self._failures = 0  # steps, one after the other
+        self._error: BaseException | None = None  # of the last of them
+        self.engine.observers.append(self._note_admitted)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> Self:
+        options = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "model"}
+        return cls(args.model, **options)
+
+    # --- asking -------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: Params | None = None,
+        request_id: str | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """The state of the request as it grows, until it is finished. Who leaves before that aborts it.
+
+        Errors as in `LLM.generate`, when the first state is asked for; EngineDeadError if there is no engine any more.
+        """
+        [params] = one_for_each(sampling_params, [prompt])
+        request = await asyncio.to_thread(self.engine.prepare, prompt, params, request_id, cache_salt)
+        with contextlib.closing(self.submit([request])) as stream:
+            async for output in stream:
+                yield output
+
+    def submit(self, requests: list[Request]) -> "Stream":
+        """Let prepared requests (`LLMEngine.prepare`) wait, all or none. Who stops reading has to close the stream."""
+        stream = Stream(requests, self._abort)
+        self.must_live()
+        self.waiting |= {request.request_id: len(request.prompt_token_ids) for request in requests}
+        self._ask(partial(self._add, stream, requests))
+        return stream
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests within a step. Who waits for one gets its output, with finish_reason "abort"."""
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+
+        def end() -> None:
+            for name in names:
+                self.engine.abort(name)
+
+        await self.call(end)
+
+    async def call(self, what: Callable[[], T]) -> T:
+        """What `what` returns, or raises, between two steps: the engine stands still, and may be looked at."""
+        answer: Future[T] = Future()
+
+        def do() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(what())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._ask(do)
+        return await asyncio.wrap_future(answer)
+
+    async def stats(self) -> EngineStats:
+        return await self.call(self.engine.stats)
+
+    async def reset_prefix_cache(self) -> None:
+        await self.call(self.engine.reset_prefix_cache)
+
+    async def get_tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    # --- whether it lives ---------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        return not self._stopped and not self._failures
+
+    @property
+    def errored(self) -> bool:
+        return not self.is_running
+
+    def must_live(self) -> None:
+        """EngineDeadError if the engine was shut down."""
+        if self._stopped:
+            raise EngineDeadError("the engine was shut down")
+
+    async def check_health(self) -> None:
+        """EngineDeadError if the last step failed, or if the engine was shut down."""
+        self.must_live()
+        if self._failures:
+            raise EngineDeadError(f"the last step failed: {self._error!r}")
+
+    def shutdown(self) -> None:
+        """End all requests and the thread, and give the memory back. Who waits gets EngineDeadError."""
+        with contextlib.suppress(EngineDeadError):
+            self._ask(self._stop)
+        self._thread.join()
+        self.engine.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+    # --- the thread ---------------------------------------------------------------------------------------------
+
+    def _ask(self, what: Callable[[], None]) -> None:
+        with self._open:
+            self.must_live()
+            self._inbox.put(what)
+
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                self._do_what_was_asked()
+                self._deliver(self.engine.step_for(self._mailbox))
+                self._failures = 0
+            except Exception as error:
+                self._failures, self._error = self._failures + 1, error
+                if self._failures >= PATIENCE:
+                    self._give_up(f"{PATIENCE} steps failed, the last one with {error!r}")
+        while not self._inbox.empty():
+            self._inbox.get()()
+        self._give_up("the engine was shut down")
+
+    def _do_what_was_asked(self) -> None:
+        """All that is in the inbox; if there is nothing else to do, wait for something."""
+        with contextlib.suppress(queue.Empty):
+            while not self._stopped:
+                busy = self.engine.has_unfinished_requests or bool(self._mailbox)
+                self._inbox.get(block=not busy)()
+
+    def _stop(self) -> None:
+        with self._open:
+            self._stopped = True
+
+    def _add(self, stream: "Stream", requests: list[Request]) -> None:
+        try:
+            for request in requests:
+                self.engine.add(request, self._mailbox)
+                self._streams[request.request_id] = stream
+        except Exception as error:  # an id that is in use, say
+            self._end(requests)
+            _tell([(stream, error)])
+
+    def _abort(self, requests: list[Request]) -> None:
+        """Nobody wants them any more. From any thread."""
+        with contextlib.suppress(EngineDeadError):
+            self._ask(partial(self._end, requests))
+
+    def _end(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.waiting.pop(request.request_id, None)
+            if self._streams.pop(request.request_id, None):
+                self.engine.abort(request.request_id)
+                self._mailbox.drop(request.request_id)
+
+    def _note_admitted(self, plan: StepPlan, output: StepOutput) -> None:
+        self._admitted += plan.admitted
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        news: list[tuple[Stream, RequestOutput | None | Exception]] = []
+        for name in self._admitted:
+            if self.waiting.pop(name, None) is not None and name in self._streams:
+                news.append((self._streams[name], None))
+        self._admitted = []
+        for output in outputs:
+            name = output.request_id
+            if name in self._streams:
+                news.append((self._streams[name], output))
+                if output.finished:
+                    self.waiting.pop(name, None)
+                    del self._streams[name]
+        for stream in _tell(news):
+            self._end(stream.requests)
+
+    def _give_up(self, why: str) -> None:
+        """Tell all who wait; the engine is empty then, and goes on with the next one who asks."""
+        streams = set(self._streams.values())
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                self._end(stream.requests)
+        self.waiting.clear()
+        _tell([(stream, EngineDeadError(why)) for stream in streams])
+
+
+class Stream:
+    """The outputs of some requests as they grow: of each its newest state. In one event loop.
+
+    begun: set when the first of them is no longer waiting.
+    """
+
+    def __init__(self, requests: list[Request], abort: Callable[[list[Request]], None]):
+        self.requests, self.loop, self.begun = requests, asyncio.get_running_loop(), asyncio.Event()
+        self._abort, self._left = abort, {request.request_id for request in requests}
+        self._newest: dict[str, RequestOutput] = {}
+        self._told: dict[str, RequestOutput] = {}  # of requests that are told only what is new
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    def put(self, what: RequestOutput | Exception | None) -> None:
+        """None: it has begun."""
+        self.begun.set()
+        if isinstance(what, Exception):
+            self._error = what
+        elif what is not None:
+            self._newest[what.request_id] = what
+        self._news.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._newest:
+            if self._error is not None:
+                raise self._error
+            if not self._left:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        name = next(iter(self._newest))
+        output = self._newest.pop(name)
+        if output.finished:
+            self._left.discard(name)
+        if output.only_new:
+            told, self._told[name] = self._told.get(name), output
+            return output.since(told)
+        return output
+
+    def close(self) -> None:
+        """Abort what is not finished. Twice does no harm."""
+        if self._left and self._error is None:
+            self._abort(self.requests)
+        self._left.clear()
+
+
+class _Newest(Mailbox):
+    """Gives whole states: what is new in them a stream knows, which may have been told less."""
+
+    def take(self) -> list[RequestOutput]:
+        self._taken, self._waiting = self._waiting, {}
+        return list(self._taken.values())
+
+
+def _tell(news: list[tuple[Stream, RequestOutput | None | Exception]]) -> list[Stream]:
+    """Hand over what is new, to each event loop at once. Returns the streams whose loop is gone."""
+    gone = []
+    for loop in {stream.loop for stream, _ in news}:
+        its = [(stream, what) for stream, what in news if stream.loop is loop]
+        try:
+            loop.call_soon_threadsafe(_put_all, its)
+        except RuntimeError:  # closed
+            gone += [stream for stream, _ in its]
+    return gone
+
+
+def _put_all(news: list[tuple[Stream, RequestOutput | None | Exception]]) -> None:
+    for stream, what in news:
+        stream.put(what)

@@ -1,0 +1,118 @@
+"""The command line `python -m minipaged.serve`: OpenAI's API over HTTP, and a page to see it work. See server/."""
+
+import argparse
+import logging
+import os
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from minipaged.terminal.command import EPILOG, BadInput, Parser, run
+from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
+from minipaged.terminal.loading import load
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
+    from minipaged.async_llm import AsyncLLM
+    from minipaged.server.config import ServerConfig
+
+PROGRAM = "python -m minipaged.serve"
+DESCRIPTION = (
+    "Serve a model over HTTP, by OpenAI's API; and show, at /, a chat and the memory that it takes. Ctrl-C or SIGTERM "
+    "lets those under way end; a second one ends at once."
+)
+EPILOG_OF_SERVE = EPILOG.replace("130 interrupted by Ctrl-C", "130 interrupted by Ctrl-C before it served")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("minipaged.serve", lambda: _serve(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG_OF_SERVE)
+    add = parser.add_argument
+    add("--model", default="smollm2", help=MODEL_HELP)
+    add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: as --model)")
+    add("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (default: 127.0.0.1)")
+    add("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    _add_manners(parser.add_argument_group("manners"))
+    add_memory(parser.add_argument_group("memory and scheduling"))
+    add_speculation(parser.add_argument_group("speculation"))
+    add("--debug", action="store_true", help="poison freed memory, and check all page tables at every step")
+    return parser
+
+
+def _add_manners(group: argparse._ArgumentGroup) -> None:
+    def limit(flag: str, kind: type, default: float, words: str) -> None:
+        least = count if kind is int else _seconds
+        group.add_argument(flag, type=least, default=default, metavar="N", help=f"{words} (default: {default:g})")
+
+    keys = "who asks must have it; may be repeated (default: MINIPAGED_API_KEY, if that is set)"
+    group.add_argument("--api-key", action="append", metavar="KEY", help=keys)
+    origins = "pages from there may ask, too (CORS); * for all; may be repeated (default: none)"
+    group.add_argument("--allowed-origin", action="append", metavar="URL", help=origins)
+    limit("--max-body-bytes", int, 4 * 1024 * 1024, "the longest body of a request")
+    limit("--max-queued-requests", int, 1024, "who comes when so many wait gets 429")
+    limit("--max-queued-tokens", int, 1024 * 1024, "the same, in tokens of prompts")
+    limit("--max-queue-seconds", float, 300, "who waited so long gets 503")
+    limit("--drain-seconds", float, 30, "how long those under way have to end")
+    group.add_argument("--log-text", action="store_true", help="log what is asked and answered, too")
+    group.add_argument("--no-page", dest="page", action="store_false", help="show none at /")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 < seconds < 1e7:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    return seconds
+
+
+def _serve(args: argparse.Namespace) -> None:
+    options = engine_options(args)
+    try:
+        from minipaged.server.running import PortTaken, address, bind
+    except ModuleNotFoundError as error:
+        raise BadInput(f"the package {error.name} is missing: pip install -r requirements.txt") from None
+    try:
+        listening = bind(args.host, args.port)
+    except PortTaken as error:
+        raise BadInput(f"{error}: choose another --port or --host") from None
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with closing(listening):
+        llm: AsyncLLM = load("AsyncLLM", args.model, options, Console(stderr=True, highlight=False))
+        try:
+            from minipaged.server.app import create_app
+            from minipaged.server.running import serve
+
+            app = create_app(llm, _config(args))
+            print(f"{args.model} is served at {address(listening)}", file=sys.stderr, flush=True)
+            serve(app, listening)
+        finally:
+            llm.shutdown()
+
+
+def _config(args: argparse.Namespace) -> "ServerConfig":
+    from minipaged.server.config import ServerConfig
+
+    keys = args.api_key or [key for key in [os.environ.get("MINIPAGED_API_KEY")] if key]
+    names = args.served_model_name or [args.model]
+    limits = {name: getattr(args, name) for name in (
+        "max_body_bytes", "max_queued_requests", "max_queued_tokens", "max_queue_seconds", "drain_seconds", "log_text",
+        "page",
+    )}  # fmt: skip
+    return ServerConfig(tuple(names), tuple(keys), tuple(args.allowed_origin or ()), **limits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

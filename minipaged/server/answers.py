@@ -1,0 +1,167 @@
+"""From what the engine made to what a client is told: whole, or piece by piece.
+
+An answer to one HTTP request may come of several requests to the engine, one for each prompt; output j of prompt i is
+choice i * n + j.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from minipaged.requests.request import Request
+from minipaged.requests.sampling_params import SamplingParams
+from minipaged.server import logprobs
+from minipaged.server.errors import ApiError, error_object
+from minipaged.server.protocol import ChatCompletionRequest, CompletionRequest
+from minipaged.text.outputs import CompletionOutput, RequestOutput
+from minipaged.text.tokenizer import Tokenizer
+
+Body = CompletionRequest | ChatCompletionRequest
+
+
+@dataclass
+class Sent:
+    """What a client has of a choice: characters, tokens."""
+
+    text: int = 0
+    tokens: int = 0
+    ended: bool = False
+
+
+class Answer:
+    """One HTTP request's answer. id: its id in the API. model: its name."""
+
+    def __init__(self, body: Body, id: str, model: str, requests: list[Request], tokenizer: Tokenizer):
+        self.id, self.body, self.chat = id, body, isinstance(body, ChatCompletionRequest)
+        self.requests, self._tokenizer = requests, tokenizer
+        self._place = {request.request_id: number for number, request in enumerate(requests)}
+        self._width = getattr(requests[0].params, "n", 1) or getattr(requests[0].params, "beam_width", 1)
+        self._head = {"id": id, "object": "", "created": int(time.time()), "model": model}
+        self._sent: dict[int, Sent] = {}
+        self._usage: dict[str, tuple[int, int, int]] = {}  # by request: prompt, output, cached tokens
+        self.prompt_only = isinstance(body, CompletionRequest) and body.echo and body.max_tokens == 0
+
+    # --- whole --------------------------------------------------------------------------------------------------
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """ApiError 500 if nothing came of it."""
+        ends = [one.finish_reason for output in outputs for one in output.outputs]
+        if ends and all(reason == "error" for reason in ends):
+            raise ApiError(500, next(output.error for output in outputs if output.error) or "unknown")
+        outputs = sorted(outputs, key=lambda output: self._place[output.request_id])
+        choices = [self._choice(output, one) for output in outputs for one in output.outputs]
+        for output in outputs:
+            self._count(output)
+        whole: dict[str, Any] = {"choices": choices, "usage": self.usage()}
+        if self.chat and self.body.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = logprobs.of_prompt(outputs[0].prompt_logprobs)
+        return {**self._head, "object": "chat.completion" if self.chat else "text_completion"} | whole
+
+    def _choice(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": self._index(output, one)}
+        told = self._logprobs(output, one, Sent())
+        if self.chat:
+            choice |= {"message": {"role": "assistant", "content": one.text}, "logprobs": told}
+        else:
+            choice |= {"text": self._echoed(output) + ("" if self.prompt_only else one.text), "logprobs": told}
+            if self.body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = logprobs.of_prompt(output.prompt_logprobs)
+        choice |= self._end(output, one)
+        if self.body.return_token_ids:
+            choice |= {"token_ids": one.token_ids, "prompt_token_ids": output.prompt_token_ids}
+        return choice
+
+    def _end(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        reason = "length" if self.prompt_only else one.finish_reason
+        end: dict[str, Any] = {"finish_reason": reason, "stop_reason": one.stop_reason}
+        return end | {"error": error_object(500, output.error or "unknown")} if reason == "error" else end
+
+    # --- piece by piece -----------------------------------------------------------------------------------------
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """A chat's choices say first who speaks."""
+        for index in range(len(self.requests) * self._width if self.chat else 0):
+            yield self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+
+    def pieces(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """What is new in it. Beams, which change places while they run, are told at their end."""
+        beams = not isinstance(self.requests[0].params, SamplingParams)
+        self._count(output)
+        for one in [] if beams and not output.finished else output.outputs:
+            index = self._index(output, one)
+            sent = self._sent.setdefault(index, Sent())
+            if sent.ended or (one.num_tokens == sent.tokens and one.finish_reason is None):
+                continue
+            piece = self._piece(output, one, index, sent)
+            sent.text, sent.tokens, sent.ended = len(one.text), one.num_tokens, one.finish_reason is not None
+            if piece:
+                yield self._chunk([piece], continuous=True)
+
+    def _piece(self, output: RequestOutput, one: CompletionOutput, index: int, sent: Sent) -> dict[str, Any] | None:
+        first = sent.tokens == 0
+        text = "" if self.prompt_only else one.text[sent.text :]
+        piece: dict[str, Any] = {"index": index, "logprobs": self._logprobs(output, one, sent)}
+        if self.chat:
+            piece["delta"] = {"content": text}
+        else:
+            piece["text"] = (self._echoed(output) if first else "") + text
+        if self.body.return_token_ids:
+            piece["token_ids"] = one.token_ids[sent.tokens :]
+            piece |= {"prompt_token_ids": output.prompt_token_ids} if first else {}
+        ended = one.finish_reason is not None
+        if not (ended or text or piece.get("text") or piece["logprobs"] or self.body.return_token_ids):
+            return None  # half a character, say
+        return piece | (self._end(output, one) if ended else {"finish_reason": None})
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        options = self.body.stream_options
+        if options and options.include_usage:
+            yield self._chunk([]) | {"usage": self.usage()}
+
+    def _chunk(self, choices: list[dict[str, Any]], continuous: bool = False) -> dict[str, Any]:
+        options = self.body.stream_options
+        chunk = {**self._head, "object": "chat.completion.chunk" if self.chat else "text_completion"}
+        chunk["choices"] = choices
+        if options and options.continuous_usage_stats and continuous:
+            chunk["usage"] = self.usage()
+        elif options and options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    # --- what both have in common -------------------------------------------------------------------------------
+
+    def _index(self, output: RequestOutput, one: CompletionOutput) -> int:
+        return self._place[output.request_id] * self._width + one.index
+
+    def _echoed(self, output: RequestOutput) -> str:
+        if not (isinstance(self.body, CompletionRequest) and self.body.echo):
+            return ""
+        return output.prompt if output.prompt is not None else self._tokenizer.decode(output.prompt_token_ids)
+
+    def _logprobs(self, output: RequestOutput, one: CompletionOutput, sent: Sent) -> dict[str, Any] | None:
+        wanted = self.body.logprobs
+        if wanted is None or wanted is False or one.logprobs is None:
+            return None
+        told: list[Any] = list(zip(one.token_ids, one.logprobs, strict=True))[sent.tokens :]
+        if isinstance(self.body, ChatCompletionRequest):
+            return logprobs.of_chat(told, self.body.top_logprobs or 0)
+        told, offset, first = [] if self.prompt_only else told, sent.text, ""
+        if self.body.echo and sent.tokens:
+            offset += len(self._echoed(output))
+        elif self.body.echo:
+            told = list(zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)) + told
+            first = self._tokenizer.decode(output.prompt_token_ids[:1], False)
+        return logprobs.of_completion(told, int(wanted), offset, first)
+
+    def _count(self, output: RequestOutput) -> None:
+        made = 0 if self.prompt_only else sum(one.num_tokens for one in output.outputs)
+        prompt = len(self.requests[self._place[output.request_id]].prompt_token_ids)
+        self._usage[output.request_id] = prompt, made, output.num_cached_tokens
+
+    def usage(self) -> dict[str, Any]:
+        prompt, made, cached = map(sum, zip(*self._usage.values(), strict=True)) if self._usage else (0, 0, 0)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip

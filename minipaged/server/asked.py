@@ -1,0 +1,94 @@
+"""From what a client asks to what the engine takes: prompts, and parameters for them."""
+
+from typing import Any
+
+from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.sampling_params import RequestOutputKind, SamplingParams
+from minipaged.server.errors import ApiError, bad_request
+from minipaged.server.protocol import ChatCompletionRequest, CompletionRequest, Sampling, TokenizeRequest
+from minipaged.text.inputs import Params, Prompt, chat_text, tokenize
+from minipaged.text.tokenizer import Tokenizer
+
+SAME_NAMES = (
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
+    "include_stop_str_in_output", "skip_special_tokens", "truncate_prompt_tokens", "allowed_token_ids", "bad_words",
+    "prompt_logprobs",
+)  # fmt: skip
+OF_BEAMS = (
+    "n", "max_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "length_penalty", "early_stopping",
+)  # fmt: skip
+
+
+def params_of(body: CompletionRequest | ChatCompletionRequest) -> Params:
+    """SamplingParams, or BeamSearchParams with use_beam_search. ApiError names the field that is wrong."""
+    fields = _given(body, SAME_NAMES)
+    if isinstance(body, ChatCompletionRequest):
+        fields["max_tokens"] = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if body.logprobs:
+            fields["logprobs"] = body.top_logprobs or 0
+    else:
+        fields |= _given(body, ("logprobs",))
+        if body.echo and body.logprobs is not None:
+            fields.setdefault("prompt_logprobs", body.logprobs)
+        if body.echo and body.max_tokens == 0:
+            fields["max_tokens"] = 1  # it is drawn, and not told
+    if structured := _structured(body):
+        fields["structured_outputs"] = structured
+    try:
+        if body.use_beam_search:
+            return _beams(body, fields)
+        kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
+        return SamplingParams(**fields, output_kind=kind)
+    except ValueError as error:
+        raise bad_request(error) from None
+
+
+def _given(body: Sampling, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(body, name)) is not None}
+
+
+def _beams(body: Sampling, fields: dict[str, Any]) -> BeamSearchParams:
+    """Fields that are for draws must ask for nothing: nothing is drawn."""
+    nothing = {name: getattr(SamplingParams(), name) for name in SAME_NAMES}
+    for name, value in fields.items():
+        greedy = name == "temperature" and value == 0
+        if name not in OF_BEAMS and value != nothing.get(name) and not greedy:
+            raise ValueError(f"{name}: not with use_beam_search")
+    own = _given(body, OF_BEAMS) | {name: fields[name] for name in ("max_tokens",) if name in fields}
+    width = body.beam_width if body.beam_width is not None else body.n or 1
+    return BeamSearchParams(beam_width=width, **own)
+
+
+def _structured(body: Sampling) -> dict[str, Any] | None:
+    """What SamplingParams(structured_outputs=...) takes."""
+    if body.structured_outputs:
+        return body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+    asked = body.response_format
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return {"json_object": True}
+    if asked.json_schema is None or asked.json_schema.schema_ is None:
+        raise ApiError(400, "response_format.json_schema: must have a schema", "response_format.json_schema")
+    return {"json": asked.json_schema.schema_}
+
+
+def prompts_of(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
+    """One or many; as text or token ids."""
+    given: Any = body.prompt
+    prompts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    if not prompts:
+        raise ApiError(400, "prompt: must be a text, a list of token ids, or a list of one of these", "prompt")
+    if body.add_special_tokens is False:
+        return [_with_ids(one, tokenizer) if isinstance(one, str) else one for one in prompts]
+    return prompts
+
+
+def _with_ids(text: str, tokenizer: Tokenizer) -> Prompt:
+    return {"prompt": text, "prompt_token_ids": tokenize(text, tokenizer, add_special_tokens=False)}
+
+
+def conversation_of(body: ChatCompletionRequest | TokenizeRequest, tokenizer: Tokenizer) -> Prompt:
+    text = chat_text(body.messages or [], tokenizer, body.add_generation_prompt is not False)
+    return {"prompt": text, "prompt_token_ids": tokenize(text, tokenizer, body.add_special_tokens is True)}

@@ -1,0 +1,178 @@
+"""What may be asked: OpenAI's fields, and vLLM's beyond them. What isn't here is refused, by its name.
+
+A field that is known elsewhere and means nothing here may still be given the value that asks for nothing (NEUTRAL):
+clients send such.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Fields of OpenAI's and vLLM's API that aren't supported: the values that ask for nothing, and why not.
+NOT_HERE = "is not supported by this server"
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""), "best_of": (None, 1), "service_tier": (None, "auto", "default"), "store": (None, False),
+    "metadata": (None, {}), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
+    "reasoning_effort": (None, "none"), "verbosity": (None,), "web_search_options": (None,),
+    "tools": (None, []), "tool_choice": (None, "none"), "parallel_tool_calls": (None, True, False),
+    "functions": (None, []), "function_call": (None, "none"), "prompt_cache_key": (None,),
+    "continue_final_message": (None, False), "documents": (None, []), "chat_template": (None,),
+    "chat_template_kwargs": (None, {}), "mm_processor_kwargs": (None, {}), "prompt_embeds": (None,),
+    "spaces_between_special_tokens": (None, True), "priority": (None, 0), "logits_processors": (None, []),
+    "kv_transfer_params": (None,), "vllm_xargs": (None, {}), "return_tokens_as_token_ids": (None, False),
+    "thinking_token_budget": (None,), "include_reasoning": (None, True, False), "echo": (None, False),
+}  # fmt: skip
+
+
+class Strict(BaseModel):
+    """Types are taken at their word, and no field is passed over."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name not in NEUTRAL:
+                near = difflib.get_close_matches(name, cls.model_fields, 1)
+                raise ValueError(f"{name}: there is no such field" + (f"; did you mean {near[0]}?" if near else ""))
+            elif not any(value == one and type(value) is type(one) for one in NEUTRAL[name]):
+                raise ValueError(f"{name}: {NOT_HERE}")
+        return kept
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchema(BaseModel):
+    """name and strict are OpenAI's; output always keeps to the schema."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's: one of them."""
+
+    json_: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class Sampling(Strict):
+    """What /v1/completions and /v1/chat/completions have in common. None: the default of SamplingParams."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    use_beam_search: bool | None = None
+    # ours, of beam search: see BeamSearchParams
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options: only with stream=true")
+        for name in ("beam_width", "length_penalty", "early_stopping"):
+            if getattr(self, name) is not None and not self.use_beam_search:
+                raise ValueError(f"{name}: only with use_beam_search=true")
+        if self.response_format and self.structured_outputs:
+            raise ValueError("structured_outputs: response_format says the same thing; give one of them")
+        return self
+
+
+class CompletionRequest(Sampling):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = False
+
+
+class ChatCompletionRequest(Sampling):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = True
+
+    @model_validator(mode="after")
+    def _logprobs_belong_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs=true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens: max_completion_tokens says something else; give one of them")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """One of prompt and messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = True
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[int]
+
+
+class AbortRequest(Strict):
+    request_id: str | list[str]
