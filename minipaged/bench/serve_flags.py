@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer", nargs="*", choices=["vllm"], default=[], metavar="PEER", help="vllm: its server beside ours")
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has vLLM (default: this one)")  # fmt: skip
-    add("--offline", action=argparse.BooleanOptionalAction, default=None,
+    add("--offline", action=argparse.BooleanOptionalAction,
         help="the engine without a server beside it, and its tokens to compare with (default: unless --url)")  # fmt: skip
     add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
     add("--threads", type=_count, metavar="N", help="for each that is started (default: PyTorch's own choice)")
