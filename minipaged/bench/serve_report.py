@@ -185,6 +185,7 @@ def page(results: list[dict[str, Any]], labels: dict[str, str]) -> list[Table]:
 
 def _table(result: dict[str, Any], labels: dict[str, str]) -> Table:
     terminal, columns = sys.stdout.isatty(), result["contenders"]
+    first = labels[next(iter(columns))] if columns else ""
     title = f"{result['load']}, {result['arrivals']}, {result['requests']} requests"
     table = Table(box=box.ROUNDED if terminal else None, pad_edge=terminal)
     table.add_column(title, no_wrap=True)
@@ -195,7 +196,7 @@ def _table(result: dict[str, Any], labels: dict[str, str]) -> Table:
         if terminal and line in SECTIONS:
             table.add_section()
         if any(cells):
-            table.add_row(line.format(labels[next(iter(columns))]), *cells, style="bold" if "Output token" in line else None)
+            table.add_row(line.format(first), *cells, style="bold" if "Output token" in line else None)
     return table
 
 
