@@ -462,6 +462,61 @@ def test_failures_are_told_and_end_in_one(capsys):
     assert "the server, batch8, 8 clients: 7 failed: HTTP 503: " in out and "too much" in out
 
 
+def test_the_whole_run_with_servers_of_its_own():
+    args = ("--tiny", "--quick", "--load", "batch8", "chat", "--clients", 8, "--threads", 1)
+    done = command(*args, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for result, name in zip(report["results"], ("batch8", "chat"), strict=True):
+        count = len(make_load(name, 512, quick=True).prompts)
+        assert (result["load"], result["requests"], list(result["contenders"])) == (
+            name, count, ["minipaged", "offline"]
+        )  # fmt: skip
+        ours, offline = result["contenders"].values()
+        assert (ours["completed"], ours["same_tokens"], offline["same_tokens"]) == (count, count, None)
+        assert ours["total_input_tokens"] == offline["total_input_tokens"]
+        assert ours["total_output_tokens"] == offline["total_output_tokens"]
+        assert offline["ratio"] == pytest.approx(ours["output_throughput"] / offline["output_throughput"])
+    assert ours["cached_tokens"] > 0.5 * ours["total_input_tokens"]  # the last one is chat
+    assert report["left_out"] == report["failed"] == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_leaves_no_server_behind():
+    args = ("--tiny", "--load", "mixed", "--requests", 5000, "--threads", 1)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "minipaged.bench.serve", *map(str, args)], env=ENVIRONMENT, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert running.stderr
+    line = running.stderr.readline()
+    assert line == "loading minipaged, offline\n"
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    until(lambda: bool(children.read_text()))
+    [server] = map(int, children.read_text().split())
+    assert running.stderr.readline().startswith("ready after ")
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert (running.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    assert not is_alive(server)
+
+
+def test_a_server_that_dies_is_out_and_the_others_go_on(monkeypatch, capsys):
+    dies = Recipe("minipaged", sys.executable, ["-c", "raise SystemExit('no room')"], {})
+    monkeypatch.setattr(serve, "ours", lambda options, waiting: dies)
+    monkeypatch.setattr(serve, "find", lambda peers, pythons, is_gguf: ({}, {peer: "not here" for peer in peers}))
+    args = ["--tiny", "--quick", "--load", "batch8", "--clients", "8", "--threads", "1", "--peer", "vllm"]
+    assert serve.main([*args, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["failed"] == {"minipaged": "minipaged: it ended (exit code 1): no room"}
+    [result] = report["results"]
+    assert list(result["contenders"]) == ["offline"]
+    assert report["left_out"] == {"vllm": "not here"}
+    serve.print_report(report, serve.LABELS)
+    out = capsys.readouterr().out
+    assert "minipaged: it ended (exit code 1): no room" in out and "vLLM: not here" in out
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -87,9 +87,11 @@ class Contest:
 
     def wait(self) -> None:
         """Until all are there."""
+        began = time.monotonic()
         self.say(f"loading {', '.join(self.labels[name] for name in self.contenders)}")
         for name in list(self.contenders):
             self._guard(name, lambda one: one.wait())
+        self.say(f"ready after {time.monotonic() - began:.0f} s")
 
     def run(
         self, load: Load, arrivals: Arrivals, repeat: int

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer-python", type=peer_python, action="append", default=[], metavar="NAME=PATH",
         help="the Python that has vLLM (default: this one)")  # fmt: skip
     add("--offline", action=argparse.BooleanOptionalAction,
-        help="the engine without a server beside it, whose tokens are compared with (default: unless --url)")  # fmt: skip
+        help="the engine without a server beside it, whose tokens are compared (default: unless --url)")  # fmt: skip
     add("--repeat", type=_count, default=1, metavar="N", help="rounds; medians are reported (default: 1)")
     add("--threads", type=_count, metavar="N", help="for each that is started (default: PyTorch's own choice)")
     add("--num-blocks", type=_count, metavar="N", help="the pool of each, in blocks of 16 tokens (default: enough for "
