@@ -504,7 +504,7 @@ def test_ctrl_c_leaves_no_server_behind():
 def test_a_server_that_dies_is_out_and_the_others_go_on(monkeypatch, capsys):
     dies = Recipe("minipaged", sys.executable, ["-c", "raise SystemExit('no room')"], {})
     monkeypatch.setattr(serve, "ours", lambda options, waiting: dies)
-    monkeypatch.setattr(serve, "find", lambda peers, pythons, is_gguf: ({}, {peer: "not here" for peer in peers}))
+    monkeypatch.setattr(serve, "find", lambda peers, pythons, is_gguf: ({}, dict.fromkeys(peers, "not here")))
     args = ["--tiny", "--quick", "--load", "batch8", "--clients", "8", "--threads", "1", "--peer", "vllm"]
     assert serve.main([*args, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
