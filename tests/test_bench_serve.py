@@ -337,6 +337,7 @@ def test_over_the_rounds():
     assert columns["offline"]["ratio"] == 0.4  # the median of 2/4, 0.5/2 and 0.4/1
     assert columns["vllm"]["ratio"] == (4 + 1) / 2
     assert columns["minipaged"]["ratio"] is None
+    assert summarize(rounds, tokens, "minipaged", closed=False)["vllm"]["ratio"] is None
     assert [columns[name]["same_tokens"] for name in columns] == [1, None, 1]
     assert (columns["vllm"]["failed"], columns["vllm"]["failures"]) == (1, {"HTTP 503": 1})
     assert columns["offline"]["total_input_tokens"] == 10
@@ -449,7 +450,7 @@ def test_the_whole_run_against_a_server_that_runs(capsys):
     assert len(column["rounds"]) == 2 and column["request_goodput"] == column["request_throughput"] > 0
     salts = {body["cache_salt"] for body in fake.bodies}
     assert len(salts) == 2 * (1 + 2)  # the warm-up's, and each round's
-    assert lines[2].split() == ["batch8,", "2", "clients,", "8", "requests", "the", "server"]
+    assert lines[2:4] == ["batch8, 2 clients, 8 requests", " " * 35 + "the server"]
     assert any(line.startswith("Median TTFT (ms)") for line in lines)
     assert max(map(len, lines[1:])) <= 80
 

@@ -83,7 +83,7 @@ def bench(args: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, An
     results = []
     for load, arrivals in cases:
         rounds, tokens = contest.run(load, arrivals, args.repeat)
-        columns = summarize(rounds, tokens, "server" if args.url else "minipaged")
+        columns = summarize(rounds, tokens, "server" if args.url else "minipaged", arrivals.clients is not None)
         results.append({
             "load": load.name, "arrivals": arrivals.label, "requests": len(load.prompts), "contenders": columns
         })  # fmt: skip

@@ -1,6 +1,7 @@
 """The contenders of bench.serve, in turns: servers over sockets, and the engine without one."""
 
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -134,7 +135,8 @@ class Progress:
 
     def tell(self, text: str) -> None:
         if sys.stderr.isatty():
-            print(f"\r\x1b[K{self.what}: {text}", end="", file=sys.stderr, flush=True)
+            line = f"{self.what}: {text}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self._told >= 30:
             self._told = time.monotonic()
             print(f"{self.what}: {text}", file=sys.stderr, flush=True)

@@ -103,11 +103,14 @@ def _spread(name: str, seconds: list[float]) -> Figures:
 # --- over the rounds --------------------------------------------------------------------------------------------------
 
 
-def summarize(rounds: dict[str, list[Figures]], tokens: dict[str, list[list[int]]], first: str) -> dict[str, Figures]:
+def summarize(
+    rounds: dict[str, list[Figures]], tokens: dict[str, list[list[int]]], first: str, closed: bool = True
+) -> dict[str, Figures]:
     """A column for each contender: medians over its rounds, failures summed up, and how it stands to the first one.
 
     tokens: of each contender's first round, by request; they are compared with those of the engine offline, or
-    with the first contender's. Ratios are of runs side by side.
+    with the first contender's. Ratios are of runs side by side, in a closed loop only: in an open one, the clients
+    decide how much is done in a second.
     """
     judge = "offline" if "offline" in tokens else first
     columns = {}
@@ -115,7 +118,7 @@ def summarize(rounds: dict[str, list[Figures]], tokens: dict[str, list[list[int]
         speeds = [[run["output_throughput"] for run in one] for one in (rounds.get(first, []), runs)]
         ratios = [ours / theirs for ours, theirs in zip(*speeds, strict=False) if theirs]
         columns[name] = _over(runs) | {
-            "ratio": median(ratios) if name != first and ratios else None,
+            "ratio": median(ratios) if closed and name != first and ratios else None,
             "same_tokens": None if name == judge or judge not in tokens else _same(tokens[judge], tokens[name]),
             "requests": len(tokens[name]),
             "rounds": runs,
@@ -178,17 +181,16 @@ LINES: dict[str, Callable[[Figures], str]] = {
 SECTIONS = ("Request throughput (req/s)", "Same tokens", *(f"Mean {word} (ms)" for word in LATENCIES.values()))
 
 
-def page(results: list[dict[str, Any]], labels: dict[str, str]) -> list[Table]:
-    """A table for each load and way of arriving: contenders side by side. Lines that nobody fills are left out."""
-    return [_table(result, labels) for result in results]
+def _heading(result: dict[str, Any]) -> str:
+    return f"{result['load']}, {result['arrivals']}, {result['requests']} requests"
 
 
 def _table(result: dict[str, Any], labels: dict[str, str]) -> Table:
+    """Contenders side by side. Lines that nobody fills are left out."""
     terminal, columns = sys.stdout.isatty(), result["contenders"]
     first = labels[next(iter(columns))] if columns else ""
-    title = f"{result['load']}, {result['arrivals']}, {result['requests']} requests"
     table = Table(box=box.ROUNDED if terminal else None, pad_edge=terminal)
-    table.add_column(title, no_wrap=True)
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(labels[name], justify="right")
     for line, show in LINES.items():
@@ -205,9 +207,9 @@ def print_report(report: dict[str, Any], labels: dict[str, str]) -> None:
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     info = report["machine"]
     console.print(f"{report['model']} in {info['threads']} of {info['cores']} cores of {info['cpu']}", markup=False)
-    for table in page(report["results"], labels):
-        console.print()
-        console.print(table)
+    for result in report["results"]:
+        console.print(f"\n{_heading(result)}", markup=False)
+        console.print(_table(result, labels))
     for result in report["results"]:
         for name, column in result["contenders"].items():
             for kind, count in column["failures"].items():
