@@ -208,10 +208,16 @@ def test_a_conversation_that_can_not_go_on_is_a_failure(trouble):
 
 def test_the_late_one_is_sent_when_the_first_one_has_its_tokens():
     load = Load("stall", [[1], [2], [3]], [6, 2, 2], 3, late=[0, 0, 3])
-    with Fake() as fake:
-        played = send(fake, load, clients=8)
-    assert [body["prompt"] for body in fake.bodies] == [[1], [2], [3]]
-    assert played.answers[2].sent >= played.answers[0].times[2]
+    with Fake(gate=False) as fake:
+        done: list[Played] = []
+        thread = threading.Thread(target=lambda: done.append(send(fake, load, clients=8)))
+        thread.start()
+        until(lambda: fake.under_way == 2)
+        time.sleep(0.2)  # long enough for the third to come, if it were to: the first one has one token
+        assert [body["prompt"] for body in fake.bodies] == [[1], [2]]
+        fake.gate.set()
+        thread.join(20)
+    assert fake.bodies[2]["prompt"] == [3] and done[0].answers[2].sent >= done[0].answers[0].times[2]
 
 
 def test_the_late_one_does_not_wait_for_what_never_comes():
@@ -339,6 +345,9 @@ def test_over_the_rounds():
     assert columns["minipaged"]["ratio"] is None
     assert summarize(rounds, tokens, "minipaged", closed=False)["vllm"]["ratio"] is None
     assert [columns[name]["same_tokens"] for name in columns] == [1, None, 1]
+    both_failed = {"minipaged": [[1], []], "vllm": [[1], []]}
+    online = {name: rounds[name] for name in both_failed}
+    assert summarize(online, both_failed, "minipaged")["vllm"]["same_tokens"] == 1
     assert (columns["vllm"]["failed"], columns["vllm"]["failures"]) == (1, {"HTTP 503": 1})
     assert columns["offline"]["total_input_tokens"] == 10
 
