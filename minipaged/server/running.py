@@ -6,6 +6,7 @@ they are told. A second one ends at once.
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import socket
@@ -48,9 +49,18 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def allow_many_connections() -> None:
+    """Each takes a file descriptor, and a process has 1,024 by default: take as many as it may have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
+        resource = importlib.import_module("resource")
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Until a signal comes. In the main thread. After a second signal, the process ends in here."""
     house: House = app.state.house
+    allow_many_connections()
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # who takes nothing is cut off, even of what was written: Linux does it
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(house.config.send_seconds * 1000))
     config = uvicorn.Config(
