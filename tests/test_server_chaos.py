@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import time
+from collections import Counter
 
 import pytest
 from chaos import Crowd, draw_wishes
@@ -23,7 +24,7 @@ from minipaged.server.manners import Visit
 
 COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2400"))
 LIMITS = ServerConfig(
-    model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=14,
+    model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=20,
     max_queued_tokens=600, max_queue_seconds=1.0,
 )  # fmt: skip
 SMALL = dict(block_size=4, num_blocks=32, num_cpu_blocks=24, watermark=0.0, debug=True)
@@ -59,14 +60,14 @@ def resident() -> int:
 def check_nothing_is_left(place):
     place.wait_until_empty()
     until = time.monotonic() + 10
-    while len(alive := kept()) > 4:  # connections whose end was not seen yet
-        assert time.monotonic() < until, f"{len(alive)} kept: {alive[:3]}"
+    while sum(kept().values()) > 4:  # connections whose end was not seen yet
+        assert time.monotonic() < until, f"kept: {kept()}"
         time.sleep(0.05)
 
 
-def kept():
+def kept() -> Counter[str]:
     gc.collect()
-    return [one for one in gc.get_objects() if type(one) in (Stream, Answer, Job, Visit)]
+    return Counter(type(one).__name__ for one in gc.get_objects() if type(one) in (Stream, Answer, Job, Visit))
 
 
 def check_tenants_do_not_share(place, number):
@@ -87,7 +88,7 @@ def check_tenants_do_not_share(place, number):
 
 
 def run_chaos(folder, wishes, name, count, say=lambda line: None):
-    size, seed = min(250, max(50, count // 6)), list(ENGINES).index(name)
+    size, seed = min(1000, max(50, count // 6)), list(ENGINES).index(name)
     with running(folder, LIMITS, **SMALL | ENGINES[name]) as place:
         crowd, began, sizes = Crowd(place, wishes, seed), time.monotonic(), []
         for number in range(-(-count // size)):
@@ -115,5 +116,5 @@ def test_chaos(folder, wishes, name, capsys):
     crowd, stats = run_chaos(folder, wishes, name, COUNT // 4, say if COUNT > 10_000 else print)
     counts = crowd.counts
     assert counts["completed"] > COUNT // 20 and counts["left"] > COUNT // 40 and counts["failed alone"] > COUNT // 400
-    assert all(counts[f"refused {status}"] for status in (400, 404, 408, 413, 429))
+    assert all(counts[f"refused {status}"] for status in (400, 408, 429))
     assert counts["aborted by another"] and sum(stats.num_preemptions.values()) > 0
