@@ -41,12 +41,13 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     _add_tokens(app, house)
     _add_state(app, house, metrics)
     _add_errors(app)
-    if config.allowed_origins:
+    app.add_middleware(Manners, house=house)
+    if config.allowed_origins:  # around everything: a page has to see why it is refused, too
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
-    app.add_middleware(Manners, house=house)
     return app
 
 
