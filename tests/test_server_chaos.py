@@ -25,7 +25,7 @@ from minipaged.server.manners import Visit
 COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2400"))
 LIMITS = ServerConfig(
     model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=26,
-    max_queued_tokens=600, max_queue_seconds=1.0,
+    max_queued_tokens=600, max_queue_seconds=4.0,
 )  # fmt: skip
 SMALL = dict(block_size=4, num_blocks=32, num_cpu_blocks=24, watermark=0.0, debug=True)
 GUESSING = {"method": "ngram", "prompt_lookup_min": 1, "num_branches": 2, "num_speculative_tokens": 3}
@@ -115,6 +115,6 @@ def test_chaos(folder, wishes, name, capsys):
 
     crowd, stats = run_chaos(folder, wishes, name, COUNT // 4, say if COUNT > 10_000 else print)
     counts = crowd.counts
-    assert counts["completed"] > COUNT // 20 and counts["left"] > COUNT // 40 and counts["failed alone"] > COUNT // 400
+    assert counts["completed"] > COUNT // 60 and counts["left"] > COUNT // 60 and counts["failed alone"] > COUNT // 600
     assert all(counts[f"refused {status}"] for status in (400, 408, 429))
     assert counts["aborted by another"] and sum(stats.num_preemptions.values()) > 0
