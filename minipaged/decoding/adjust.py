@@ -46,10 +46,12 @@ def adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _forbid(x: Tensor, rows: list[int], masks: list[Mask]) -> None:
-    """What a grammar does not allow. The bits go to the device in one piece."""
-    bits = [np.frombuffer(mask.bits, np.uint8) for mask in masks]
-    allowed = np.stack([np.unpackbits(row, count=x.shape[1], bitorder="little") for row in bits])
-    forbidden = torch.from_numpy(allowed).to(x.device) == 0
+    """What a grammar does not allow, nor know."""
+    size = -(-x.shape[1] // 8)
+    bits = b"".join(mask.bits[:size].ljust(size, b"\0") for mask in masks)
+    table = np.frombuffer(bits, np.uint8).reshape(-1, size)
+    allowed = np.unpackbits(table, axis=1, count=x.shape[1], bitorder="little")
+    forbidden = torch.from_numpy(allowed).to(x.device) == 0  # [masks, V]
     if len(rows) == len(x):
         x.masked_fill_(forbidden, FORBIDDEN)
     else:

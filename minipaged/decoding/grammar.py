@@ -2,13 +2,15 @@
 
 `Grammars` compiles what a request asks for; of what it compiled, a `Matcher` follows one sequence and gives the mask
 that lies over its logits (step 1 of sampling.py). The work on grammars is llguidance's, which walks a trie of the
-bytes of all tokens. What is ours:
+bytes of all tokens. What is to be known:
 
 - A mask is a function of the output's tokens alone. A matcher remembers which it has consumed; asked for others, it
   rolls back to what they have in common. So nobody tells it of forks, preemptions, wrong guesses, or of a step that
   was broken off.
-- A token that ends the text (the model's, and the request's stop_token_ids) may come where the grammar may end, and
-  nowhere else. Where it must end, nothing else may come. So an output that ends by itself is always whole.
+- Where the text that must follow is certain, only the token is allowed that the tokenizer would write it with; and of
+  several tokens for the same bytes only one ever is.
+- The model's end-of-text tokens may come where the grammar may end, and nowhere else. So may a request's own
+  stop_token_ids; elsewhere those come if they are a text that fits. Where it must end, nothing else may come.
 """
 
 import json
@@ -26,11 +28,11 @@ END = "<|the end of all texts, for llguidance|>"
 class Grammars:
     """Compiles grammars for one model, each once. It may be used from several threads at a time.
 
-    backend: a tokenizers.Tokenizer, byte-level or with byte fallback. vocab_size: the model's, V.
+    backend: a tokenizers.Tokenizer, byte-level or with byte fallback. vocab_size, eos_token_ids: the model's.
     """
 
-    def __init__(self, backend: Any, vocab_size: int):
-        self._backend, self._vocab_size = backend, vocab_size
+    def __init__(self, backend: Any, vocab_size: int, eos_token_ids: Collection[int] = ()):
+        self._backend, self._vocab_size, self._eos_token_ids = backend, vocab_size, eos_token_ids
         self._tokenizer: Any = None  # llguidance's, which takes a second to build
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
         self._lock, self._building = threading.Lock(), threading.Lock()
@@ -56,17 +58,22 @@ class Grammars:
         return found
 
     def _for_llguidance(self) -> Any:
-        """Its own end-of-text token is one that nobody else has: what ends a text is the request's business."""
+        """It wants to know of an end-of-text token: if the model has none, one is added."""
         import llguidance
 
         with self._building:
             if self._tokenizer is None:
                 backend = type(self._backend).from_str(self._backend.to_str())
-                backend.add_special_tokens([END])
-                end = backend.token_to_id(END)
-                size = max(self._vocab_size, 1 + max(backend.get_vocab().values()))
+                ends = [t for t in self._eos_token_ids if backend.id_to_token(t) is not None]
+                largest = max(backend.get_vocab().values())
                 try:
-                    self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=[end])
+                    if not ends:
+                        backend.add_special_tokens([END])
+                        ends = [backend.token_to_id(END)]
+                        if ends[0] <= largest:
+                            raise ValueError("it has no end-of-text token, and no room for one")
+                    size = 1 + max(self._vocab_size - 1, largest, *ends)
+                    self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
                 except ValueError as error:
                     raise ValueError(f"structured_outputs: not with this model's tokenizer: {error}") from None
             return self._tokenizer
@@ -86,7 +93,7 @@ def _source(params: StructuredOutputsParams) -> str:
         rule = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
         return llguidance.LLMatcher.grammar_from_lark(f"start: {rule}")
     if params.regex:
-        return llguidance.LLMatcher.grammar_from_regex(params.regex)
+        return llguidance.LLMatcher.grammar_from_lark(f"start: /{llguidance.regex_to_lark(params.regex, 'dw')}/")
     return llguidance.grammar_from("grammar", params.grammar or "")
 
 
@@ -105,7 +112,7 @@ class Grammar:
         self._start = llguidance.LLMatcher(tokenizer, source, log_level=0)
         if self._start.is_error():
             raise ValueError(self._start.get_error())
-        self.end = tokenizer.eos_token
+        self.end_ids = tokenizer.eos_tokens
         self._start.compute_bitmask()  # what the first mask has to build is built once, and copied
 
     def start(self) -> Any:
@@ -135,11 +142,12 @@ class Matcher:
         bits = bytearray(self._state.compute_bitmask())
         if self._state.is_error():
             return Mask(b"", _one_line(self._state.get_error()))
-        ends = self._state.is_accepting()
-        for token in end_ids:
-            if token < 8 * len(bits):
-                _set(bits, token, ends)
-        _set(bits, self.grammar.end, False)
+        for token in self.grammar.end_ids:
+            bits[token // 8] &= ~(1 << token % 8)
+        if self._state.is_accepting():
+            for token in end_ids:
+                if token < 8 * len(bits):
+                    bits[token // 8] |= 1 << token % 8
         return Mask(bytes(bits))
 
     def _go_to(self, tokens: list[int]) -> None:
@@ -155,8 +163,3 @@ class Matcher:
 
 def is_allowed(mask: Mask, token: int) -> bool:
     return token // 8 < len(mask.bits) and bool(mask.bits[token // 8] >> token % 8 & 1)
-
-
-def _set(bits: bytearray, token: int, value: bool) -> None:
-    bit = 1 << token % 8
-    bits[token // 8] = bits[token // 8] & ~bit | (bit if value else 0)

@@ -16,7 +16,7 @@ class StructuredOutputsParams:
 
     json: a JSON schema, as a dict or as text; it is kept as text.
     json_object: True: any JSON object.
-    regex: the whole output matches; Rust's syntax (no look-around, no back-references), ^ and $ are not needed.
+    regex: the whole output matches; Rust's syntax (no look-around, no back-references), \\d and \\w for ASCII only.
     choice: the output is one of these texts.
     grammar: the output is a sentence of it: Lark if it has a rule `start`, GBNF (llama.cpp's EBNF) if `root`.
 

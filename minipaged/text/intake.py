@@ -25,7 +25,7 @@ class Intake:
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, frozenset(eos_token_ids)
         self.max_model_len, self.num_blocks, self.block_size = max_model_len, num_blocks, block_size
         self.max_logprobs = max_logprobs
-        self.grammars = Grammars(tokenizer.backend, vocab_size)
+        self.grammars = Grammars(tokenizer.backend, vocab_size, self.eos_token_ids)
         self._random, self._arrivals = random.Random(seed), count()
 
     def request(
