@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
+from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
 from minipaged.execution.engine_args import ALIASES, EngineArgs
 from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.requests.sampling_params import Logprob
@@ -48,6 +48,9 @@ VLLM = {
         output_text_buffer_length structured_outputs logit_bias allowed_token_ids extra_args bad_words
         skip_reading_prefix_cache thinking_token_budget repetition_detection routed_experts_prompt_start
         trace_decode_token_ids""",
+    "StructuredOutputsParams": """
+        json regex choice grammar json_object disable_any_whitespace disable_additional_properties whitespace_pattern
+        structural_tag""",
     "BeamSearchParams": """
         beam_width max_tokens ignore_eos temperature length_penalty include_stop_str_in_output structured_outputs
         skip_special_tokens watermarking""",
@@ -67,6 +70,7 @@ OURS = {
     "Methods of LLM": LLM,
     "Arguments of generate": LLM.generate,
     "SamplingParams": SamplingParams,
+    "StructuredOutputsParams": StructuredOutputsParams,
     "BeamSearchParams": BeamSearchParams,
     "RequestOutput": RequestOutput,
     "CompletionOutput": CompletionOutput,
@@ -83,7 +87,7 @@ def names_of(section):
         return {name for name in dir(ours) if not name.startswith("_")}
     if is_dataclass(ours):
         properties = {name for name, value in vars(ours).items() if isinstance(value, property)}
-        hidden = {"greedy", "penalises", "stop_strings", "guesses_greedily"}  # for the engine, not for users
+        hidden = {"greedy", "penalises", "stop_strings", "guesses_greedily", "kind"}  # for the engine, not for users
         return {field.name for field in fields(ours)} | (properties - hidden)
     return {*inspect.signature(ours).parameters} - {"self"}
 

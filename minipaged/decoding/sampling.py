@@ -2,7 +2,7 @@
 
 A row of logits takes these steps, in vLLM's order (adjust.py has the first five):
 
-    1. allowed      allowed_token_ids: all other tokens are forbidden
+    1. allowed      structured_outputs, allowed_token_ids: all other tokens are forbidden
     2. bad words    the token that would complete one of bad_words is forbidden
     3. min_tokens   while the output is too short, the tokens that would end it are forbidden
     4. logit_bias   is added
