@@ -45,7 +45,7 @@ class House:
     """What all requests have in common.
 
     num_guests: those under way. num_coming: those that the engine doesn't know of yet.
-    closing: nobody is let in any more.
+    closing: nobody is let in any more. under_way: of each id that a client knows, those of the engine's requests.
     """
 
     llm: AsyncLLM
@@ -53,6 +53,7 @@ class House:
     num_guests: int = 0
     num_coming: int = 0
     closing: bool = False
+    under_way: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_queued(self) -> int:
@@ -102,6 +103,12 @@ class Manners:
             await self._app(scope, _Body(receive, scope, self._config).receive, send_noting)
         except ApiError as error:
             await error.response()(scope, receive, send_noting)
+        except Exception as error:
+            log.exception("%s", visit.id)
+            if visit.status != 499:  # it began to answer: all that is left is to break off
+                raise
+            said = ApiError(500, f"a mistake in the server: {type(error).__name__}")
+            await said.response()(scope, receive, send_noting)
         finally:
             if generating:
                 self._house.known(visit)
