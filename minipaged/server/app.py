@@ -50,7 +50,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     _add_tokens(app, house)
     _add_state(app, house, metrics)
     _add_errors(app)
-    describe(app, bool(config.api_keys))
+    describe(app, bool(config.api_keys), config.model_names, llm.engine.config.vocab_size)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "POST"],

@@ -60,7 +60,9 @@ def read_json(body: bytes) -> Any:
     if not body:
         raise ApiError(400, "the body is empty: it must be a JSON object")
     try:
-        found = json.loads(body.decode(), parse_constant=_no_number, object_pairs_hook=_once_each)
+        found = json.loads(
+            body.decode(), parse_float=_number, parse_constant=_no_number, object_pairs_hook=_once_each
+        )
         if HALF_A_PAIR.search(body):
             _check_pairs(found)
         return found
@@ -77,6 +79,12 @@ def _check_pairs(found: Any) -> None:
             json.dumps([name, value], ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ApiError(400, f"{name}: half a surrogate pair: not valid Unicode", name) from None
+
+
+def _number(text: str) -> int | float:
+    """JSON has one kind of numbers: 16.0 is an integer."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def _no_number(name: str) -> NoReturn:
