@@ -1,5 +1,6 @@
 # make run          set up, then let the real model answer a few prompts from paged memory
 # make test         set up, then run all tests
+# make serve        set up, then serve the model over HTTP, with a page at http://127.0.0.1:8000
 # make lab          set up, then open the chapters in JupyterLab
 # make chapters     run all chapters anew and write their notebooks
 # make bench        this engine beside others on the same weights (long: half an hour on two cores)
@@ -13,7 +14,7 @@ OUT    ?= results/gpu
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: run test lab chapters bench gpu experiments lint clean
+.PHONY: run test serve lab chapters bench gpu experiments lint clean
 
 run: $(READY)
 	$(RUN) minipaged.generate --n 2 --temperature 0.3 --seed 1 --max-tokens 48 --num-blocks 24 --stats \
@@ -21,6 +22,9 @@ run: $(READY)
 
 test: $(READY)
 	$(RUN) pytest -n auto --dist loadfile
+
+serve: $(READY)
+	$(RUN) minipaged.serve
 
 lab: $(READY)
 	$(VENV)/bin/jupyter lab chapters

@@ -5,7 +5,8 @@ second one ends at once.
 """
 
 import asyncio
-import signal
+import contextlib
+import importlib
 import socket
 from types import FrameType
 
@@ -38,9 +39,18 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def allow_many_connections() -> None:
+    """Each takes a file descriptor, and a process has 1,024 by default: take as many as it may have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
+        resource = importlib.import_module("resource")
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Until a signal comes. In the main thread."""
     house: House = app.state.house
+    allow_many_connections()
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1)
     _Server(config, house).run(sockets=[listening])
 
@@ -71,6 +81,3 @@ class _Server(uvicorn.Server):
         except TimeoutError:
             pass
         self.should_exit = True
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM)
