@@ -390,11 +390,14 @@ def test_errors_by_class(url, client):
 
 def test_a_full_queue_is_waited_for(engine, client):
     """429 with Retry-After: the client comes again by itself."""
-    with serving(create_app(engine, ServerConfig((MODEL,), max_queued_requests=2, page=False))) as url:
+    app = create_app(engine, ServerConfig((MODEL,), max_queued_requests=2, page=False))
+    with serving(app) as url:
         impatient = client.with_options(base_url=f"{url}/v1")
+        app.state.house.num_coming = 2
         with pytest.raises(openai.RateLimitError, match="wait") as caught:
-            impatient.completions.create(model=MODEL, prompt=["a"] * 3)
+            impatient.completions.create(model=MODEL, prompt="a")
         assert caught.value.response.headers["retry-after"] == "1"
+        app.state.house.num_coming = 0
         patient = impatient.with_options(max_retries=5)
         with ThreadPoolExecutor(12) as pool:
             answers = pool.map(lambda seed: patient.completions.create(model=MODEL, prompt="a", seed=seed), range(12))
