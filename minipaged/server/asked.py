@@ -33,7 +33,7 @@ def params_of(body: CompletionRequest | ChatCompletionRequest) -> Params:
             fields.setdefault("prompt_logprobs", body.logprobs)
         if body.echo and body.max_tokens == 0:
             fields["max_tokens"] = 1  # it is drawn, and not told
-    if structured := _structured(body):
+    if (structured := _structured(body)) is not None:
         fields["structured_outputs"] = structured
     if body.use_beam_search:
         return _beams(body, fields)
@@ -76,7 +76,7 @@ def _beams(body: Sampling, fields: dict[str, Any]) -> BeamSearchParams:
 
 def _structured(body: Sampling) -> dict[str, Any] | None:
     """What SamplingParams(structured_outputs=...) takes."""
-    if body.structured_outputs:
+    if body.structured_outputs is not None:
         return body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
     asked = body.response_format
     if asked is None or asked.type == "text":

@@ -25,7 +25,8 @@ OF_BOTH: Neutral = {
     "guided_decoding_backend": (None,), "guided_whitespace_pattern": (None,),
 }  # fmt: skip
 OF_COMPLETIONS: Neutral = {
-    **OF_BOTH, "suffix": (None, ""), "best_of": (None, 1), "prompt_embeds": (None, []),
+    **OF_BOTH, "suffix": (None, ""), "best_of": (None, 1), "max_completion_tokens": (None,),
+    "prompt_embeds": (None, []),
 }  # fmt: skip
 OF_TEMPLATES: Neutral = {
     "chat_template": (None,), "chat_template_kwargs": (None, {}), "continue_final_message": (None, False),
@@ -43,6 +44,7 @@ INSTEAD = {  # what does it here, or why nothing does
     "best_of": "n samples are all returned; use_beam_search searches",
     "continue_final_message": "put the beginning of the answer into a prompt of /v1/completions",
     "logprob_token_ids": "logprobs=-1 tells of every token, if the engine's max_logprobs allows",
+    "max_completion_tokens": "it is max_tokens in /v1/completions",
     "priority": "requests are served in the order in which they come",
     "prompt_embeds": "give text or token ids",
     "truncation_side": "the last tokens are kept",

@@ -27,6 +27,7 @@ HISTOGRAMS = {
     "request_inference_time_seconds": ("seconds from the first computation to the last token", SECONDS),
     "request_prompt_tokens": ("tokens of a request's prompt", TOKENS),
     "request_generation_tokens": ("tokens of a request's output", TOKENS),
+    "request_max_num_generation_tokens": ("tokens of its longest output", TOKENS),
     "request_params_n": ("samples that a request asks for", (1, 2, 5, 10, 20)),
     "iteration_tokens_total": ("tokens computed in a step", TOKENS),
 }
@@ -43,7 +44,7 @@ class Metrics:
             for name, (about, sizes) in HISTOGRAMS.items()
         }
         names = (*LABELS, "finished_reason")
-        self._success = Counter("vllm:request_success", "requests by their end", names, registry=self.registry)
+        self._success = Counter("vllm:request_success", "outputs by their end", names, registry=self.registry)
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._labels, reason)
         self._last_token: dict[int, float] = {}  # by sequence: when
@@ -53,16 +54,18 @@ class Metrics:
     def finished(self, output: RequestOutput) -> None:
         """A request is over."""
         told, times = self._histograms, output.metrics
-        for reason in {one.finish_reason for one in output.outputs}:
-            self._success.labels(*self._labels, reason).inc()
+        lengths = [one.num_tokens for one in output.outputs]
+        for one in output.outputs:
+            self._success.labels(*self._labels, one.finish_reason).inc()
         told["request_prompt_tokens"].observe(len(output.prompt_token_ids))
-        told["request_generation_tokens"].observe(sum(one.num_tokens for one in output.outputs))
+        told["request_generation_tokens"].observe(sum(lengths))
+        told["request_max_num_generation_tokens"].observe(max(lengths, default=0))
         told["request_params_n"].observe(len(output.outputs))
         first, last, begun = times.first_token_time, times.finished_time, times.first_scheduled_time
         if begun is not None:
             told["request_queue_time_seconds"].observe(begun - times.arrival_time)
-        if first is None or last is None or begun is None:
-            return  # aborted
+        if first is None or last is None or begun is None or not any(lengths):
+            return  # aborted, or failed
         told["time_to_first_token_seconds"].observe(first - times.arrival_time)
         told["request_prefill_time_seconds"].observe(first - begun)
         told["request_decode_time_seconds"].observe(last - first)
