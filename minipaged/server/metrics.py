@@ -15,6 +15,7 @@ from minipaged.text.outputs import RequestOutput
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+MANY = 2000
 LABELS = ("model_name", "engine")
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("seconds from the arrival to the first token", SECONDS),
@@ -48,6 +49,7 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._labels, reason)
         self._last_token: dict[int, float] = {}  # by sequence: when
+        self._last_fork: dict[str, float] = {}  # by request: when its samples drew their first tokens
         self.registry.register(self)
         llm.engine.observers.append(self._step)
 
@@ -76,12 +78,26 @@ class Metrics:
 
     def _step(self, plan: StepPlan, output: StepOutput) -> None:
         """In the engine's thread. Between two tokens of a sequence there may be steps that it sat out, swapped out."""
-        now, before = time.monotonic(), self._last_token
+        now, last, forked = time.monotonic(), self._last_token, self._last_fork
         self._histograms["iteration_tokens_total"].observe(plan.num_tokens)
-        self._last_token = {s.seq_id: now for s in plan.sequences if s.draw or s.num_candidates}
-        for seq_id in self._last_token:
-            if seq_id in before:
-                self._histograms["inter_token_latency_seconds"].observe(now - before[seq_id])
+        for part in plan.sequences:
+            if part.draw or part.num_candidates:
+                before = last.get(part.seq_id) or forked.get(part.request_id)
+                if before is not None:
+                    self._histograms["inter_token_latency_seconds"].observe(now - before)
+                last[part.seq_id] = now
+                if part.draw and part.draw.num_draws > 1:  # each of them is a sequence from now on
+                    forked[part.request_id] = now
+        if len(last) + len(forked) > MANY:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Of sequences that have ended."""
+        scheduler = self._llm.engine.scheduler
+        requests = [one for queue in (scheduler.running, scheduler.swapped, scheduler.waiting) for one in queue]
+        live, names = {seq.seq_id for one in requests for seq in one.live}, {one.request_id for one in requests}
+        self._last_token = {seq_id: when for seq_id, when in self._last_token.items() if seq_id in live}
+        self._last_fork = {name: when for name, when in self._last_fork.items() if name in names}
 
     def collect(self) -> Iterator[Metric]:
         """What the engine counts itself. It isn't asked to stand still: these are single numbers."""
