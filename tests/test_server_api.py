@@ -203,7 +203,7 @@ def test_what_is_wrong_is_named(http, fields, param, said):
 CHAT_FIELDS = [
     (dict(messages=None), "messages", "list"),
     (dict(messages=[]), "messages", "at least one"),
-    (dict(messages=["a"]), "messages.0", "dictionary"),
+    (dict(messages=["a"]), "messages.0", "JSON object"),
     (dict(messages=[{"role": "user"}]), "messages", "chat message 0"),
     (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages", "only text"),
     (dict(messages=[{"role": "user", "content": "a" * 600}]), "messages", "tokens"),

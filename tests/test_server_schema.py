@@ -8,6 +8,7 @@ Every answer has a status, a media type and a body that /openapi.json has for it
 import pytest
 import schemathesis
 from hypothesis import given, settings
+from hypothesis.strategies import booleans
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
@@ -17,6 +18,7 @@ from tiny_model import make_folder
 from minipaged import AsyncLLM
 from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
+from minipaged.server.manners import GENERATING
 
 CHECKS = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
           checks.response_schema_conformance]  # fmt: skip
@@ -55,8 +57,10 @@ def test_every_answer_is_one_that_the_schema_has(app, url, request, operation, m
     examples = request.config.getoption("--server-examples") if method == "POST" else 3
 
     @settings(max_examples=examples)
-    @given(case=one.as_strategy(generation_mode=mode))
-    def ask(case):
+    @given(case=one.as_strategy(generation_mode=mode), stream=booleans())
+    def ask(case, stream):
+        if path in GENERATING and mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+            case.body |= {"stream": stream} | ({} if stream else {"stream_options": None})
         case.validate_response(case.call(base_url=url), CHECKS)
 
     ask()

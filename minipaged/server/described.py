@@ -6,7 +6,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
 
+from minipaged.server.schema import CHUNKS
+
+REF = "#/components/schemas/{model}"
 ABOUT = (
     "OpenAI's API, with vLLM's extensions, for one model in a paged memory. A field that isn't known is refused; "
     "some that are known elsewhere may be given with the value that asks for nothing."
@@ -62,6 +66,8 @@ def _described(app: FastAPI, needs_key: bool, model_names: Sequence[str], vocab_
             elif "401" in operation["responses"]:
                 operation["security"] = [{"key": []}]
     schemas = whole["components"]["schemas"]
+    _, more = models_json_schema([(model, "validation") for model in CHUNKS], ref_template=REF)
+    schemas.update(more["$defs"])
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     for name, model in schemas.items():

@@ -100,7 +100,9 @@ def invalid(found: Sequence[Any], body: Any) -> ApiError:
     for name, right in ONE_OF.items():
         if param == name or param.startswith(name + "."):
             return ApiError(400, f"{name}: must be {right}", name)
-    right = "a JSON object" if not param else first["msg"].removeprefix("Input should be ")
+    right = first["msg"].removeprefix("Input should be ")
+    if right.startswith("a valid dictionary"):
+        right = "a JSON object"
     return ApiError(400, f"{param or 'the body'}: must be {right}", param or None)
 
 

@@ -186,10 +186,18 @@ def told(model: type[Told] | None, *errors: int, chunk: type[Told] | None = None
         found[200] = {"model": model}
     if chunk:
         about = f"With stream=true: lines `data: {{...}}`, each a {chunk.__name__} or an error; then `data: [DONE]`."
-        found[200] |= {"content": {"text/event-stream": {"schema": {"type": "string"}, "x-event": chunk.__name__}},
-                       "description": about}  # fmt: skip
+        found[200] |= {"content": {"text/event-stream": {"itemSchema": _event(chunk)}}, "description": about}
     for status in errors:
         found[status] = {"model": ErrorAnswer, "description": WORDS[status]}
         if status in (429, 503):
             found[status]["headers"] = RETRY
     return found
+
+
+CHUNKS: tuple[type[Told], ...] = (CompletionChunk, ChatCompletionChunk)  # what stands in events only
+
+
+def _event(chunk: type[Told]) -> dict[str, Any]:
+    refs = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (chunk, ErrorAnswer)]
+    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": refs}}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, json_text]}}}
