@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +151,8 @@ def test_a_mask_lies_over_its_own_row(rows):
     assert torch.equal(before, logits)
     chances = probabilities(logits, draws)
     assert all((chances[r] > 0).nonzero().flatten().tolist() == chosen[r] for r in rows)
+    by_ids = [replace(d, mask=None, params=SamplingParams(allowed_token_ids=chosen.get(d.seed))) for d in draws]
+    assert sample(logits, draws) == sample(logits, by_ids)
     for r, drawn in enumerate(sample(logits, draws)):
         assert {token.token_id for token in drawn} <= set(chosen.get(r, range(vocab)))
 
