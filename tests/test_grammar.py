@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from minipaged.decoding.adjust import adjust
 from minipaged.decoding.grammar import Grammars, Matcher, is_allowed
 from minipaged.decoding.rejection import probabilities
 from minipaged.decoding.sampling import sample
+from minipaged.execution.masks import MaskMaker
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.sampling_params import BadLogits, Draw, SamplingParams
 from minipaged.requests.structured_outputs import Mask, StructuredOutputsParams
+from minipaged.scheduling.plan import ScheduledSequence
 
 TOKENIZERS = {
     "byte-level": lambda: byte_tokenizer(b"ab", b"he", b"abc", b"a\xc3", b"\xa9l", b"lo w", b'{"', b"<s>"),
@@ -150,6 +153,8 @@ def test_a_mask_lies_over_its_own_row(rows):
     assert torch.equal(before, logits)
     chances = probabilities(logits, draws)
     assert all((chances[r] > 0).nonzero().flatten().tolist() == chosen[r] for r in rows)
+    by_ids = [replace(d, mask=None, params=SamplingParams(allowed_token_ids=chosen.get(d.seed))) for d in draws]
+    assert sample(logits, draws) == sample(logits, by_ids)
     for r, drawn in enumerate(sample(logits, draws)):
         assert {token.token_id for token in drawn} <= set(chosen.get(r, range(vocab)))
 
@@ -161,6 +166,28 @@ def test_the_grammar_knows_no_token_that_the_tokenizer_has_not():
         allowed = ids_of(Matcher(compiled).mask([], {1}))
         assert 1 in allowed and 100 < len(allowed) <= tokenizer.vocab_size and allowed[-1] < tokenizer.vocab_size
     assert grammars.END not in tokenizer.backend.get_vocab()
+
+
+def test_matchers_are_kept_from_step_to_step_and_forgotten_with_their_sequences():
+    tokenizer, maker = byte_tokenizer(), MaskMaker()
+    compiler = Grammars(tokenizer.backend, tokenizer.vocab_size)
+    one, other = (compiler.compile(StructuredOutputsParams(regex=form)) for form in ("ab", "ba"))
+    a, b = byte_ids(tokenizer, b"ab")
+
+    def step(*rows):
+        """rows: (sequence, grammar, output, branch of)."""
+        sequences = []
+        for seq_id, compiled, output, branch_of in rows:
+            draw = Draw(SamplingParams(), 0, 0, 1, [], output, frozenset([0]), grammar=compiled)
+            sequences.append(ScheduledSequence(seq_id, "r", [1], 0, [0], [0], draw=draw, branch_of=branch_of))
+        return {seq_id: ids_of(mask) for seq_id, [mask] in maker.start(sequences)().items()}
+
+    assert step((1, one, [], None), (2, other, [], None), (3, None, [], None)) == {1: [a], 2: [b]}
+    kept = maker._matchers[1]
+    assert step((1, one, [a], None), (4, one, [a, b], 1)) == {1: [b], 4: [0]}
+    assert maker._matchers == {1: kept}
+    assert step((1, other, [], None)) == {1: [b]}  # a number may come again
+    assert step((1, None, [], None)) == {} == maker._matchers
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

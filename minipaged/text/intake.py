@@ -47,6 +47,7 @@ class Intake:
                 f"the prompt has {len(token_ids)} tokens, and with at least one output token "
                 f"the most is {self.max_model_len} (max_model_len)"
             )
+        grammar = self._grammar(params)
         seed, arrival = getattr(params, "seed", None), next(self._arrivals)
         request = Request(
             request_id=request_id or next(name for n in count(arrival) if (name := str(n)) not in taken),
@@ -59,7 +60,7 @@ class Intake:
             prompt=text,
             cache_salt=own_salt or cache_salt,
             bad_word_ids=bad_word_ids(params, self.tokenizer),
-            grammar=self._grammar(params),
+            grammar=grammar,
         )
         if params.max_tokens is None:  # as many as there is room for, in the pool too
             most = request.most_tokens(self.num_blocks, self.block_size)
