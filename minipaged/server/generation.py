@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from minipaged.async_llm import EngineDeadError, Stream
 from minipaged.requests.request import Request
 from minipaged.server.answers import Answer, Body
-from minipaged.server.asked import conversation_of, params_of, prompts_of
-from minipaged.server.errors import ApiError, bad_request
+from minipaged.server.asked import conversation_of, params_of, prompts_of, refusal
+from minipaged.server.errors import ApiError
 from minipaged.server.manners import House, Visit
 from minipaged.server.metrics import Metrics
 from minipaged.server.protocol import ChatCompletionRequest
@@ -56,7 +56,7 @@ class Job:
             return answer.whole(outputs)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events."""
+        """The answer as server-sent events. ApiError, EngineDeadError until the first."""
         begun = False
         try:
             async with self._stream() as (stream, answer):
@@ -70,16 +70,29 @@ class Job:
                         begun = True
                         yield piece
                 yield b"".join(map(event, answer.end())) + DONE
-        except EngineDeadError as error:
+        except (ApiError, EngineDeadError) as error:
             if not begun:
                 raise
             # The status can't say it any more.
-            yield event(ApiError(500, str(error)).body()) + DONE
+            body = error.body() if isinstance(error, ApiError) else ApiError(500, str(error)).body()
+            yield event(body) + DONE
 
     @contextlib.asynccontextmanager
     async def _stream(self) -> AsyncIterator[tuple[Stream, Answer]]:
         """From the time when the first token is being computed. Whoever leaves early aborts what is not finished."""
+        if self._id in self._house.under_way:
+            raise ApiError(400, f"request_id {self._id!r} is in use", "request_id")
+        self._house.under_way[self._id] = []
+        try:
+            async with self._computing() as computing:
+                yield computing
+        finally:
+            del self._house.under_way[self._id]
+
+    @contextlib.asynccontextmanager
+    async def _computing(self) -> AsyncIterator[tuple[Stream, Answer]]:
         requests = await asyncio.to_thread(self._prepare)
+        self._house.under_way[self._id] = [request.request_id for request in requests]
         self._house.known(self._visit)
         self._house.check_room(len(requests), sum(len(request.prompt_token_ids) for request in requests))
         with contextlib.closing(self._llm.submit(requests)) as stream:
@@ -90,8 +103,9 @@ class Job:
                 seconds = self._house.config.max_queue_seconds
                 raise ApiError(503, f"it waited for {seconds:g} s: come again", retry_after=seconds) from None
             except ValueError as error:  # another one came first with its request_id
-                raise bad_request(error) from None
-            yield stream, Answer(self._body, self._id, self._house.config.model_names[0], requests, self._tokenizer)
+                raise refusal(error, self._body) from None
+            model = self._body.model or self._house.config.model_names[0]
+            yield stream, Answer(self._body, self._id, model, requests, self._tokenizer)
 
     def _prepare(self) -> list[Request]:
         """In a thread of its own: texts may be long, and grammars large."""
@@ -106,7 +120,7 @@ class Job:
                 return [prepare(prompts[0], params, self._id, salt)]
             return [prepare(one, params, f"{self._id}-{i}", salt, f"prompt {i}: ") for i, one in enumerate(prompts)]
         except ValueError as error:
-            raise bad_request(error) from None
+            raise refusal(error, self._body) from None
 
     def _finished(self, output: RequestOutput) -> None:
         self._metrics.finished(output)

@@ -48,7 +48,7 @@ class House:
     """What all requests have in common.
 
     num_guests: those under way. num_coming: those that the engine doesn't know of yet.
-    closing: nobody is let in any more.
+    closing: nobody is let in any more. under_way: of each id that a client knows, those of the engine's requests.
     """
 
     llm: AsyncLLM
@@ -56,6 +56,7 @@ class House:
     num_guests: int = 0
     num_coming: int = 0
     closing: bool = False
+    under_way: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_queued(self) -> int:
