@@ -1,6 +1,6 @@
 """Thousands of requests, whose clients do whatever clients do: nothing is lost, nothing left.
 
-MINIPAGED_CHAOS=100000 asks so many (2,400 by default).
+MINIPAGED_CHAOS=100000 asks so many (2,000 by default).
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from minipaged.server.config import ServerConfig
 from minipaged.server.generation import Job
 from minipaged.server.manners import Visit
 
-COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2400"))
+COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2000"))
 LIMITS = ServerConfig(
     model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=26,
     max_queued_tokens=600, max_queue_seconds=4.0,
