@@ -96,13 +96,12 @@ def run_chaos(folder, wishes, name, count, say=lambda line: None):
             check_nothing_is_left(place)
             check_tenants_do_not_share(place, number)
             sizes.append(resident())
-        stats = asyncio.run(place.llm.stats())
-    warm = sizes[len(sizes) // 3]
-    say(
-        f"{name}: {crowd._number} requests in {time.monotonic() - began:.0f} s, {stats.num_steps} steps, preempted "
-        f"{stats.num_preemptions}, memory {warm / MEGABYTE:.0f} -> {sizes[-1] / MEGABYTE:.0f} MiB, "
-        f"{dict(sorted(crowd.counts.items()))}"
-    )  # fmt: skip
+            stats, warm = asyncio.run(place.llm.stats()), sizes[len(sizes) // 3]
+            say(
+                f"{name}: {crowd._number} requests in {time.monotonic() - began:.0f} s, {stats.num_steps} steps, "
+                f"preempted {stats.num_preemptions}, memory {warm / MEGABYTE:.0f} -> {sizes[-1] / MEGABYTE:.0f} MiB, "
+                f"{dict(sorted(crowd.counts.items()))}"
+            )  # fmt: skip
     assert sizes[-1] - warm < 12 * MEGABYTE, f"memory grows: {[size // MEGABYTE for size in sizes]} MiB"
     return crowd, stats
 
