@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from minipaged.requests.beam_search_params import BeamSearchParams
     from minipaged.requests.request import RequestRefused
     from minipaged.requests.sampling_params import Logprob, RequestOutputKind, SamplingParams
+    from minipaged.requests.structured_outputs import StructuredOutputsParams
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 
 __all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "RequestOutputKind"]
-__all__ += ["RequestRefused", "SamplingParams"]
+__all__ += ["RequestRefused", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
     "LLM": "llm",
@@ -30,6 +31,7 @@ _HOMES = {
     "RequestOutputKind": "requests.sampling_params",
     "SamplingParams": "requests.sampling_params",
     "RequestRefused": "requests.request",
+    "StructuredOutputsParams": "requests.structured_outputs",
 }
 
 

@@ -14,6 +14,8 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import fields
@@ -44,9 +46,9 @@ class AsyncLLM:
 
     def __init__(self, model: str = "smollm2", **options: Any):
         self.engine = LLMEngine(model, **options)
-        self.waiting: dict[str, int] = {}  # prompt tokens of those that nothing was computed for yet
-        self._streams: dict[str, Stream] = {}  # of requests that are not finished; the thread's own
-        self._admitted: list[str] = []  # in the step that is being computed
+        self.waiting: dict[Request, int] = {}  # prompt tokens of those that nothing was computed for yet
+        self._readers: dict[str, tuple[Request, Stream]] = {}  # of those that are not finished; the thread's own
+        self._admitted: deque[str] = deque()  # in the step that is being computed
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open, self._stopped = threading.Lock(), False  # nothing comes in once it is stopped
         self._mailbox = _Newest()
@@ -84,9 +86,12 @@ class AsyncLLM:
     def submit(self, requests: list[Request]) -> "Stream":
         """Let prepared requests (`LLMEngine.prepare`) wait, all or none. Who stops reading has to close the stream."""
         stream = Stream(requests, self._abort)
-        self.must_live()
-        self.waiting |= {request.request_id: len(request.prompt_token_ids) for request in requests}
-        self._ask(partial(self._add, stream, requests))
+        self.waiting.update({request: len(request.prompt_token_ids) for request in requests})
+        try:
+            self._ask(partial(self._add, stream))
+        except EngineDeadError:
+            self._forget(stream)
+            raise
         return stream
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
@@ -108,7 +113,7 @@ class AsyncLLM:
                 return
             try:
                 answer.set_result(what())
-            except Exception as error:
+            except BaseException as error:
                 answer.set_exception(error)
 
         self._ask(do)
@@ -168,14 +173,16 @@ class AsyncLLM:
         while not self._stopped:
             try:
                 self._do_what_was_asked()
-                self._deliver(self.engine.step_for(self._mailbox))
-                self._failures = 0
-            except Exception as error:
+                if not self._stopped:
+                    self._deliver(self.engine.step_for(self._mailbox))
+            except BaseException as error:  # whatever it is: without this thread all would wait for ever
                 self._failures, self._error = self._failures + 1, error
                 if self._failures >= PATIENCE:
-                    self._give_up(f"{PATIENCE} steps failed, the last one with {error!r}")
+                    self._give_up(f"{self._failures} steps failed, the last one with {error!r}")
+                    time.sleep(0.01)  # if nothing helps, not at full speed
         while not self._inbox.empty():
-            self._inbox.get()()
+            with contextlib.suppress(BaseException):
+                self._inbox.get()()
         self._give_up("the engine was shut down")
 
     def _do_what_was_asked(self) -> None:
@@ -183,84 +190,101 @@ class AsyncLLM:
         with contextlib.suppress(queue.Empty):
             while not self._stopped:
                 busy = self.engine.has_unfinished_requests or bool(self._mailbox)
-                self._inbox.get(block=not busy)()
+                what = self._inbox.get(block=not busy)
+                what()
 
     def _stop(self) -> None:
         with self._open:
             self._stopped = True
 
-    def _add(self, stream: "Stream", requests: list[Request]) -> None:
+    def _add(self, stream: "Stream") -> None:
         try:
-            for request in requests:
+            for request in stream.requests:
+                if request.request_id in self._readers:  # it may have ended, and its last state is on the way
+                    raise ValueError(f"request_id {request.request_id!r} is in use")
                 self.engine.add(request, self._mailbox)
-                self._streams[request.request_id] = stream
-        except Exception as error:  # an id that is in use, say
-            self._end(requests)
+                self._readers[request.request_id] = request, stream
+        except BaseException as error:
+            self._end(stream)
             _tell([(stream, error)])
 
-    def _abort(self, requests: list[Request]) -> None:
-        """Nobody wants them any more. From any thread."""
+    def _abort(self, stream: "Stream") -> None:
+        """Nobody reads it any more. From any thread."""
+        for request in stream.requests:  # who comes now need not wait for the thread to see that there is room
+            self.waiting.pop(request, None)
         with contextlib.suppress(EngineDeadError):
-            self._ask(partial(self._end, requests))
+            self._ask(partial(self._end, stream))
 
-    def _end(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self.waiting.pop(request.request_id, None)
-            if self._streams.pop(request.request_id, None):
-                self.engine.abort(request.request_id)
-                self._mailbox.drop(request.request_id)
+    def _end(self, stream: "Stream") -> None:
+        """What is not finished of it. Others may have come since, whose requests have the same names."""
+        for request in self._forget(stream):
+            self.engine.abort(request.request_id)
+            self._mailbox.drop(request.request_id)
+
+    def _forget(self, stream: "Stream") -> list[Request]:
+        """Those that were not finished."""
+        its = [request for request in stream.requests if self._readers.get(request.request_id) == (request, stream)]
+        for request in stream.requests:
+            self.waiting.pop(request, None)
+        for request in its:
+            del self._readers[request.request_id]
+        return its
 
     def _note_admitted(self, plan: StepPlan, output: StepOutput) -> None:
-        self._admitted += plan.admitted
+        """The first observer: a step has succeeded, whatever the others make of it."""
+        self._failures = 0
+        self._admitted.extend(plan.admitted)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        news: list[tuple[Stream, RequestOutput | None | Exception]] = []
-        for name in self._admitted:
-            if self.waiting.pop(name, None) is not None and name in self._streams:
-                news.append((self._streams[name], None))
-        self._admitted = []
+        news: list[tuple[Stream, RequestOutput | None | BaseException]] = []
+        while self._admitted:
+            request, stream = self._readers.get(self._admitted.popleft(), (None, None))
+            if request is not None and stream is not None and self.waiting.pop(request, None) is not None:
+                news.append((stream, None))
         for output in outputs:
-            name = output.request_id
-            if name in self._streams:
-                news.append((self._streams[name], output))
+            request, stream = self._readers.get(output.request_id, (None, None))
+            if request is not None and stream is not None:
+                self.waiting.pop(request, None)
+                news.append((stream, output))
                 if output.finished:
-                    self.waiting.pop(name, None)
-                    del self._streams[name]
+                    del self._readers[output.request_id]
         for stream in _tell(news):
-            self._end(stream.requests)
+            self._end(stream)
 
     def _give_up(self, why: str) -> None:
         """Tell all who wait; the engine is empty then, and goes on with the next one who asks."""
-        streams = set(self._streams.values())
+        streams = {stream for _, stream in self._readers.values()}
         for stream in streams:
-            with contextlib.suppress(Exception):
-                self._end(stream.requests)
-        self.waiting.clear()
+            with contextlib.suppress(BaseException):
+                self._end(stream)
         _tell([(stream, EngineDeadError(why)) for stream in streams])
 
 
 class Stream:
-    """The outputs of some requests as they grow: of each its newest state. In one event loop.
+    """The outputs of some requests as they grow: of each its newest state. In one event loop."""
 
-    begun: set when the first of them is no longer waiting.
-    """
-
-    def __init__(self, requests: list[Request], abort: Callable[[list[Request]], None]):
-        self.requests, self.loop, self.begun = requests, asyncio.get_running_loop(), asyncio.Event()
+    def __init__(self, requests: list[Request], abort: Callable[["Stream"], None]):
+        self.requests, self.loop, self._begun = requests, asyncio.get_running_loop(), asyncio.Event()
         self._abort, self._left = abort, {request.request_id for request in requests}
         self._newest: dict[str, RequestOutput] = {}
         self._told: dict[str, RequestOutput] = {}  # of requests that are told only what is new
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._news = asyncio.Event()
 
-    def put(self, what: RequestOutput | Exception | None) -> None:
+    def put(self, what: RequestOutput | BaseException | None) -> None:
         """None: it has begun."""
-        self.begun.set()
-        if isinstance(what, Exception):
+        self._begun.set()
+        if isinstance(what, BaseException):
             self._error = what
         elif what is not None:
             self._newest[what.request_id] = what
         self._news.set()
+
+    async def begin(self) -> None:
+        """Until the first of them is no longer waiting. ValueError if they were refused, EngineDeadError as ever."""
+        await self._begun.wait()
+        if self._error is not None and not self._newest:
+            raise self._error
 
     def __aiter__(self) -> Self:
         return self
@@ -285,8 +309,10 @@ class Stream:
     def close(self) -> None:
         """Abort what is not finished. Twice does no harm."""
         if self._left and self._error is None:
-            self._abort(self.requests)
+            self._abort(self)
         self._left.clear()
+        self._newest.clear()
+        self._news.set()
 
 
 class _Newest(Mailbox):
@@ -297,7 +323,7 @@ class _Newest(Mailbox):
         return list(self._taken.values())
 
 
-def _tell(news: list[tuple[Stream, RequestOutput | None | Exception]]) -> list[Stream]:
+def _tell(news: list[tuple[Stream, RequestOutput | None | BaseException]]) -> list[Stream]:
     """Hand over what is new, to each event loop at once. Returns the streams whose loop is gone."""
     gone = []
     for loop in {stream.loop for stream, _ in news}:
@@ -309,6 +335,6 @@ def _tell(news: list[tuple[Stream, RequestOutput | None | Exception]]) -> list[S
     return gone
 
 
-def _put_all(news: list[tuple[Stream, RequestOutput | None | Exception]]) -> None:
+def _put_all(news: list[tuple[Stream, RequestOutput | None | BaseException]]) -> None:
     for stream, what in news:
         stream.put(what)

@@ -53,7 +53,7 @@ def wishes(rng: random.Random):
     """A prompt and what is asked of it."""
     prompt = [rng.choice([5, 6, 7])] * rng.randint(1, 9) + [rng.randint(4, 60) for _ in range(rng.randint(1, 20))]
     length = rng.randint(1, 12)
-    match rng.choice(["greedy", "samples", "beams", "stop", "logprobs"]):
+    match rng.choice(["greedy", "samples", "beams", "stop", "logprobs", "form"]):
         case "greedy":
             return prompt, SamplingParams(temperature=0, max_tokens=length)
         case "samples":
@@ -62,6 +62,9 @@ def wishes(rng: random.Random):
             return prompt, BeamSearchParams(3, max_tokens=length, length_penalty=0.0)
         case "stop":
             return prompt, SamplingParams(seed=rng.randrange(99), max_tokens=20, stop=["e", "a", "12"], min_tokens=1)
+        case "form":
+            form = {"regex": "[a-e]{3,9}(x|12)"}
+            return prompt, SamplingParams(n=2, seed=rng.randrange(99), max_tokens=length, structured_outputs=form)
         case "logprobs":
             return prompt, SamplingParams(temperature=0, max_tokens=length, prompt_logprobs=2, logprobs=1)
 

@@ -4,13 +4,17 @@ import inspect
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
+from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
 from minipaged.execution.engine_args import ALIASES, EngineArgs
 from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.requests.sampling_params import Logprob
+from minipaged.server.app import create_app
+from minipaged.server.config import ServerConfig
+from minipaged.server.protocol import ChatCompletionRequest, CompletionRequest
 
 TEXT = (Path(__file__).parents[1] / "minipaged" / "VLLM.md").read_text(encoding="utf-8")
 
@@ -48,6 +52,9 @@ VLLM = {
         output_text_buffer_length structured_outputs logit_bias allowed_token_ids extra_args bad_words
         skip_reading_prefix_cache thinking_token_budget repetition_detection routed_experts_prompt_start
         trace_decode_token_ids""",
+    "StructuredOutputsParams": """
+        json regex choice grammar json_object disable_any_whitespace disable_additional_properties whitespace_pattern
+        structural_tag""",
     "BeamSearchParams": """
         beam_width max_tokens ignore_eos temperature length_penalty include_stop_str_in_output structured_outputs
         skip_special_tokens watermarking""",
@@ -59,6 +66,43 @@ VLLM = {
         index text token_ids cumulative_logprob logprobs routed_experts finish_reason stop_reason lora_request
         sampling_mask spec_decode_metrics weight_versions""",
     "Logprob": "logprob rank decoded_token",
+    "The server": """
+        /abort_requests /classify /cohere/v2/chat /cohere/v2/chat/render /collective_rpc /detokenize /docs
+        /fault_tolerance/apply /fault_tolerance/status /finish_weight_update /generative_scoring
+        /get_world_size /health /inference/v1/generate /init_weight_transfer_engine /invocations /is_paused
+        /is_scaling_elastic_ep /is_sleeping /kv_event_sources /load /metrics /pause /ping /pooling /ready
+        /readyz /release_kv_cache_memory /rerank /reset_encoder_cache /reset_mm_cache /reset_prefix_cache
+        /resume /scale_elastic_ep /score /server_info /shutdown_weight_transfer_engine /sleep
+        /start_draft_weight_update /start_profile /start_weight_update /stop_profile /tokenize /tokenizer_info
+        /update_weight_version /update_weights /v1/audio/transcriptions /v1/audio/translations
+        /v1/chat/completions /v1/chat/completions/batch /v1/chat/completions/derender
+        /v1/chat/completions/render /v1/completions /v1/completions/derender /v1/completions/render
+        /v1/embeddings /v1/load_lora_adapter /v1/messages /v1/messages/count_tokens /v1/messages/render
+        /v1/models /v1/rerank /v1/responses /v1/responses/render /v1/responses/{response_id}
+        /v1/responses/{response_id}/cancel /v1/score /v1/systemone /v1/unload_lora_adapter /v2/embed /v2/rerank
+        /version /wake_up /weight_checker /weight_info""",
+    "Fields of /v1/completions": """
+        model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream
+        stream_options suffix temperature top_p user use_beam_search top_k min_p repetition_penalty
+        watermarking length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
+        skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side
+        allowed_token_ids prompt_logprobs logprob_token_ids bad_words prompt_embeds add_special_tokens
+        response_format structured_outputs priority request_id session_id return_tokens_as_token_ids
+        return_token_ids routed_experts_prompt_start return_token_offsets mm_payload return_mm_kwargs
+        cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection thinking_token_budget
+        stream_interval""",
+    "Fields of /v1/chat/completions": """
+        messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n
+        presence_penalty response_format seed stop stream stream_options temperature top_p tools tool_choice
+        reasoning_effort thinking_token_budget include_reasoning parallel_tool_calls user use_beam_search top_k
+        min_p repetition_penalty watermarking length_penalty stop_token_ids include_stop_str_in_output
+        ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
+        truncation_side prompt_logprobs logprob_token_ids allowed_token_ids bad_words echo
+        add_generation_prompt continue_final_message add_special_tokens documents chat_template
+        chat_template_kwargs media_io_kwargs mm_processor_kwargs structured_outputs priority request_id
+        session_id return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets
+        return_prompt_text mm_payload return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params
+        vllm_xargs repetition_detection stream_interval""",
 }
 MORE = {"LLM(...)"}  # the table has names besides vLLM's own list: of EngineArgs
 OURS = {
@@ -67,11 +111,18 @@ OURS = {
     "Methods of LLM": LLM,
     "Arguments of generate": LLM.generate,
     "SamplingParams": SamplingParams,
+    "StructuredOutputsParams": StructuredOutputsParams,
     "BeamSearchParams": BeamSearchParams,
     "RequestOutput": RequestOutput,
     "CompletionOutput": CompletionOutput,
     "Logprob": Logprob,
+    "The server": create_app,
+    "Fields of /v1/completions": CompletionRequest,
+    "Fields of /v1/chat/completions": ChatCompletionRequest,
 }
+# The second table has what is not in the first one, or not the same.
+BESIDES = {"Fields of /v1/chat/completions": "Fields of /v1/completions"}
+COMPLETIONS_ONLY = {"prompt", "suffix", "prompt_embeds"}
 NOT_LISTED = {"Methods of LLM", "Arguments of generate"}  # the table need not have all of ours
 
 def names_of(section):
@@ -79,11 +130,18 @@ def names_of(section):
     ours = OURS[section]
     if section == "LLM(...)":
         return {field.name for field in fields(EngineArgs)} | ALIASES.keys()
+    if section == "The server":
+        config = SimpleNamespace(vocab_size=9)
+        engine = SimpleNamespace(observers=[], config=config, max_model_len=9, tokenizer=None)
+        app = create_app(SimpleNamespace(engine=engine), ServerConfig())
+        return {re.sub(r":path", "", route.path) for route in app.routes} - {"/openapi.json", "/live"}
+    if section.startswith("Fields of"):
+        return {*ours.model_fields}
     if section == "Methods of LLM":
         return {name for name in dir(ours) if not name.startswith("_")}
     if is_dataclass(ours):
         properties = {name for name, value in vars(ours).items() if isinstance(value, property)}
-        hidden = {"greedy", "penalises", "stop_strings", "guesses_greedily"}  # for the engine, not for users
+        hidden = {"greedy", "penalises", "stop_strings", "guesses_greedily", "kind"}  # for the engine, not for users
         return {field.name for field in fields(ours)} | (properties - hidden)
     return {*inspect.signature(ours).parameters} - {"self"}
 
@@ -94,12 +152,16 @@ def read(section):
     said, only = {}, set()
     for row in re.findall(r"^\|(.*)\|$", body, re.M):
         cells = [cell.strip() for cell in row.split("|")]
-        names = re.findall(r"`(\w+)`", cells[0])
+        names = re.findall(r"`([\w/{}]+)`", cells[0])
         if len(cells) == 2:
             only |= {*names}
         for name in names if len(cells) == 3 else ():
             assert name not in said, f"{name} stands there twice"
             said[name] = cells[1]
+    if section in BESIDES:
+        others, others_only = read(BESIDES[section])
+        said = {name: here for name, here in others.items() if name not in COMPLETIONS_ONLY} | said
+        only |= others_only
     return said, only
 
 
@@ -111,7 +173,7 @@ def faults(section, said, only, ours):
             found.append(f"{name} isn't here, the table says it is")
         if here != "yes" and name in ours:
             found.append(f"{name} is here, the table says it isn't")
-        if here not in ("yes", "no") and re.fullmatch(r"as `(\w+)`", here).group(1) not in ours:
+        if here not in ("yes", "no") and re.fullmatch(r"as `([\w/]+)`", here).group(1) not in ours:
             found.append(f"{name}: there is no {here}")
     vllm = {*VLLM[section].split()}
     found += [f"vLLM has {name}: the table says nothing of it" for name in vllm - said.keys()]

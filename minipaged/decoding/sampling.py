@@ -2,7 +2,7 @@
 
 A row of logits takes these steps, in vLLM's order (adjust.py has the first five):
 
-    1. allowed      allowed_token_ids: all other tokens are forbidden
+    1. allowed      structured_outputs, allowed_token_ids: all other tokens are forbidden
     2. bad words    the token that would complete one of bad_words is forbidden
     3. min_tokens   while the output is too short, the tokens that would end it are forbidden
     4. logit_bias   is added
@@ -86,7 +86,15 @@ def _best_token(x: Tensor, draws: list[Draw]) -> list[list[int] | None]:
 
 
 def _draw_any(x: Tensor, draws: list[Draw]) -> list[list[int] | None]:
-    return _by_chance(x, draws, lambda x, draws: _draw(x.exp_(), draws))
+    return _by_chance(x, draws, lambda x, draws: _draw(_exp_(x, draws), draws))
+
+
+def _exp_(x: Tensor, draws: list[Draw]) -> Tensor:
+    """exp(x) in the place of x. Of -inf by a detour: on a CPU it takes ten times as long as a number does."""
+    if not any(d.mask for d in draws):
+        return x.exp_()
+    kept = (x > -torch.inf).to(x.dtype)
+    return x.nan_to_num_(neginf=-80.0).exp_().mul_(kept)
 
 
 def _draw_truncated(x: Tensor, draws: list[Draw]) -> list[list[int] | None]:

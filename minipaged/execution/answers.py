@@ -1,5 +1,6 @@
 """From the hidden states of a step to what came of it: logits, draws, which guesses were right, logprobs of prompts."""
 
+from dataclasses import replace
 from itertools import chain, islice
 
 from torch import Tensor
@@ -8,8 +9,9 @@ from minipaged.decoding.acceptance import Drawn, accept, draws_behind
 from minipaged.decoding.logprobs import top_candidates, top_logprobs
 from minipaged.decoding.rejection import accept_by_chance, probabilities
 from minipaged.decoding.sampling import add_logprobs, sample
+from minipaged.execution.masks import Masks
 from minipaged.models import Model
-from minipaged.requests.sampling_params import BadLogits
+from minipaged.requests.sampling_params import BadLogits, Draw
 from minipaged.scheduling.plan import ScheduledSequence, StepOutput
 
 PIECE = 128  # rows whose logits are held at a time for prompt_logprobs: 25 MB with a vocabulary of 49152
@@ -22,15 +24,16 @@ def wanted_logits(model: Model, sequences: list[ScheduledSequence], hidden: Tens
 
 def answer(
     model: Model, sequences: list[ScheduledSequence], hidden: Tensor, logits: Tensor,
-    chances: dict[int, Tensor] | None = None,
+    chances: dict[int, Tensor] | None = None, masks: Masks | None = None,
 ) -> StepOutput:  # fmt: skip
     """What the plan asks for, from hidden [T, E], the states of all tokens of `sequences` in a row, and their logits.
 
     chances: for sequences whose guesses are to be judged by rejection, what they were drawn from, each [guesses, V].
+    masks: for those whose outputs have a form, what it allows behind their tokens.
     """
     output = StepOutput()
     wanted = [s for s in sequences if s.draw or s.num_candidates]
-    _draw(logits, wanted, chances or {}, output)
+    _draw(logits, wanted, chances or {}, masks or {}, output)
     _find_candidates(logits, wanted, output)
     _tell_prompt_logprobs(model, sequences, hidden, output)
     return output
@@ -56,13 +59,13 @@ def _places(wanted: list[ScheduledSequence]) -> list[tuple[ScheduledSequence, ra
 
 
 def _draw(
-    logits: Tensor, wanted: list[ScheduledSequence], chances: dict[int, Tensor], output: StepOutput
+    logits: Tensor, wanted: list[ScheduledSequence], chances: dict[int, Tensor], masks: Masks, output: StepOutput
 ) -> None:
     drawing = [(s, place) for s, place in _places(wanted) if s.draw]
     if not drawing:
         return
     chosen = [row for _, place in drawing for row in place]
-    draws = [draws_behind(s.draw, s.draft_token_ids) for s, _ in drawing if s.draw]
+    draws = [_draws(s, s.draw, masks) for s, _ in drawing if s.draw]
     drawn = iter(sample(logits if len(chosen) == len(logits) else logits[chosen], list(chain.from_iterable(draws))))
     families: dict[int, list[tuple[ScheduledSequence, list[Drawn]]]] = {}
     for (s, place), its in zip(drawing, draws, strict=True):
@@ -79,6 +82,14 @@ def _draw(
             families.setdefault(s.seq_id if s.branch_of is None else s.branch_of, []).append((s, own))
     for seq_id, family in families.items():
         _take(seq_id, family, output)
+
+
+def _draws(s: ScheduledSequence, draw: Draw, masks: Masks) -> list[Draw]:
+    """What to draw in each of its rows. Those without a mask stand behind a guess that can't be right."""
+    draws = draws_behind(draw, s.draft_token_ids)
+    for place, mask in enumerate(masks.get(s.seq_id, ())):
+        draws[place] = replace(draws[place], mask=mask)
+    return draws
 
 
 def _take(seq_id: int, family: list[tuple[ScheduledSequence, list[Drawn]]], output: StepOutput) -> None:

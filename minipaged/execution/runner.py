@@ -11,6 +11,7 @@ import kernels
 from minipaged.execution.answers import answer, wanted_logits
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.flat_batch import FlatBatches
+from minipaged.execution.masks import MaskMaker
 from minipaged.execution.proposer import Guesses, Proposer, stack
 from minipaged.execution.stats import Times
 from minipaged.execution.timing import StepTimer
@@ -87,6 +88,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
         if self.graphs:
             self.graphs.record_all()
+        self.masks = MaskMaker()
         self.batches = FlatBatches(num_blocks, block_size, device, debug)
 
     @torch.inference_mode()
@@ -100,6 +102,7 @@ class ModelRunner:
         guesses = self.proposer.propose(plan.sequences) if self.proposer else Guesses()
         self.timer.end("draft")
         sequences = guesses.appended(plan.sequences)
+        masks = self.masks.start(sequences)
         input_ids, positions, batch = self.batches.of(sequences)
         self.timer.end("prepare")
         if self.graphs and self.graphs.fits(batch):
@@ -108,7 +111,7 @@ class ModelRunner:
             hidden = self.model(input_ids, positions, self.cache, batch)  # [T, E]
         logits = wanted_logits(self.model, sequences, hidden)
         self.timer.end("model")
-        output = answer(self.model, sequences, hidden, logits, stack(guesses.chances))
+        output = answer(self.model, sequences, hidden, logits, stack(guesses.chances), masks())
         self.timer.end("sample")
         if self.proposer:
             self.proposer.follow(sequences, (input_ids, positions, batch), hidden, output)

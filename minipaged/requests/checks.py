@@ -74,10 +74,10 @@ def wrong(name: str, value: Any, right: str) -> ValueError:
     return ValueError(f"{name}={shown if len(shown) <= 200 else shown[:200] + '...'}: must be {right}")
 
 
-def settle(params: Any, rules: dict[str, Rule]) -> None:
-    """Read the fields of a frozen dataclass by their rules, and keep what came of it."""
+def settle(params: Any, rules: dict[str, Rule], where: str = "") -> None:
+    """Read the fields of a frozen dataclass by their rules, and keep what came of it. where: before names in errors."""
     for name, rule in rules.items():
-        object.__setattr__(params, name, rule.read(name, getattr(params, name)))
+        object.__setattr__(params, name, rule.read(where + name, getattr(params, name)))
 
 
 def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

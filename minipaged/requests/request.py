@@ -75,6 +75,7 @@ class Request:
     prompt: str | None = None
     cache_salt: str | None = None  # only requests with the same one share what is cached
     bad_word_ids: list[list[int]] = field(default_factory=list)  # the tokens of params.bad_words
+    grammar: Any = None  # params.structured_outputs, compiled
     was_admitted: bool = False  # at least once: what it finds later may be its own
     num_overtaken: int = 0  # how many requests came in before it that arrived later; see admission.py
     sequences: list[Sequence] = field(default_factory=list)  # for beam search: the running beams, in order
@@ -147,7 +148,8 @@ class Request:
         assert isinstance(self.params, SamplingParams)
         num_draws = 1 if seq.output_token_ids else self.params.n
         prompt, output = seq.prompt_token_ids, seq.output_token_ids
-        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, self.stop_ids, self.bad_word_ids)
+        ends = self.stop_ids, self.bad_word_ids, self.grammar
+        return Draw(self.params, self.seed, seq.index, num_draws, prompt, output, *ends)
 
     def stop_reason(self, token_id: int) -> int | None:
         """What is told of a token that ended the text: nothing if it is the model's own end."""

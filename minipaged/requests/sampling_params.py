@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from minipaged.requests.checks import Rule, check_token_ids, is_number, plain, settle, wrong
+from minipaged.requests.structured_outputs import Mask, StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is taken as 0, as in vLLM
 MOST_BIAS = 100.0  # a stronger logit_bias is taken as this, as in OpenAI's API and vLLM
@@ -60,11 +61,13 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None  # use only so many last tokens of the prompt; -1: as many as fit
     detokenize: bool = True  # False: no text, which is cheaper
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | None = None  # or a dict of its fields: the form of the output
 
     def __post_init__(self) -> None:
         settle(self, _RULES)
         object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
         object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
+        object.__setattr__(self, "structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if self.truncate_prompt_tokens == 0:
             raise wrong("truncate_prompt_tokens", 0, _RULES["truncate_prompt_tokens"].right)
         if not isinstance(self.output_kind, RequestOutputKind):
@@ -76,6 +79,8 @@ class SamplingParams:
             raise ValueError(f"n={self.n}: n must be 1 when using greedy sampling (temperature=0)")
         if self.stop and not self.detokenize:
             raise ValueError(f"stop={self.stop!r}: needs text, so detokenize must be True")
+        if self.structured_outputs and self.ignore_eos:
+            raise ValueError("ignore_eos=True: not with structured_outputs, which says where the text ends")
 
     def check(self, vocab_size: int, max_logprobs: int = -1) -> None:
         """What only an engine can know. ValueError for token ids that its model doesn't have, and too many logprobs.
@@ -160,6 +165,8 @@ class Draw:
     output_token_ids: Sequence[int]
     stop_ids: frozenset[int]  # end of text and stop_token_ids, forbidden before min_tokens
     bad_word_ids: Sequence[Sequence[int]] = ()  # the tokens of params.bad_words: see text/inputs.py
+    grammar: Any = None  # of params.structured_outputs, compiled: a `Grammar` of decoding/grammar.py
+    mask: Mask | None = None  # what it allows now; whoever draws adds it
 
     def behind(self, output_token_ids: Sequence[int]) -> "Draw":
         """The same, further on."""

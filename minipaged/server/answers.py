@@ -22,24 +22,28 @@ Body = CompletionRequest | ChatCompletionRequest
 
 @dataclass
 class Sent:
-    """What a client has of a choice: characters, tokens."""
+    """What a client has of a choice: characters, tokens. offsets: where tokens stand in the text, if that is told."""
 
     text: int = 0
     tokens: int = 0
     ended: bool = False
+    failed: bool = False
+    offsets: logprobs.Offsets | None = None
 
 
 class Answer:
-    """One HTTP request's answer. id: its id in the API. model: its name."""
+    """One HTTP request's answer. id: its id in the API. model: the name that it was asked for by."""
 
     def __init__(self, body: Body, id: str, model: str, requests: list[Request], tokenizer: Tokenizer):
         self.id, self.body, self.chat = id, body, isinstance(body, ChatCompletionRequest)
         self.requests, self._tokenizer = requests, tokenizer
         self._place = {request.request_id: number for number, request in enumerate(requests)}
-        self._width = getattr(requests[0].params, "n", 1) or getattr(requests[0].params, "beam_width", 1)
+        self._width: int = getattr(requests[0].params, "n", 1) or getattr(requests[0].params, "beam_width", 1)
+        self._num_choices = len(requests) * self._width
         self._head = {"id": id, "object": "", "created": int(time.time()), "model": model}
         self._sent: dict[int, Sent] = {}
-        self._usage: dict[str, tuple[int, int, int]] = {}  # by request: prompt, output, cached tokens
+        # By request: prompt, output, cached tokens.
+        self._usage = {request.request_id: (len(request.prompt_token_ids), 0, 0) for request in requests}
         self.prompt_only = isinstance(body, CompletionRequest) and body.echo and body.max_tokens == 0
 
     # --- whole --------------------------------------------------------------------------------------------------
@@ -56,6 +60,8 @@ class Answer:
         whole: dict[str, Any] = {"choices": choices, "usage": self.usage()}
         if self.chat and self.body.prompt_logprobs is not None:
             whole["prompt_logprobs"] = logprobs.of_prompt(outputs[0].prompt_logprobs)
+        if self.chat and self.body.return_token_ids:
+            whole["prompt_token_ids"] = outputs[0].prompt_token_ids
         return {**self._head, "object": "chat.completion" if self.chat else "text_completion"} | whole
 
     def _choice(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
@@ -69,7 +75,8 @@ class Answer:
                 choice["prompt_logprobs"] = logprobs.of_prompt(output.prompt_logprobs)
         choice |= self._end(output, one)
         if self.body.return_token_ids:
-            choice |= {"token_ids": one.token_ids, "prompt_token_ids": output.prompt_token_ids}
+            choice["token_ids"] = [] if self.prompt_only else one.token_ids
+            choice |= {} if self.chat else {"prompt_token_ids": output.prompt_token_ids}
         return choice
 
     def _end(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
@@ -81,11 +88,17 @@ class Answer:
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """A chat's choices say first who speaks."""
-        for index in range(len(self.requests) * self._width if self.chat else 0):
-            yield self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+        for index in range(self._width if self.chat else 0):
+            delta = {"role": "assistant", "content": ""}
+            chunk = self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+            prompt = {"prompt_token_ids": self.requests[0].prompt_token_ids} if self.body.return_token_ids else {}
+            yield chunk | prompt
 
     def pieces(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """What is new in it. Beams, which change places while they run, are told at their end."""
+        """What is new in it. Beams, which change places while they run, are told at their end.
+
+        ApiError 500 if nothing came of the whole answer.
+        """
         beams = not isinstance(self.requests[0].params, SamplingParams)
         self._count(output)
         for one in [] if beams and not output.finished else output.outputs:
@@ -95,8 +108,11 @@ class Answer:
                 continue
             piece = self._piece(output, one, index, sent)
             sent.text, sent.tokens, sent.ended = len(one.text), one.num_tokens, one.finish_reason is not None
+            sent.failed = one.finish_reason == "error"
             if piece:
-                yield self._chunk([piece], continuous=True)
+                yield self._chunk([piece])
+        if output.error and len(self._sent) == self._num_choices and all(one.failed for one in self._sent.values()):
+            raise ApiError(500, output.error)
 
     def _piece(self, output: RequestOutput, one: CompletionOutput, index: int, sent: Sent) -> dict[str, Any] | None:
         first = sent.tokens == 0
@@ -107,8 +123,8 @@ class Answer:
         else:
             piece["text"] = (self._echoed(output) if first else "") + text
         if self.body.return_token_ids:
-            piece["token_ids"] = one.token_ids[sent.tokens :]
-            piece |= {"prompt_token_ids": output.prompt_token_ids} if first else {}
+            piece["token_ids"] = [] if self.prompt_only else one.token_ids[sent.tokens :]
+            piece |= {"prompt_token_ids": output.prompt_token_ids} if first and not self.chat else {}
         ended = one.finish_reason is not None
         if not (ended or text or piece.get("text") or piece["logprobs"] or self.body.return_token_ids):
             return None  # half a character, say
@@ -119,14 +135,12 @@ class Answer:
         if options and options.include_usage:
             yield self._chunk([]) | {"usage": self.usage()}
 
-    def _chunk(self, choices: list[dict[str, Any]], continuous: bool = False) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         options = self.body.stream_options
         chunk = {**self._head, "object": "chat.completion.chunk" if self.chat else "text_completion"}
         chunk["choices"] = choices
-        if options and options.continuous_usage_stats and continuous:
-            chunk["usage"] = self.usage()
-        elif options and options.include_usage:
-            chunk["usage"] = None
+        if options and options.include_usage:
+            chunk["usage"] = self.usage() if options.continuous_usage_stats else None
         return chunk
 
     # --- what both have in common -------------------------------------------------------------------------------
@@ -135,9 +149,16 @@ class Answer:
         return self._place[output.request_id] * self._width + one.index
 
     def _echoed(self, output: RequestOutput) -> str:
+        """The prompt, if it is asked for; of one that was cut, what was kept."""
         if not (isinstance(self.body, CompletionRequest) and self.body.echo):
             return ""
-        return output.prompt if output.prompt is not None else self._tokenizer.decode(output.prompt_token_ids)
+        if output.prompt is not None and self.body.truncate_prompt_tokens is None:
+            return output.prompt
+        return self._tokenizer.decode(output.prompt_token_ids, self._skips)
+
+    @property
+    def _skips(self) -> bool:
+        return self.body.skip_special_tokens is not False
 
     def _logprobs(self, output: RequestOutput, one: CompletionOutput, sent: Sent) -> dict[str, Any] | None:
         wanted = self.body.logprobs
@@ -146,13 +167,16 @@ class Answer:
         told: list[Any] = list(zip(one.token_ids, one.logprobs, strict=True))[sent.tokens :]
         if isinstance(self.body, ChatCompletionRequest):
             return logprobs.of_chat(told, self.body.top_logprobs or 0)
-        told, offset, first = [] if self.prompt_only else told, sent.text, ""
-        if self.body.echo and sent.tokens:
-            offset += len(self._echoed(output))
-        elif self.body.echo:
-            told = list(zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)) + told
-            first = self._tokenizer.decode(output.prompt_token_ids[:1], False)
-        return logprobs.of_completion(told, int(wanted), offset, first)
+        prompt, echo, tokenizer = output.prompt_token_ids, bool(self.body.echo), self._tokenizer
+        told, before, first, offsets = [] if self.prompt_only else told, [], "", []
+        if sent.offsets is None:
+            sent.offsets = logprobs.Offsets(tokenizer, self._skips, len(self._echoed(output)), prompt)
+            if echo:
+                before = list(zip(prompt, output.prompt_logprobs or (), strict=True))
+                of_prompt = logprobs.Offsets(tokenizer, self._skips)
+                offsets, first = [of_prompt.next(token) for token in prompt], tokenizer.decode(prompt[:1], False)
+        offsets += [sent.offsets.next(token) for token, _ in told]
+        return logprobs.of_completion(before + told, int(wanted), offsets, first)
 
     def _count(self, output: RequestOutput) -> None:
         made = 0 if self.prompt_only else sum(one.num_tokens for one in output.outputs)

@@ -1,5 +1,6 @@
 """The routes. Each is a few lines: what is behind them is in the other files of this room."""
 
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,19 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minipaged.async_llm import AsyncLLM, EngineDeadError
 from minipaged.requests.checks import check_token_ids
+from minipaged.server import schema
 from minipaged.server.asked import conversation_of
+from minipaged.server.bodies import JsonRoute
 from minipaged.server.config import ServerConfig
-from minipaged.server.errors import ApiError, error_object, refusing
+from minipaged.server.described import describe
+from minipaged.server.errors import ApiError, error_object, invalid, refusing
 from minipaged.server.generation import generate
 from minipaged.server.manners import House, Manners
 from minipaged.server.metrics import Metrics
@@ -26,83 +31,94 @@ from minipaged.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from minipaged.server.schema import told
 from minipaged.server.transport import ClientGone
 from minipaged.text.inputs import tokenize
 
 PAGE = Path(__file__).with_name("page.html")
+READING = 400, 401, 408, 413  # what may be wrong with any body
 
 
 def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The application around an engine. app.state.house: what its requests have in common."""
     app = FastAPI(title="minipaged", version=version("minipaged"), docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False
+    app.router.route_class = JsonRoute
     house, metrics = House(llm, config), Metrics(llm, config.model_names[0])
     app.state.house = house
     _add_generation(app, house, metrics)
     _add_tokens(app, house)
     _add_state(app, house, metrics)
     _add_errors(app)
-    if config.allowed_origins:
+    describe(app, bool(config.api_keys), config.model_names, llm.engine.config.vocab_size)
+    app.add_middleware(Manners, house=house)
+    if config.allowed_origins:  # around everything: a page has to see why it is refused, too
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
-    app.add_middleware(Manners, house=house)
     return app
 
 
 def _add_generation(app: FastAPI, house: House, metrics: Metrics) -> None:
-    @app.post("/v1/completions")
+    errors = 400, 401, 404, 408, 413, 429, 500, 503
+
+    @app.post("/v1/completions", responses=told(schema.Completion, *errors, chunk=schema.CompletionChunk))
     async def completions(body: CompletionRequest, http: Request) -> Response:
         check_model(body.model, house.config)
         return await generate(http, body, house, metrics)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=told(schema.ChatCompletion, *errors, chunk=schema.ChatCompletionChunk))
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model, house.config)
         return await generate(http, body, house, metrics)
 
-    @app.post("/abort")
-    async def abort(body: AbortRequest) -> dict[str, Any]:
-        await house.llm.abort(body.request_id)
-        return {}
+    @app.post("/abort", responses=told(schema.Nothing, *READING, 503))
+    async def abort(body: AbortRequest) -> Response:
+        """End requests, by the id that their answers have, or the body's request_id. Unknown ones are passed over."""
+        names = [body.request_id] if isinstance(body.request_id, str) else body.request_id
+        await house.llm.abort([each for name in names for each in house.under_way.get(name, ())])
+        return JSONResponse({})
 
 
 def _add_tokens(app: FastAPI, house: House) -> None:
     engine = house.llm.engine
 
-    @app.post("/tokenize")
-    def tokenize_text(body: TokenizeRequest) -> dict[str, Any]:
+    @app.post("/tokenize", responses=told(schema.Tokenized, *READING, 404))
+    def tokenize_text(body: TokenizeRequest) -> Response:
         check_model(body.model, house.config)
-        with refusing():
+        with refusing("messages" if body.prompt is None else "prompt"):
             if body.prompt is None:
                 ids: list[int] = conversation_of(body, engine.tokenizer)["prompt_token_ids"]  # type: ignore
             else:
                 ids = tokenize(body.prompt, engine.tokenizer, body.add_special_tokens is not False)
-        told: dict[str, Any] = {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids}
+        said: dict[str, Any] = {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids}
         names = engine.tokenizer.backend.id_to_token
-        return told | ({"token_strs": [names(token) for token in ids]} if body.return_token_strs else {})
+        return JSONResponse(said | ({"token_strs": [names(token) for token in ids]} if body.return_token_strs else {}))
 
-    @app.post("/detokenize")
-    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    @app.post("/detokenize", responses=told(schema.Detokenized, *READING, 404))
+    def detokenize(body: DetokenizeRequest) -> Response:
         check_model(body.model, house.config)
-        with refusing():
+        with refusing("tokens"):
             check_token_ids("tokens", body.tokens, engine.config.vocab_size)
-        return {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        return JSONResponse({"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
 def _add_state(app: FastAPI, house: House, metrics: Metrics) -> None:
-    config, engine = house.config, house.llm.engine
+    config, engine, began = house.config, house.llm.engine, int(time.time())
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, engine.max_model_len) for name in config.model_names]}
+    @app.get("/v1/models", responses=told(schema.Models, 401))
+    async def models() -> Response:
+        found = [_model(name, config, began, engine.max_model_len) for name in config.model_names]
+        return JSONResponse({"object": "list", "data": found})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses=told(schema.Model, 401, 404))
+    async def model(name: str) -> Response:
         check_model(name, config)
-        return _model(name, engine.max_model_len)
+        return JSONResponse(_model(name, config, began, engine.max_model_len))
 
-    @app.get("/health")
+    @app.get("/health", response_class=PlainTextResponse, responses=told(None, 503))
     async def health() -> Response:
         try:
             await house.llm.check_health()
@@ -110,13 +126,13 @@ def _add_state(app: FastAPI, house: House, metrics: Metrics) -> None:
             raise ApiError(503, str(error)) from None
         if house.closing:
             raise ApiError(503, "the server is about to end")
-        return Response()
+        return PlainTextResponse("")
 
-    @app.get("/version")
-    async def told_version() -> dict[str, str]:
-        return {"version": version("minipaged")}
+    @app.get("/version", responses=told(schema.Version))
+    async def told_version() -> Response:
+        return JSONResponse({"version": version("minipaged")})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def told_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -127,8 +143,11 @@ def _add_state(app: FastAPI, house: House, metrics: Metrics) -> None:
             return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
 
-def _model(name: str, max_model_len: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "minipaged", "max_model_len": max_model_len}
+def _model(name: str, config: ServerConfig, began: int, max_model_len: int) -> dict[str, Any]:
+    return {
+        "id": name, "object": "model", "created": began, "owned_by": "minipaged", "root": config.model_names[0],
+        "parent": None, "max_model_len": max_model_len,
+    }  # fmt: skip
 
 
 def check_model(name: str | None, config: ServerConfig) -> None:
@@ -143,8 +162,8 @@ def _add_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(http: Request, error: RequestValidationError) -> Response:
-        return _invalid(error).response()
+    async def wrong_body(http: Request, error: RequestValidationError) -> Response:
+        return invalid(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def no_route(http: Request, error: HTTPException) -> Response:
@@ -156,18 +175,6 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(503 if "shut down" in str(error) else 500, str(error)).response()
 
     @app.exception_handler(ClientGone)
-    async def gone(http: Request, error: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnect)
+    async def gone(http: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
-
-
-def _invalid(error: RequestValidationError) -> ApiError:
-    """The first of the mistakes that were found in a body, in a sentence that begins with the field."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return ApiError(400, message, message.split(":")[0])
-    names = [str(part) for part in first["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
-    param = ".".join(names) or None
-    return ApiError(400, f"{param or 'the body'}: {first['msg']}", param)

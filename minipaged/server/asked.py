@@ -21,7 +21,7 @@ OF_BEAMS = (
 
 
 def params_of(body: CompletionRequest | ChatCompletionRequest) -> Params:
-    """SamplingParams, or BeamSearchParams with use_beam_search. ApiError names the field that is wrong."""
+    """SamplingParams, or BeamSearchParams with use_beam_search. ValueError: see `refusal`."""
     fields = _given(body, SAME_NAMES)
     if isinstance(body, ChatCompletionRequest):
         fields["max_tokens"] = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -33,15 +33,29 @@ def params_of(body: CompletionRequest | ChatCompletionRequest) -> Params:
             fields.setdefault("prompt_logprobs", body.logprobs)
         if body.echo and body.max_tokens == 0:
             fields["max_tokens"] = 1  # it is drawn, and not told
-    if structured := _structured(body):
+    if (structured := _structured(body)) is not None:
         fields["structured_outputs"] = structured
-    try:
-        if body.use_beam_search:
-            return _beams(body, fields)
-        kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
-        return SamplingParams(**fields, output_kind=kind)
-    except ValueError as error:
-        raise bad_request(error) from None
+    if body.use_beam_search:
+        return _beams(body, fields)
+    kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
+    return SamplingParams(**fields, output_kind=kind)
+
+
+def refusal(error: ValueError, body: CompletionRequest | ChatCompletionRequest) -> ApiError:
+    """What the engine says no to, by the names of the fields that were sent."""
+    names = {"sequences": "n" if body.beam_width is None else "beam_width"}
+    if isinstance(body, ChatCompletionRequest):
+        names["logprobs"] = "top_logprobs"
+        if body.max_tokens is None:
+            names["max_tokens"] = "max_completion_tokens"
+    elif body.echo and body.prompt_logprobs is None:
+        names["prompt_logprobs"] = "logprobs"
+    if body.use_beam_search and body.beam_width is None:
+        names["beam_width"] = "n"
+    if body.structured_outputs is None:
+        names |= {"structured_outputs": "response_format", "structured_outputs.json_object": "response_format"}
+        names["structured_outputs.json"] = "response_format.json_schema.schema"
+    return bad_request(error, names, "messages" if isinstance(body, ChatCompletionRequest) else "prompt")
 
 
 def _given(body: Sampling, names: tuple[str, ...]) -> dict[str, Any]:
@@ -49,11 +63,11 @@ def _given(body: Sampling, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _beams(body: Sampling, fields: dict[str, Any]) -> BeamSearchParams:
-    """Fields that are for draws must ask for nothing: nothing is drawn."""
-    nothing = {name: getattr(SamplingParams(), name) for name in SAME_NAMES}
+    """Fields that are for draws must ask for nothing: nothing is drawn, so any seed is right."""
+    nothing = {name: getattr(SamplingParams(), name) for name in SAME_NAMES} | {"seed": fields.get("seed")}
     for name, value in fields.items():
         greedy = name == "temperature" and value == 0
-        if name not in OF_BEAMS and value != nothing.get(name) and not greedy:
+        if name not in OF_BEAMS and value != nothing.get(name) and not greedy and value not in ([], {}):
             raise ValueError(f"{name}: not with use_beam_search")
     own = _given(body, OF_BEAMS) | {name: fields[name] for name in ("max_tokens",) if name in fields}
     width = body.beam_width if body.beam_width is not None else body.n or 1
@@ -62,16 +76,12 @@ def _beams(body: Sampling, fields: dict[str, Any]) -> BeamSearchParams:
 
 def _structured(body: Sampling) -> dict[str, Any] | None:
     """What SamplingParams(structured_outputs=...) takes."""
-    if body.structured_outputs:
+    if body.structured_outputs is not None:
         return body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
     asked = body.response_format
     if asked is None or asked.type == "text":
         return None
-    if asked.type == "json_object":
-        return {"json_object": True}
-    if asked.json_schema is None or asked.json_schema.schema_ is None:
-        raise ApiError(400, "response_format.json_schema: must have a schema", "response_format.json_schema")
-    return {"json": asked.json_schema.schema_}
+    return {"json": asked.json_schema.schema_} if asked.json_schema else {"json_object": True}
 
 
 def prompts_of(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
@@ -79,7 +89,7 @@ def prompts_of(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
     given: Any = body.prompt
     prompts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not prompts:
-        raise ApiError(400, "prompt: must be a text, a list of token ids, or a list of one of these", "prompt")
+        raise ValueError("prompt: must be a text, a list of token ids, or a list of one of these")
     if body.add_special_tokens is False:
         return [_with_ids(one, tokenizer) if isinstance(one, str) else one for one in prompts]
     return prompts

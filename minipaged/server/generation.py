@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from minipaged.async_llm import EngineDeadError, Stream
 from minipaged.requests.request import Request
 from minipaged.server.answers import Answer, Body
-from minipaged.server.asked import conversation_of, params_of, prompts_of
-from minipaged.server.errors import ApiError, bad_request
+from minipaged.server.asked import conversation_of, params_of, prompts_of, refusal
+from minipaged.server.errors import ApiError
 from minipaged.server.manners import House, Visit
 from minipaged.server.metrics import Metrics
 from minipaged.server.protocol import ChatCompletionRequest
@@ -27,16 +27,13 @@ async def generate(http: HttpRequest, body: Body, house: House, metrics: Metrics
     job = Job(body, visit, house, metrics)
     if body.stream:
         events = job.events()
-        first = await while_there(http, anext(events))  # so what is wrong until then has a status of its own
-        return EventStream(http, _with(first, events), house.config.send_seconds)
+        try:
+            first = await while_there(http, anext(events))  # so what is wrong until then has a status of its own
+        except BaseException:
+            await events.aclose()
+            raise
+        return EventStream(http, first, events, house.config.send_seconds)
     return JSONResponse(await while_there(http, job.whole()))
-
-
-async def _with(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(events):  # type: ignore[type-var]
-        yield first
-        async for piece in events:
-            yield piece
 
 
 class Job:
@@ -46,7 +43,7 @@ class Job:
         self._body, self._visit, self._house, self._metrics = body, visit, house, metrics
         self._llm, self._tokenizer = house.llm, house.llm.engine.tokenizer
         kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
-        self._id = body.request_id or f"{kind}-{uuid.uuid4().hex}"
+        self._id = visit.said["id"] = body.request_id or f"{kind}-{uuid.uuid4().hex}"
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
@@ -58,8 +55,9 @@ class Job:
                     outputs.append(output)
             return answer.whole(outputs)
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events. ApiError, EngineDeadError until the first."""
+        begun = False
         try:
             async with self._stream() as (stream, answer):
                 opening = b"".join(map(event, answer.begin()))
@@ -69,25 +67,45 @@ class Job:
                     piece = opening + b"".join(map(event, answer.pieces(output)))
                     opening = b""
                     if piece:
+                        begun = True
                         yield piece
                 yield b"".join(map(event, answer.end())) + DONE
-        except EngineDeadError as error:  # once something was sent, the status can't say it
-            yield event(ApiError(500, str(error)).body()) + DONE
+        except (ApiError, EngineDeadError) as error:
+            if not begun:
+                raise
+            # The status can't say it any more.
+            body = error.body() if isinstance(error, ApiError) else ApiError(500, str(error)).body()
+            yield event(body) + DONE
 
     @contextlib.asynccontextmanager
     async def _stream(self) -> AsyncIterator[tuple[Stream, Answer]]:
         """From the time when the first token is being computed. Whoever leaves early aborts what is not finished."""
+        if self._id in self._house.under_way:
+            raise ApiError(400, f"request_id {self._id!r} is in use", "request_id")
+        self._house.under_way[self._id] = []
+        try:
+            async with self._computing() as computing:
+                yield computing
+        finally:
+            del self._house.under_way[self._id]
+
+    @contextlib.asynccontextmanager
+    async def _computing(self) -> AsyncIterator[tuple[Stream, Answer]]:
         requests = await asyncio.to_thread(self._prepare)
+        self._house.under_way[self._id] = [request.request_id for request in requests]
         self._house.known(self._visit)
         self._house.check_room(len(requests), sum(len(request.prompt_token_ids) for request in requests))
         with contextlib.closing(self._llm.submit(requests)) as stream:
             try:
                 async with asyncio.timeout(self._house.config.max_queue_seconds):
-                    await stream.begun.wait()
+                    await stream.begin()
             except TimeoutError:
                 seconds = self._house.config.max_queue_seconds
                 raise ApiError(503, f"it waited for {seconds:g} s: come again", retry_after=seconds) from None
-            yield stream, Answer(self._body, self._id, self._house.config.model_names[0], requests, self._tokenizer)
+            except ValueError as error:  # another one came first with its request_id
+                raise refusal(error, self._body) from None
+            model = self._body.model or self._house.config.model_names[0]
+            yield stream, Answer(self._body, self._id, model, requests, self._tokenizer)
 
     def _prepare(self) -> list[Request]:
         """In a thread of its own: texts may be long, and grammars large."""
@@ -102,7 +120,7 @@ class Job:
                 return [prepare(prompts[0], params, self._id, salt)]
             return [prepare(one, params, f"{self._id}-{i}", salt, f"prompt {i}: ") for i, one in enumerate(prompts)]
         except ValueError as error:
-            raise bad_request(error) from None
+            raise refusal(error, self._body) from None
 
     def _finished(self, output: RequestOutput) -> None:
         self._metrics.finished(output)

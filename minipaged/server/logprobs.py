@@ -4,35 +4,49 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minipaged.requests.sampling_params import Logprob
+from minipaged.text.detokenizer import StreamDecoder
+from minipaged.text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no infinity; vLLM says this, too
 
 Told = Sequence[tuple[int, Mapping[int, Logprob] | None]]  # each token, and what is told of its place
 
 
-def of_completion(told: Told, num_top: int, text_offset: int = 0, first: str = "") -> dict[str, list[Any]]:
-    """None for a token that nothing is told of: the first of a prompt, whose text is `first`.
+class Offsets:
+    """Where in a text each token begins to show: a token alone doesn't say, for it may be half a character.
+
+    start: where the first one begins. prompt: the tokens before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, start: int = 0, prompt: Sequence[int] = ()):
+        self._decoder, self._at = StreamDecoder(tokenizer, prompt, skip_special_tokens), start
+
+    def next(self, token: int) -> int:
+        begin = self._at
+        self._at += len(self._decoder.add(token))
+        return begin
+
+
+def of_completion(told: Told, num_top: int, offsets: Sequence[int], first: str = "") -> dict[str, list[Any]]:
+    """offsets: of each token. None for a token that nothing is told of: the first of a prompt, whose text is `first`.
 
     >>> two = [(7, None), (8, {8: Logprob(-0.5, 1, "b"), 9: Logprob(-2.0, 2, "c")})]
-    >>> of_completion(two, 1)["top_logprobs"]
+    >>> of_completion(two, 1, [0, 1], "a")["top_logprobs"]
     [None, {'b': -0.5}]
     """
-    shape: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    for token, logprobs in told:
-        own = logprobs[token] if logprobs else None
-        text = own.decoded_token or "" if own else first
-        shape["text_offset"].append(text_offset)
-        shape["token_logprobs"].append(_number(own) if own else None)
-        shape["tokens"].append(text)
-        shape["top_logprobs"].append(_top(logprobs, token, num_top) if logprobs else None)
-        text_offset += len(text)
-    return shape
+    owns = [logprobs[token] if logprobs else None for token, logprobs in told]
+    return {
+        "text_offset": list(offsets),
+        "token_logprobs": [_number(own) if own else None for own in owns],
+        "tokens": [own.decoded_token or "" if own else first for own in owns],
+        "top_logprobs": [_top(logprobs, token, num_top) if logprobs else None for token, logprobs in told],
+    }
 
 
 def _top(logprobs: Mapping[int, Logprob], own: int, num_top: int) -> dict[str, float]:
     """By text; of tokens with the same text the likelier one. The token's own is there in any case, as in vLLM."""
     found: dict[str, float] = {}
-    for one in [*list(logprobs.values())[: max(num_top, 1)], logprobs[own]]:
+    for one in [*_best(logprobs, max(num_top, 1) if num_top >= 0 else -1), logprobs[own]]:
         found.setdefault(one.decoded_token or "", _number(one))
     return found
 
@@ -46,8 +60,8 @@ def of_chat(told: Told, num_top: int) -> dict[str, list[dict[str, Any]]]:
     content = []
     for token, logprobs in told:
         if logprobs:
-            best = list(logprobs.values())[:num_top]
-            content.append({**_object(logprobs[token]), "top_logprobs": [_object(one) for one in best]})
+            best = [_object(one) for one in _best(logprobs, num_top)]
+            content.append({**_object(logprobs[token]), "top_logprobs": best})
     return {"content": content}
 
 
@@ -62,6 +76,11 @@ def of_prompt(prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None) ->
         }
         for one in prompt_logprobs
     ]  # fmt: skip
+
+
+def _best(logprobs: Mapping[int, Logprob], count: int) -> list[Logprob]:
+    """They stand in their order already. -1: all."""
+    return list(logprobs.values())[: None if count < 0 else count]
 
 
 def _object(one: Logprob) -> dict[str, Any]:

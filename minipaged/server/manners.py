@@ -8,8 +8,8 @@ This is ASGI without a framework's wrapping, since what is wrapped there no long
 
 import asyncio
 import hmac
-import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import MutableMapping
@@ -21,10 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minipaged.async_llm import AsyncLLM
 from minipaged.server.config import ServerConfig
 from minipaged.server.errors import ApiError
+from minipaged.server.transport import ClientGone
 
 log = logging.getLogger("minipaged.server")
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
+UNFIT = re.compile(r"[^!-~]")  # of an id: it goes into the log and into a header
 NEED_A_KEY = ("/v1/", "/tokenize", "/detokenize", "/abort", "/live")
 
 
@@ -35,7 +37,8 @@ class Visit:
     id: str
     said: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
-    status: int = 499  # until it is told: the client went away
+    told: int | None = None  # the status that went out
+    status: int | None = 499  # the same, once all went out; until then: the client went away
     is_guest: bool = False  # it was let in, to have something generated
     in_line: bool = False  # it counts as waiting, and the engine does not know of it yet
 
@@ -45,7 +48,7 @@ class House:
     """What all requests have in common.
 
     num_guests: those under way. num_coming: those that the engine doesn't know of yet.
-    closing: nobody is let in any more.
+    closing: nobody is let in any more. under_way: of each id that a client knows, those of the engine's requests.
     """
 
     llm: AsyncLLM
@@ -53,6 +56,7 @@ class House:
     num_guests: int = 0
     num_coming: int = 0
     closing: bool = False
+    under_way: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_queued(self) -> int:
@@ -63,10 +67,22 @@ class House:
         self.num_coming -= visit.in_line
         visit.in_line = False
 
+    def enter(self, visit: Visit) -> None:
+        """Before any work. ApiError if nobody is let in now."""
+        if self.closing:
+            raise ApiError(503, "the server is about to end", retry_after=self.config.drain_seconds)
+        self.check_room(1, 0)
+        self.num_guests, self.num_coming = self.num_guests + 1, self.num_coming + 1
+        visit.is_guest = visit.in_line = True
+
+    def leave(self, visit: Visit) -> None:
+        self.known(visit)
+        self.num_guests -= visit.is_guest
+
     def check_room(self, num_requests: int, num_tokens: int) -> None:
         """ApiError 429 if so many more would be too many."""
         most, tokens = self.config.max_queued_requests, sum(self.llm.waiting.values())
-        if self.num_queued + num_requests > most:
+        if self.num_queued and self.num_queued + num_requests > most:  # a long list comes in when nobody waits
             raise ApiError(429, f"{self.num_queued} requests wait already, and {most} may: come again", retry_after=1)
         if self.llm.waiting and tokens + num_tokens > self.config.max_queued_tokens:
             raise ApiError(
@@ -85,82 +101,95 @@ class Manners:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = Visit(_header(scope, b"x-request-id")[:200] or uuid.uuid4().hex)
+        visit = Visit(UNFIT.sub("", _header(scope, b"x-request-id").decode("latin-1"))[:200] or uuid.uuid4().hex)
         scope.setdefault("state", {})["visit"] = visit
-        generating = scope["path"] in GENERATING and scope["method"] == "POST"
 
         async def send_noting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                visit.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", visit.id.encode("latin-1", "replace"))]
+                visit.told = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", visit.id.encode())]
+                if visit.told == 408:  # the rest of its body may come when it likes: nobody waits for it
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                visit.status = visit.told
 
         try:
-            self._check_key(scope)
-            if generating:
-                self._enter(visit)
-            await self._app(scope, _Body(receive, scope, self._config).receive, send_noting)
-        except ApiError as error:
-            await error.response()(scope, receive, send_noting)
+            await self._receive_and_answer(visit, scope, receive, send_noting)
+        except ClientGone:
+            pass
+        except Exception:  # a mistake of ours
+            log.exception("%s", visit.id)
+            if visit.told is None:
+                await ApiError(500, "the server made a mistake; its log says which").response()(
+                    scope, receive, send_noting
+                )
+            visit.status = 500
         finally:
-            if generating:
-                self._house.known(visit)
-                self._house.num_guests -= visit.is_guest
+            self._house.leave(visit)
             _log(scope, visit)
+
+    async def _receive_and_answer(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._check_key(scope)
+            if scope["path"] in GENERATING and scope["method"] == "POST":
+                self._house.enter(visit)
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        else:
+            await self._app(scope, _Known(body, receive), send)
 
     def _check_key(self, scope: Scope) -> None:
         if not self._config.api_keys or scope["method"] == "OPTIONS" or not scope["path"].startswith(NEED_A_KEY):
             return
-        given = _header(scope, b"authorization").encode()
-        keys = [hmac.compare_digest(given, f"Bearer {key}".encode()) for key in self._config.api_keys]
-        if not any(keys):
+        scheme, _, given = _header(scope, b"authorization").partition(b" ")
+        keys = [hmac.compare_digest(given.strip(), key.encode()) for key in self._config.api_keys]
+        if scheme.lower() != b"bearer" or not any(keys):
             raise ApiError(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'")
 
-    def _enter(self, visit: Visit) -> None:
-        if self._house.closing:
-            raise ApiError(503, "the server is about to end", retry_after=self._config.drain_seconds)
-        self._house.check_room(1, 0)
-        self._house.num_guests, visit.is_guest = self._house.num_guests + 1, True
-        self._house.num_coming += 1
-        visit.in_line = True
-
-
-class _Body:
-    """Receives a body, as long as it keeps to the limits."""
-
-    def __init__(self, receive: Receive, scope: Scope, config: ServerConfig):
-        self._receive, self._config = receive, config
-        self._left, self._complete = config.max_body_bytes, False
-        told = _header(scope, b"content-length")
-        if told.isdecimal() and int(told) > self._left:
-            raise self._too_long()
-        self._until = time.monotonic() + config.body_seconds
-
-    async def receive(self) -> MutableMapping[str, Any]:
-        if self._complete:  # from now on there is only the message that the client went away
-            return await self._receive()
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """All of it, if it keeps to the limits. ClientGone if the client goes away meanwhile."""
+        most, seconds = self._config.max_body_bytes, self._config.body_seconds
+        told, body, more = _header(scope, b"content-length"), bytearray(), True
+        size = int(told) if told.isdigit() else 0
         try:
-            message = await asyncio.wait_for(self._receive(), self._until - time.monotonic())
+            async with asyncio.timeout(seconds):
+                while more and size <= most:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    body += message.get("body", b"")
+                    size, more = max(size, len(body)), message.get("more_body", False)
         except TimeoutError:
-            raise ApiError(408, f"the body did not come within {self._config.body_seconds:g} s") from None
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            raise self._too_long()
-        self._complete = not message.get("more_body", False)
-        return message
-
-    def _too_long(self) -> ApiError:
-        return ApiError(413, f"the body is too long: at most {self._config.max_body_bytes} bytes are read")
+            raise ApiError(408, f"the body did not come within {seconds:g} s") from None
+        if size > most:
+            raise ApiError(413, f"the body is too long: at most {most} bytes are read")
+        return bytes(body)
 
 
-def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+class _Known:
+    """Gives the body that has been read; from then on there is only the message that the client went away."""
+
+    def __init__(self, body: bytes, receive: Receive):
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")
 
 
 def _log(scope: Scope, visit: Visit) -> None:
     quiet = scope["path"] in ("/health", "/metrics", "/live")
     seconds = time.monotonic() - visit.began
     told = "".join(f" {name}={value}" for name, value in visit.said.items())
-    name, path = (json.dumps(text)[1:-1] for text in (visit.id, scope["path"]))  # no line breaks from outside
-    line = f"{name} {scope['method']} {path} {visit.status} {seconds:.3f}s{told}"
-    log.log(logging.DEBUG if quiet else logging.INFO, "%s", line)
+    line = f"{visit.id} {scope['method']} {scope['path']} {visit.status} {seconds:.3f}s{told}"
+    printable = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)  # no line breaks from outside
+    log.log(logging.DEBUG if quiet else logging.INFO, "%s", printable)

@@ -15,6 +15,7 @@ from minipaged.text.outputs import RequestOutput
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+MANY = 2000
 LABELS = ("model_name", "engine")
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("seconds from the arrival to the first token", SECONDS),
@@ -27,6 +28,7 @@ HISTOGRAMS = {
     "request_inference_time_seconds": ("seconds from the first computation to the last token", SECONDS),
     "request_prompt_tokens": ("tokens of a request's prompt", TOKENS),
     "request_generation_tokens": ("tokens of a request's output", TOKENS),
+    "request_max_num_generation_tokens": ("tokens of its longest output", TOKENS),
     "request_params_n": ("samples that a request asks for", (1, 2, 5, 10, 20)),
     "iteration_tokens_total": ("tokens computed in a step", TOKENS),
 }
@@ -43,26 +45,29 @@ class Metrics:
             for name, (about, sizes) in HISTOGRAMS.items()
         }
         names = (*LABELS, "finished_reason")
-        self._success = Counter("vllm:request_success", "requests by their end", names, registry=self.registry)
+        self._success = Counter("vllm:request_success", "outputs by their end", names, registry=self.registry)
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._labels, reason)
         self._last_token: dict[int, float] = {}  # by sequence: when
+        self._last_fork: dict[str, float] = {}  # by request: when its samples drew their first tokens
         self.registry.register(self)
         llm.engine.observers.append(self._step)
 
     def finished(self, output: RequestOutput) -> None:
         """A request is over."""
         told, times = self._histograms, output.metrics
-        for reason in {one.finish_reason for one in output.outputs}:
-            self._success.labels(*self._labels, reason).inc()
+        lengths = [one.num_tokens for one in output.outputs]
+        for one in output.outputs:
+            self._success.labels(*self._labels, one.finish_reason).inc()
         told["request_prompt_tokens"].observe(len(output.prompt_token_ids))
-        told["request_generation_tokens"].observe(sum(one.num_tokens for one in output.outputs))
+        told["request_generation_tokens"].observe(sum(lengths))
+        told["request_max_num_generation_tokens"].observe(max(lengths, default=0))
         told["request_params_n"].observe(len(output.outputs))
         first, last, begun = times.first_token_time, times.finished_time, times.first_scheduled_time
         if begun is not None:
             told["request_queue_time_seconds"].observe(begun - times.arrival_time)
-        if first is None or last is None or begun is None:
-            return  # aborted
+        if first is None or last is None or begun is None or not any(lengths):
+            return  # aborted, or failed
         told["time_to_first_token_seconds"].observe(first - times.arrival_time)
         told["request_prefill_time_seconds"].observe(first - begun)
         told["request_decode_time_seconds"].observe(last - first)
@@ -73,12 +78,26 @@ class Metrics:
 
     def _step(self, plan: StepPlan, output: StepOutput) -> None:
         """In the engine's thread. Between two tokens of a sequence there may be steps that it sat out, swapped out."""
-        now, before = time.monotonic(), self._last_token
+        now, last, forked = time.monotonic(), self._last_token, self._last_fork
         self._histograms["iteration_tokens_total"].observe(plan.num_tokens)
-        self._last_token = {s.seq_id: now for s in plan.sequences if s.draw or s.num_candidates}
-        for seq_id in self._last_token:
-            if seq_id in before:
-                self._histograms["inter_token_latency_seconds"].observe(now - before[seq_id])
+        for part in plan.sequences:
+            if part.draw or part.num_candidates:
+                before = last.get(part.seq_id) or forked.get(part.request_id)
+                if before is not None:
+                    self._histograms["inter_token_latency_seconds"].observe(now - before)
+                last[part.seq_id] = now
+                if part.draw and part.draw.num_draws > 1:  # each of them is a sequence from now on
+                    forked[part.request_id] = now
+        if len(last) + len(forked) > MANY:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Of sequences that have ended."""
+        scheduler = self._llm.engine.scheduler
+        requests = [one for queue in (scheduler.running, scheduler.swapped, scheduler.waiting) for one in queue]
+        live, names = {seq.seq_id for one in requests for seq in one.live}, {one.request_id for one in requests}
+        self._last_token = {seq_id: when for seq_id, when in self._last_token.items() if seq_id in live}
+        self._last_fork = {name: when for name, when in self._last_fork.items() if name in names}
 
     def collect(self) -> Iterator[Metric]:
         """What the engine counts itself. It isn't asked to stand still: these are single numbers."""

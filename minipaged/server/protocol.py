@@ -1,50 +1,37 @@
 """What may be asked: OpenAI's fields, and vLLM's beyond them. What isn't here is refused, by its name.
 
-A field that is known elsewhere and means nothing here may still be given the value that asks for nothing (NEUTRAL):
-clients send such.
+A field that is known elsewhere may still be given a value that asks for nothing: see elsewhere.py.
 """
 
 import difflib
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Fields of OpenAI's and vLLM's API that aren't supported: the values that ask for nothing, and why not.
-NOT_HERE = "is not supported by this server"
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": (None, ""), "best_of": (None, 1), "service_tier": (None, "auto", "default"), "store": (None, False),
-    "metadata": (None, {}), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
-    "reasoning_effort": (None, "none"), "verbosity": (None,), "web_search_options": (None,),
-    "tools": (None, []), "tool_choice": (None, "none"), "parallel_tool_calls": (None, True, False),
-    "functions": (None, []), "function_call": (None, "none"), "prompt_cache_key": (None,),
-    "continue_final_message": (None, False), "documents": (None, []), "chat_template": (None,),
-    "chat_template_kwargs": (None, {}), "mm_processor_kwargs": (None, {}), "prompt_embeds": (None,),
-    "spaces_between_special_tokens": (None, True), "priority": (None, 0), "logits_processors": (None, []),
-    "kv_transfer_params": (None,), "vllm_xargs": (None, {}), "return_tokens_as_token_ids": (None, False),
-    "thinking_token_budget": (None,), "include_reasoning": (None, True, False), "echo": (None, False),
-}  # fmt: skip
+from minipaged.server.elsewhere import INSTEAD, OF_CHATS, OF_COMPLETIONS, OF_TEMPLATES, Neutral, asks_for_nothing
 
 
 class Strict(BaseModel):
     """Types are taken at their word, and no field is passed over."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    ELSEWHERE: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_by_name(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        kept = {}
-        for name, value in data.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name not in NEUTRAL:
-                near = difflib.get_close_matches(name, cls.model_fields, 1)
-                raise ValueError(f"{name}: there is no such field" + (f"; did you mean {near[0]}?" if near else ""))
-            elif not any(value == one and type(value) is type(one) for one in NEUTRAL[name]):
-                raise ValueError(f"{name}: {NOT_HERE}")
-        return kept
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in data.keys() - names:
+            if name not in cls.ELSEWHERE:
+                near = difflib.get_close_matches(name[:40], names, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"{name[:200]}: there is no such field{meant}")
+            if not asks_for_nothing(data[name], cls.ELSEWHERE[name]):
+                why = f": {INSTEAD[name]}" if name in INSTEAD else ""
+                raise ValueError(f"{name}: is not supported by this server{why}")
+        return {name: value for name, value in data.items() if name in names}
 
 
 class StreamOptions(Strict):
@@ -52,13 +39,12 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool = False
 
 
-class JsonSchema(BaseModel):
-    """name and strict are OpenAI's; output always keeps to the schema."""
+class JsonSchema(Strict):
+    """name, description and strict are OpenAI's: an output keeps to the schema in any case."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -66,15 +52,26 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _a_schema_if_one_is_meant(self) -> Self:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise ValueError("json_schema: must have a schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError('json_schema: only with type="json_schema"')
+        return self
+
 
 class StructuredOutputs(Strict):
-    """vLLM's: one of them."""
+    """vLLM's: one of the first five. See StructuredOutputsParams."""
 
-    json_: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
+    ELSEWHERE = {"disable_additional_properties": (None, False), "structural_tag": (None,)}
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 class Sampling(Strict):
@@ -122,21 +119,25 @@ class Sampling(Strict):
     def _options_belong_together(self) -> Self:
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: only with stream=true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: not with stream=true")
         for name in ("beam_width", "length_penalty", "early_stopping"):
             if getattr(self, name) is not None and not self.use_beam_search:
                 raise ValueError(f"{name}: only with use_beam_search=true")
-        if self.response_format and self.structured_outputs:
+        if self.response_format and self.response_format.type != "text" and self.structured_outputs:
             raise ValueError("structured_outputs: response_format says the same thing; give one of them")
         return self
 
 
 class CompletionRequest(Sampling):
+    ELSEWHERE = OF_COMPLETIONS
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: bool | None = False
 
 
 class ChatCompletionRequest(Sampling):
+    ELSEWHERE = OF_CHATS
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
@@ -155,6 +156,7 @@ class ChatCompletionRequest(Sampling):
 class TokenizeRequest(Strict):
     """One of prompt and messages."""
 
+    ELSEWHERE = OF_TEMPLATES
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None

@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -48,27 +48,37 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """events: each may be several events in one piece. Whatever happens, it is closed.
+    """first, events: each may be several events in one piece. Whatever happens, events is closed.
 
-    send_seconds: how long a reader may take nothing.
+    send_seconds: how long a reader may take nothing. Then the connection is cut: what waits to be sent would stay.
     """
 
-    def __init__(self, request: Request, events: AsyncIterator[bytes], send_seconds: float):
+    def __init__(self, request: Request, first: bytes, events: AsyncGenerator[bytes, None], send_seconds: float):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._request, self._events, self._send_seconds = request, events, send_seconds
+        self._request, self._first, self._events, self._send_seconds = request, first, events, send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
-            await while_there(self._request, self._write(send))
+        async with contextlib.aclosing(self._events):
+            with contextlib.suppress(ClientGone):
+                await while_there(self._request, self._write(send))
 
     async def _write(self, send: Send) -> None:
-        async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for piece in events:
-                try:
-                    async with asyncio.timeout(self._send_seconds):
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
-                except TimeoutError:
-                    raise ClientGone from None
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def body(piece: bytes, more: bool = True) -> None:
+            await self._send(send, {"type": "http.response.body", "body": piece, "more_body": more})
+
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await self._send(send, start)
+        await body(self._first)
+        async for piece in self._events:
+            await body(piece)
+        await body(b"", more=False)
+
+    async def _send(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._send_seconds):
+                await send(message)
+        except TimeoutError:
+            if drop := self._request.scope["state"].get("drop"):
+                drop()
+            raise ClientGone from None

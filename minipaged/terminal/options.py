@@ -42,6 +42,8 @@ JSON_HELP = (
     "one JSON object for each prompt, with tokens, scores and times; and logprobs where a line of --prompts-file asks "
     'for them, by token id: {"785": {"logprob": -0.1, "rank": 1, "decoded_token": "The"}}'
 )
+JSON_SCHEMA_HELP = "answers are JSON that fits the schema in this file"
+REGEX_HELP = "each answer as a whole matches this regular expression"
 TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
 
 
@@ -90,6 +92,9 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     add("--beam-width", int, "W", "beam search with W beams instead of drawing by chance")
     add("--length-penalty", float, "X", "beam search: above 0 favours long answers (default: 1)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help=JSON_SCHEMA_HELP)
+    form.add_argument("--regex", metavar="REGEX", help=REGEX_HELP)
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:

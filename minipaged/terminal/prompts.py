@@ -64,7 +64,7 @@ class Job:
 
 def read_jobs(args: argparse.Namespace) -> list[Job]:
     """All prompts with their parameters. BadInput names every bad one."""
-    flags = {key: getattr(args, key) for key in DECODING_FLAGS}
+    flags = {key: getattr(args, key) for key in DECODING_FLAGS} | {"structured_outputs": _form(args)}
     make_params(flags)  # what is wrong with the flags is said once, not for each prompt
     asked: list[Asked] = [({"prompt": text}, f"prompt {i}") for i, text in enumerate(args.prompts, 1)]
     if args.prompts_file is not None:
@@ -75,6 +75,12 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     if not asked:
         raise NoPrompt("there is no prompt: give one, or --prompts-file, or one on standard input")
     return for_each(asked, lambda one: _job(*one, flags))
+
+
+def _form(args: argparse.Namespace) -> dict[str, str] | None:
+    if args.json_schema is not None:
+        return {"json": _read(args.json_schema)}
+    return None if args.regex is None else {"regex": args.regex}
 
 
 def for_each(items: Iterable[T], action: Callable[[T], R]) -> list[R]:

@@ -4,7 +4,9 @@ import random
 from collections.abc import Container
 from itertools import count
 
+from minipaged.decoding.grammar import Grammar, Grammars
 from minipaged.requests.request import Request, RequestRefused
+from minipaged.requests.sampling_params import SamplingParams
 from minipaged.text.inputs import Params, Prompt, bad_word_ids, encode, kept_tokens
 from minipaged.text.tokenizer import Tokenizer
 
@@ -23,6 +25,7 @@ class Intake:
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, frozenset(eos_token_ids)
         self.max_model_len, self.num_blocks, self.block_size = max_model_len, num_blocks, block_size
         self.max_logprobs = max_logprobs
+        self.grammars = Grammars(tokenizer.backend, vocab_size, self.eos_token_ids)
         self._random, self._arrivals = random.Random(seed), count()
 
     def request(
@@ -44,6 +47,7 @@ class Intake:
                 f"the prompt has {len(token_ids)} tokens, and with at least one output token "
                 f"the most is {self.max_model_len} (max_model_len)"
             )
+        grammar = self._grammar(params)
         seed, arrival = getattr(params, "seed", None), next(self._arrivals)
         request = Request(
             request_id=request_id or next(name for n in count(arrival) if (name := str(n)) not in taken),
@@ -56,8 +60,18 @@ class Intake:
             prompt=text,
             cache_salt=own_salt or cache_salt,
             bad_word_ids=bad_word_ids(params, self.tokenizer),
+            grammar=grammar,
         )
         if params.max_tokens is None:  # as many as there is room for, in the pool too
             most = request.most_tokens(self.num_blocks, self.block_size)
             request.max_tokens = max(1, min(room, most))
         return request
+
+    def _grammar(self, params: Params) -> Grammar | None:
+        """Compiling takes long, milliseconds to a second; it needs no lock of the engine's."""
+        asked = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if asked is None:
+            return None
+        if not (self.eos_token_ids or params.stop_token_ids):
+            raise ValueError("structured_outputs: the model has no end-of-text token to end it; give stop_token_ids")
+        return self.grammars.compile(asked)
