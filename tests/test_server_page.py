@@ -1,65 +1,34 @@
 """The page at / in a real browser, Chromium without a window: see server/page.html."""
 
 import contextlib
+import json
 import logging
 import shutil
-import signal
-import threading
 import time
 
 import pytest
 
-from minipaged.async_llm import AsyncLLM
-from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
-from minipaged.server.running import _Server, bind
+from tests.served import Served
 from tests.tiny_model import make_folder
 
-uvicorn = pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright: pip install playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"the page is tested in one of {', '.join(NAMES)}: none is here")
-SLOW = 0.03  # seconds that a step takes at least, so that something can be seen
-
-
-class Served:
-    """A server on a tiny model, in threads of this process: its engine can be asked, too. slow: seconds for a step."""
-
-    def __init__(self, folder, config, **options):
-        self.slow, self.closed = 0.0, False
-        self.llm = AsyncLLM(folder, **{"num_blocks": 96, "block_size": 8, **options})
-        self.llm.engine.observers.append(lambda *_: time.sleep(self.slow))
-        self.app = create_app(self.llm, config)
-        self.socket = bind("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
-        options = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
-        self._server = _Server(uvicorn.Config(self.app, **options), self.app.state.house)
-        self._thread = threading.Thread(target=self._server.run, args=([self.socket],))
-        self._thread.start()
-
-    def stop(self):
-        """As a signal would. Returns the seconds that it took."""
-        began = time.monotonic()
-        self._server.handle_exit(signal.SIGTERM, None)
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-        return time.monotonic() - began
-
-    def close(self):
-        if self._thread.is_alive():
-            self.stop()
-        self.llm.shutdown()
-        self.socket.close()
-
-    @property
-    def num_used(self):
-        return self.llm.engine.memory.num_blocks - self.llm.engine.memory.num_free
+WHY = f"the page is tested in a browser, one of {', '.join(NAMES)}, and none of them is here"
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=WHY)
+SLOW = 0.03  # seconds that a step takes at least
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(make_folder(tmp_path_factory.mktemp("tiny")))
+    """Of a model that never ends by itself."""
+    folder = make_folder(tmp_path_factory.mktemp("tiny"))
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**told, "eos_token_id": None}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +93,14 @@ def ask(page, text, tokens=60, **fields):
 
 
 def cells(page, kind):
-    """name -> number of holders, "" for one"""
-    return page.eval_on_selector_all(
-        f"#pool .cell.{kind}", "cells => cells.map(c => [c.querySelector('b').textContent, c.querySelector('i')?.textContent ?? ''])"
-    )  # fmt: skip
+    """(label, number of holders, "" for one) of each cell of a kind."""
+    one = "c => [c.querySelector('b').textContent, c.querySelector('i')?.textContent ?? '']"
+    return page.eval_on_selector_all(f"#pool .cell.{kind}", f"cells => cells.map({one})")
+
+
+def shows(page, selector, text, seconds=5):
+    """Wait until it does."""
+    until(lambda: text in page.inner_text(selector), seconds)
 
 
 def test_a_message_streams_and_the_next_one_knows_what_was_said(tab, served):
@@ -155,8 +128,8 @@ def test_a_second_tab_joins_the_batch_and_closing_it_frees_its_blocks(tab, serve
     alone = served.num_used
     ask(second, "Two", tokens=200)
     for page in (first, second):
-        page.wait_for_function("document.getElementById('num-running').textContent === '2'")
-        page.wait_for_function("document.getElementById('batch').textContent === '2 tokens of 2 sequences'")
+        shows(page, "#num-running", "2", 3)
+        shows(page, "#batch", "2 tokens of 2 sequences")
         assert page.locator("#running .chip.mine").count() == 1, "it knows which of them is its own"
     names = {page.inner_text(".answer .chip") for page in (first, second)}
     assert len(names) == 2 and {name for name, _ in cells(first, "held")} >= names
@@ -165,10 +138,10 @@ def test_a_second_tab_joins_the_batch_and_closing_it_frees_its_blocks(tab, serve
     second.context.close()
     until(lambda: len(served.llm.engine.scheduler.running) == 1, 2)
     assert served.num_used < before and served.num_used >= alone
-    first.wait_for_function("document.getElementById('num-running').textContent === '1'", timeout=2000)
+    shows(first, "#num-running", "1", 2)
     first.click("#stop")
     until(lambda: served.num_used == 0, 2)
-    first.wait_for_function("!document.querySelector('#pool .cell.held')", timeout=2000)
+    until(lambda: cells(first, "held") == [], 2)
     assert "stopped" in first.inner_text(".answer .head")
 
 
@@ -210,8 +183,8 @@ def test_foreign_text_stays_text(tab, served):
 def test_what_the_server_says_no_to_is_said_in_words_and_the_text_is_not_lost(tab, served):
     page = tab()
     ask(page, "Hello", n=0)
-    page.wait_for_selector("[role=alert]")
-    assert "n=0" in page.inner_text("[role=alert]") and page.input_value("#say") == "Hello"
+    shows(page, "[role=alert]", "n=0")
+    assert page.input_value("#say") == "Hello"
     assert page.is_enabled("#send")
     assert len(tab.wrong) == 1 and "400" in tab.wrong.pop()  # the browser says so itself
 
@@ -268,29 +241,38 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(tab, folder):
             if key == "wrong":
                 page.wait_for_selector("#key-wrong")
         page.wait_for_selector("#status.on")
-        assert page.is_hidden("#ask-key") and page.evaluate("({...sessionStorage})") == {"key": "sesame"}
+        assert page.is_hidden("#ask-key") and page.evaluate("sessionStorage.getItem('key')") == "sesame"
         ask(page, "Hello", tokens=5)
-        until(lambda: "5 tokens" in page.inner_text(".facts"))
+        shows(page, ".facts", "5 tokens")
         page.reload()
         page.wait_for_selector("#status.on")
         page.evaluate("sessionStorage.clear()")
         ask(page, "Hello", tokens=5)
         page.wait_for_selector("dialog[open]")
         page.keyboard.press("Escape")
-        page.wait_for_selector("[role=alert]")
-        assert "API key" in page.inner_text("[role=alert]")
+        shows(page, "[role=alert]", "API key")
         assert {*tab.wrong} == {"Failed to load resource: the server responded with a status of 401 (Unauthorized)"}
         tab.wrong.clear()
+
+
+def test_a_hidden_tab_does_not_look(tab, served):
+    before, page = len(served.llm.engine.observers), tab()
+    for hidden, number in ((True, before), (False, before + 1)):
+        seen = f"{{value: {str(hidden).lower()}, configurable: true}}"
+        page.evaluate(f"Object.defineProperty(document, 'hidden', {seen})")
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        until(lambda number=number: len(served.llm.engine.observers) == number)
+    page.wait_for_selector("#status.on")
 
 
 def test_an_open_page_does_not_hold_the_server_up(tab, folder, caplog):
     with contextlib.closing(Served(folder, ServerConfig())) as ending, caplog.at_level(logging.INFO):
         page = tab(ending.url)
         ask(page, "Hello", tokens=5)
-        until(lambda: "5 tokens" in page.inner_text(".facts"))
+        shows(page, ".facts", "5 tokens")
         assert ending.stop() < 2
         assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING]
         page.wait_for_selector("#status:not(.on)")
         ask(page, "Anybody?")
-        until(lambda: "can't be reached" in page.inner_text("[role=alert]"))
+        shows(page, "[role=alert]", "can't be reached")
         tab.wrong.clear()  # refused connections

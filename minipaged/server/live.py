@@ -151,7 +151,8 @@ class Eye:
 
     def state(self) -> State:
         """Of this moment. step.seconds: when the last step was over; two of them tell how much time passed."""
-        snapshot, prefixes = self._observer.snapshot(), self._engine.scheduler.admission.prefixes
+        stats = self._engine.stats()  # first: it puts right what a step that failed may have left
+        snapshot = self._observer.snapshot()
         usage = asdict(snapshot.usage) | {"waste_percent": round(snapshot.usage.waste_percent, 1)}
         tables: dict[str, State] = {}
         for table in snapshot.tables:
@@ -164,9 +165,9 @@ class Eye:
             "step": self._step,
             "usage": usage,
             "num_drawn": self._num_drawn,
-            "num_finished": self._engine.totals.num_finished,
+            "num_finished": stats.num_finished,
             "num_preemptions": snapshot.num_preemptions,
-            "prefixes": {"queried": prefixes.queried, "found": prefixes.found},
+            "prefixes": {"queried": stats.prefixes.queried, "found": stats.prefixes.found},
             "requests": self._requests(),
             "tables": tables,
             "cached": dict.fromkeys(map(str, snapshot.cached), 1) if self._shows_blocks() else {},
