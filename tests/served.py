@@ -15,7 +15,7 @@ class Served:
     """slow: seconds that a step takes at least, so that something can be seen."""
 
     def __init__(self, folder, config, **options):
-        self.slow, self.closed = 0.0, False
+        self.slow = 0.0
         self.llm = AsyncLLM(folder, **{"num_blocks": 96, "block_size": 8, **options})
         self.llm.engine.observers.append(lambda *_: time.sleep(self.slow))
         self.app = create_app(self.llm, config)

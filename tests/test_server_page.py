@@ -219,6 +219,8 @@ def test_it_fits_the_screen_by_day_and_night(tab, served, width, scheme):
     ask(page, "w" * 300, tokens=30, n=4)
     page.wait_for_selector("#pool .cell.shared")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for part in ("#turns", "#engine"):
+        assert page.eval_on_selector(part, "e => e.scrollWidth <= e.clientWidth")
     outside = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
     assert page.evaluate(f"{outside}.map(e => e.id || e.className)") == []
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(c => c > 128)")
