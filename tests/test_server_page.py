@@ -61,7 +61,7 @@ def tab(browser, served):
     def open_one(url=served.url, **options):
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(8000)
+        page.set_default_timeout(20000)
         page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: None if asked.url.startswith((url, "data:")) else wrong.append(asked.url))
@@ -76,7 +76,7 @@ def tab(browser, served):
     assert wrong == []
 
 
-def until(what, seconds=5):
+def until(what, seconds=10):
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "it doesn't come true"
@@ -98,7 +98,7 @@ def cells(page, kind):
     return page.eval_on_selector_all(f"#pool .cell.{kind}", f"cells => cells.map({one})")
 
 
-def shows(page, selector, text, seconds=5):
+def shows(page, selector, text, seconds=10):
     """Wait until it does."""
     until(lambda: text in page.inner_text(selector), seconds)
 
@@ -128,7 +128,7 @@ def test_a_second_tab_joins_the_batch_and_closing_it_frees_its_blocks(tab, serve
     alone = served.num_used
     ask(second, "Two", tokens=200)
     for page in (first, second):
-        shows(page, "#num-running", "2", 3)
+        shows(page, "#num-running", "2")
         shows(page, "#batch", "2 tokens of 2 sequences")
         assert page.locator("#running .chip.mine").count() == 1, "it knows which of them is its own"
     names = {page.inner_text(".answer .chip") for page in (first, second)}
@@ -138,10 +138,10 @@ def test_a_second_tab_joins_the_batch_and_closing_it_frees_its_blocks(tab, serve
     second.context.close()
     until(lambda: len(served.llm.engine.scheduler.running) == 1, 2)
     assert served.num_used < before and served.num_used >= alone
-    shows(first, "#num-running", "1", 2)
+    shows(first, "#num-running", "1", 3)
     first.click("#stop")
     until(lambda: served.num_used == 0, 2)
-    until(lambda: cells(first, "held") == [], 2)
+    until(lambda: cells(first, "held") == [], 3)
     assert "stopped" in first.inner_text(".answer .head")
 
 
@@ -169,6 +169,20 @@ def test_beams_are_told_at_their_end(tab, served):
     assert "at their end" in page.inner_text(".facts") and page.is_disabled("#temperature")
     until(lambda: page.is_hidden("#stop"))
     assert page.locator(".answer").count() == 3 and page.inner_text(".text >> nth=2")
+
+
+def test_who_has_to_wait_is_told_so(tab, folder):
+    with contextlib.closing(Served(folder, ServerConfig(), max_num_seqs=1)) as narrow:
+        narrow.slow = SLOW
+        first, second = tab(narrow.url), tab(narrow.url)
+        ask(first, "One", tokens=200)
+        first.wait_for_selector("#running .chip.mine")
+        ask(second, "Two", tokens=5)
+        shows(second, ".facts", "waits for its turn")
+        for page in (first, second):
+            shows(page, "#num-waiting", "1")
+        first.click("#stop")
+        shows(second, ".facts", "5 tokens")
 
 
 def test_foreign_text_stays_text(tab, served):
@@ -272,7 +286,7 @@ def test_an_open_page_does_not_hold_the_server_up(tab, folder, caplog):
         page = tab(ending.url)
         ask(page, "Hello", tokens=5)
         shows(page, ".facts", "5 tokens")
-        assert ending.stop() < 2
+        assert ending.stop() < 3
         assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING]
         page.wait_for_selector("#status:not(.on)")
         ask(page, "Anybody?")
