@@ -210,6 +210,8 @@ class AsyncLLM:
 
     def _abort(self, stream: "Stream") -> None:
         """Nobody reads it any more. From any thread."""
+        for request in stream.requests:  # who comes now need not wait for the thread to see that there is room
+            self.waiting.pop(request, None)
         with contextlib.suppress(EngineDeadError):
             self._ask(partial(self._end, stream))
 

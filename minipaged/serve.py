@@ -3,13 +3,15 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from contextlib import closing
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from minipaged.terminal.command import EPILOG, BadInput, Parser, run
+from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
 from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
 from minipaged.terminal.loading import load
 
@@ -78,7 +80,7 @@ def _seconds(text: str) -> float:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    options = engine_options(args)
+    options, interrupts = engine_options(args), _interrupts()
     try:
         from minipaged.server.running import PortTaken, address, bind
     except ModuleNotFoundError as error:
@@ -96,10 +98,24 @@ def _serve(args: argparse.Namespace) -> None:
             from minipaged.server.running import serve
 
             app = create_app(llm, _config(args))
+            if interrupts:
+                raise KeyboardInterrupt
             print(f"{args.model} is served at {address(listening)}", file=sys.stderr, flush=True)
             serve(app, listening)
         finally:
             llm.shutdown()
+
+
+def _interrupts() -> list[int]:
+    """Fills with the Ctrl-Cs that come: an import in the middle of which one comes may swallow it."""
+    came: list[int] = []
+
+    def interrupt(sig: int, frame: FrameType | None) -> None:
+        came.append(sig)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    return came
 
 
 def _config(args: argparse.Namespace) -> "ServerConfig":
@@ -115,4 +131,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:  # Python's own end makes another status of it when C code was interrupted
+        os._exit(status)
+    sys.exit(status)

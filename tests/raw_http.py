@@ -19,9 +19,9 @@ class Place:
 
     def __init__(self, llm, config):
         self.llm, self.app = llm, create_app(llm, config)
-        self.house, self._listening = self.app.state.house, bind("127.0.0.1", 0)
-        self.port = self._listening.getsockname()[1]
-        self._thread = threading.Thread(target=serve, args=(self.app, self._listening))
+        self.house, self.listening = self.app.state.house, bind("127.0.0.1", 0)
+        self.port = self.listening.getsockname()[1]
+        self._thread = threading.Thread(target=serve, args=(self.app, self.listening))
         self._thread.start()
 
     def left(self):

@@ -24,7 +24,7 @@ from minipaged.server.manners import Visit
 
 COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2400"))
 LIMITS = ServerConfig(
-    model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=20,
+    model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=26,
     max_queued_tokens=600, max_queue_seconds=1.0,
 )  # fmt: skip
 SMALL = dict(block_size=4, num_blocks=32, num_cpu_blocks=24, watermark=0.0, debug=True)

@@ -51,12 +51,13 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     _add_state(app, house, metrics)
     _add_errors(app)
     describe(app, bool(config.api_keys), config.model_names, llm.engine.config.vocab_size)
-    if config.allowed_origins:
+    app.add_middleware(Manners, house=house)
+    if config.allowed_origins:  # around everything: a page has to see why it is refused, too
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
-    app.add_middleware(Manners, house=house)
     return app
 
 

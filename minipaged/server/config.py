@@ -9,6 +9,7 @@ class ServerConfig:
     model_names: by which the model may be asked for; the first is the one that is told.
     api_keys: any of them opens what asks for one; none: everybody may ask.
     allowed_origins: pages of these origins may ask from a browser (CORS); "*": of all.
+    header_seconds: how long a request's headers may take to come.
     max_body_bytes, body_seconds: of a request's body: how long, and how long it may take to come.
     max_queued_requests, max_queued_tokens: who comes when so many wait gets 429; tokens of prompts.
     max_queue_seconds: who waited so long gets 503.
@@ -21,6 +22,7 @@ class ServerConfig:
     model_names: tuple[str, ...] = ("smollm2",)
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    header_seconds: float = 30.0
     max_body_bytes: int = 4 * 1024 * 1024
     body_seconds: float = 30.0
     max_queued_requests: int = 1024

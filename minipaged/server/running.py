@@ -9,7 +9,9 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import socket
+import threading
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -65,9 +67,13 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(house.config.send_seconds * 1000))
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1,
-        http=partial(_Connection, house.config.body_seconds),  # type: ignore[arg-type]
+        http=partial(_Connection, house.config.header_seconds),  # type: ignore[arg-type]
     )  # fmt: skip
-    _Server(config, house).run(sockets=[listening])
+    server = _Server(config, house)
+    if threading.current_thread() is threading.main_thread():
+        for sig in (signal.SIGINT, signal.SIGTERM):  # for good: uvicorn does so only while its loop runs
+            signal.signal(sig, server.handle_exit)
+    server.run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
@@ -143,7 +149,13 @@ class _Connection(HttpToolsProtocol):
 
     def _await_headers(self) -> None:
         self._await_nothing()
-        self._until, self._num_bytes = self.loop.call_later(self._seconds, self.transport.abort), 0
+        self._until, self._num_bytes = self.loop.call_later(self._seconds, self._too_late), 0
+
+    def _too_late(self) -> None:
+        if self.flow.read_paused:  # several requests at once, and an earlier one is being answered: no fault of theirs
+            self._await_headers()
+        else:
+            self.transport.abort()
 
     def _await_nothing(self) -> None:
         if self._until is not None:
