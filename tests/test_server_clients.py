@@ -407,7 +407,9 @@ def test_errors_by_class(url, client):
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input="a")
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=1e-4).completions.create(model=MODEL, prompt="a")
+        client.with_options(timeout=0.02).completions.create(
+            model=MODEL, prompt="a", n=8, max_tokens=400, extra_body={"ignore_eos": True}
+        )
     with pytest.raises(openai.APIStatusError) as caught:
         client.completions.create(model=MODEL, prompt="a" * (5 << 20))
     assert caught.value.status_code == 413
