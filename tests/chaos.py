@@ -39,7 +39,8 @@ def draw_wish(rng: random.Random):
     text = rng.choice(BEGINNINGS)[: rng.randint(1, 35)] + rng.choice(ENDINGS)
     prompt, prompts, length = text, [text], rng.choice([1, 2, 5, 9, 14, 30])
     body, cut, chat = {"max_tokens": length, "return_token_ids": True}, 0, rng.random() < 0.2
-    kind = rng.choice(["greedy", "samples", "samples", "beams", "stop", "logprobs", "list", "ids", "bad", "echo"])
+    kinds = "greedy", "samples", "samples", "beams", "stop", "logprobs", "list", "ids", "bad", "echo", "form"
+    kind = rng.choice(kinds)
     own = {"temperature": 0.0}
     if kind == "samples":
         own = {"n": rng.randint(1, 3), "seed": rng.randrange(9), "temperature": 1.5, "frequency_penalty": 0.5}
@@ -53,6 +54,9 @@ def draw_wish(rng: random.Random):
     elif kind == "ids" and not chat:
         prompt = [ord(c) - 33 if c != " " else 94 for c in text]
         prompts = [prompt]
+    elif kind == "form":
+        form = rng.choice([{"regex": "[a-f]{2,5}x|(ab)+[0-9]"}, {"choice": ["yes", "no", "yes, but"]}])
+        own = {"structured_outputs": form, "seed": rng.randrange(9)}
     elif kind == "bad":  # nothing may be drawn: its end of text alone, and that not yet
         own = {"allowed_token_ids": [95], "min_tokens": 1}
     if kind == "beams":
@@ -138,6 +142,8 @@ MALFORMED = [
     b'{"prompt": "' + b"x" * 5000 + b'"}', b'{"prompt": "' + b"x" * 30000 + b'"}', b'{"prompt": "a", "logprobs": 999}',
     b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", b"[" * 3000, b'{"prompt": "a", "cache_salt": ""}',
     b'{"prompt": "\\ud800", "max_tokens": 0}', b'{"prompt": "a", "n": 50}', b'{"prompt": "", "max_tokens": 1}',
+    b'{"prompt": "a", "structured_outputs": {"regex": "("}}', b'{"prompt": "a", "response_format": {"type": "json"}}',
+    b'{"prompt": "a", "structured_outputs": {"json": {"type": "nothing"}}}',
 ]  # fmt: skip
 
 

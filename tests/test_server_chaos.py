@@ -1,6 +1,6 @@
 """Thousands of requests, whose clients do whatever clients do: nothing is lost, nothing left.
 
-MINIPAGED_CHAOS=100000 asks so many (2,400 by default).
+MINIPAGED_CHAOS=100000 asks so many (2,000 by default).
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from minipaged.server.config import ServerConfig
 from minipaged.server.generation import Job
 from minipaged.server.manners import Visit
 
-COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2400"))
+COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2000"))
 LIMITS = ServerConfig(
     model_names=("tiny",), max_body_bytes=20_000, body_seconds=0.4, send_seconds=5.0, max_queued_requests=26,
-    max_queued_tokens=600, max_queue_seconds=1.0,
+    max_queued_tokens=600, max_queue_seconds=4.0,
 )  # fmt: skip
 SMALL = dict(block_size=4, num_blocks=32, num_cpu_blocks=24, watermark=0.0, debug=True)
 GUESSING = {"method": "ngram", "prompt_lookup_min": 1, "num_branches": 2, "num_speculative_tokens": 3}
@@ -96,13 +96,12 @@ def run_chaos(folder, wishes, name, count, say=lambda line: None):
             check_nothing_is_left(place)
             check_tenants_do_not_share(place, number)
             sizes.append(resident())
-        stats = asyncio.run(place.llm.stats())
-    warm = sizes[len(sizes) // 3]
-    say(
-        f"{name}: {crowd._number} requests in {time.monotonic() - began:.0f} s, {stats.num_steps} steps, preempted "
-        f"{stats.num_preemptions}, memory {warm / MEGABYTE:.0f} -> {sizes[-1] / MEGABYTE:.0f} MiB, "
-        f"{dict(sorted(crowd.counts.items()))}"
-    )  # fmt: skip
+            stats, warm = asyncio.run(place.llm.stats()), sizes[len(sizes) // 3]
+            say(
+                f"{name}: {crowd._number} requests in {time.monotonic() - began:.0f} s, {stats.num_steps} steps, "
+                f"preempted {stats.num_preemptions}, memory {warm / MEGABYTE:.0f} -> {sizes[-1] / MEGABYTE:.0f} MiB, "
+                f"{dict(sorted(crowd.counts.items()))}"
+            )  # fmt: skip
     assert sizes[-1] - warm < 12 * MEGABYTE, f"memory grows: {[size // MEGABYTE for size in sizes]} MiB"
     return crowd, stats
 
@@ -115,6 +114,6 @@ def test_chaos(folder, wishes, name, capsys):
 
     crowd, stats = run_chaos(folder, wishes, name, COUNT // 4, say if COUNT > 10_000 else print)
     counts = crowd.counts
-    assert counts["completed"] > COUNT // 20 and counts["left"] > COUNT // 40 and counts["failed alone"] > COUNT // 400
+    assert counts["completed"] > COUNT // 60 and counts["left"] > COUNT // 60 and counts["failed alone"] > COUNT // 600
     assert all(counts[f"refused {status}"] for status in (400, 408, 429))
     assert counts["aborted by another"] and sum(stats.num_preemptions.values()) > 0

@@ -22,6 +22,7 @@ from minipaged.server.config import ServerConfig
 from minipaged.server.described import describe
 from minipaged.server.errors import ApiError, error_object, invalid, refusing
 from minipaged.server.generation import generate
+from minipaged.server.live import add_live
 from minipaged.server.manners import House, Manners
 from minipaged.server.metrics import Metrics
 from minipaged.server.protocol import (
@@ -37,6 +38,10 @@ from minipaged.text.inputs import tokenize
 
 PAGE = Path(__file__).with_name("page.html")
 READING = 400, 401, 408, 413  # what may be wrong with any body
+PAGE_MAY = (  # what it consists of, and nothing from elsewhere
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
@@ -137,10 +142,11 @@ def _add_state(app: FastAPI, house: House, metrics: Metrics) -> None:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     if config.page:
+        add_live(app, house)
 
         @app.get("/", include_in_schema=False)
         def page() -> HTMLResponse:
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_MAY})
 
 
 def _model(name: str, config: ServerConfig, began: int, max_model_len: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minipaged.memory import KVCacheManager, MemoryUsage
 
 if TYPE_CHECKING:  # only to name the types: a trace can be drawn without loading PyTorch
-    from minipaged.llm import LLM
+    from minipaged.engine import LLMEngine
     from minipaged.requests.request import Request
     from minipaged.scheduling.plan import StepOutput, StepPlan
 
@@ -89,7 +89,7 @@ class Observer:
     Call `follow` once after each step, and `snapshot` when a picture is wanted.
     """
 
-    def __init__(self, llm: LLM):
+    def __init__(self, llm: LLMEngine):
         self._llm = llm
         self._numbers: dict[int, int] = {}  # of the sequences of requests that have several
         self._names: dict[int, str] = {}
