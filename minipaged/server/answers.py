@@ -32,7 +32,12 @@ class Sent:
 
 
 class Answer:
-    """One HTTP request's answer. id: its id in the API. model: the name that it was asked for by."""
+    """One HTTP request's answer. id: its id in the API. model: the name that it was asked for by.
+
+    failed: why nothing came of any choice of a stream.
+    """
+
+    failed: str | None = None
 
     def __init__(self, body: Body, id: str, model: str, requests: list[Request], tokenizer: Tokenizer):
         self.id, self.body, self.chat = id, body, isinstance(body, ChatCompletionRequest)
@@ -95,10 +100,7 @@ class Answer:
             yield chunk | prompt
 
     def pieces(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """What is new in it. Beams, which change places while they run, are told at their end.
-
-        ApiError 500 if nothing came of the whole answer.
-        """
+        """What is new in it. Beams, which change places while they run, are told at their end."""
         beams = not isinstance(self.requests[0].params, SamplingParams)
         self._count(output)
         for one in [] if beams and not output.finished else output.outputs:
@@ -112,7 +114,7 @@ class Answer:
             if piece:
                 yield self._chunk([piece])
         if output.error and len(self._sent) == self._num_choices and all(one.failed for one in self._sent.values()):
-            raise ApiError(500, output.error)
+            self.failed = output.error
 
     def _piece(self, output: RequestOutput, new: CompletionOutput, index: int, sent: Sent) -> dict[str, Any] | None:
         first = sent.tokens == 0
@@ -131,8 +133,11 @@ class Answer:
         return piece | (self._end(output, new) if ended else {"finish_reason": None})
 
     def end(self) -> Iterator[dict[str, Any]]:
+        """The usage, if it is asked for; or that nothing came of the whole answer."""
         options = self.body.stream_options
-        if options and options.include_usage:
+        if self.failed:
+            yield ApiError(500, self.failed).body()
+        elif options and options.include_usage:
             yield self._chunk([]) | {"usage": self.usage()}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
