@@ -496,8 +496,17 @@ def served(folder, *flags):
 def is_free(port):
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        one.bind(("127.0.0.1", port))
-    return True
+        try:
+            one.bind(("127.0.0.1", port))
+            return True
+        except OSError:
+            return False
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -572,12 +581,13 @@ def test_it_ends_though_connections_are_open(folder):
 
 
 def test_ctrl_c_while_it_loads(folder):
-    """Whatever is being imported then."""
-    processes = [command("--model", folder, "--port", 0) for _ in range(4)]
-    for process in processes:
-        time.sleep(0.7)
+    """Whatever is being imported then. It holds its port before it loads."""
+    for seconds in (0, 0.3, 0.6, 1.0):
+        port = free_port()
+        process = command("--model", folder, "--port", port)
+        wait_for(lambda port=port: not is_free(port), 30)
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-    for process in processes:
         status, said = ends(process)
         assert (status == 130 and said.strip().endswith("interrupted")) or (status == 0 and "is served at" in said)
 
