@@ -3,7 +3,7 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
-from threading import Timer
+from threading import Event, Timer
 from typing import Literal
 
 import openai
@@ -320,22 +320,22 @@ def test_raw_responses_have_an_id(client):
         assert [*raw.iter_lines()][-2:] == ["data: [DONE]", ""]
 
 
-class Event(BaseModel):
+class Meeting(BaseModel):
     name: Literal["party", "talk"]
     day: int
 
 
 def test_structured_outputs_of_the_client(client, offline):
     """`parse` and `stream` write the schema of a pydantic model, and read the answer with it."""
-    body = dict(model=MODEL, messages=MESSAGES, response_format=Event, seed=3, max_tokens=200)
+    body = dict(model=MODEL, messages=MESSAGES, response_format=Meeting, seed=3, max_tokens=200)
     bias = {"logit_bias": {str(ord(sign) - 33): 20 for sign in "1}"}}  # a short number
     answer = client.chat.completions.parse(**body, **bias, n=2)
-    assert all(isinstance(choice.message.parsed, Event) for choice in answer.choices)
+    assert all(isinstance(choice.message.parsed, Meeting) for choice in answer.choices)
     with client.chat.completions.stream(**body, **bias) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= kinds
-    assert isinstance(final.choices[0].message.parsed, Event)
+    assert isinstance(final.choices[0].message.parsed, Meeting)
     with pytest.raises(openai.LengthFinishReasonError):
         client.chat.completions.parse(**body | {"max_tokens": 3})
 
@@ -373,6 +373,31 @@ def test_bad_requests(client, body, param):
         assert param in error.message
 
 
+def test_an_error_in_a_stream_is_raised(engine, client, monkeypatch):
+    """The status can't say it any more: the client reads it in an event."""
+    execute, there = engine.engine.executor.execute, Event()
+
+    def breaks(plan):
+        output = execute(plan)
+        for part in plan.sequences:
+            if part.draw and len(part.draw.output_token_ids) == 3:
+                there.wait(10)
+                del output.tokens[part.seq_id]
+                output.errors[part.seq_id] = "the model's logits are NaN"
+        return output
+
+    monkeypatch.setattr(engine.engine.executor, "execute", breaks)
+    stream = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, stream=True, max_tokens=9, extra_body={"ignore_eos": True}
+    )
+    there.set()
+    text = ""
+    with pytest.raises(openai.APIError, match="NaN"):
+        for chunk in stream:
+            text += chunk.choices[0].delta.content
+    assert len(text) == 3
+
+
 def test_errors_by_class(url, client):
     with pytest.raises(openai.AuthenticationError, match="API key"):
         client.with_options(api_key="wrong").completions.create(model=MODEL, prompt="a")
@@ -382,7 +407,9 @@ def test_errors_by_class(url, client):
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input="a")
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=1e-4).completions.create(model=MODEL, prompt="a")
+        client.with_options(timeout=0.02).completions.create(
+            model=MODEL, prompt="a", n=8, max_tokens=400, extra_body={"ignore_eos": True}
+        )
     with pytest.raises(openai.APIStatusError) as caught:
         client.completions.create(model=MODEL, prompt="a" * (5 << 20))
     assert caught.value.status_code == 413

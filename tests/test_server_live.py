@@ -192,6 +192,33 @@ def test_who_reads_slowly_finds_the_newest(folder):
     asyncio.run(go())
 
 
+def test_a_step_that_fails_does_not_end_the_view(folder, monkeypatch):
+    """It leaves sequences in memory that nobody has a name for yet."""
+
+    async def go():
+        async with living(folder) as (live, llm):
+            llm.engine.observers.append(lambda *_: time.sleep(0.03))
+            execute, failures = llm.engine.executor.execute, iter([RuntimeError("no"), RuntimeError("no")])
+
+            def now_and_then(plan):
+                for failure in failures if plan.admitted else ():
+                    time.sleep(0.2)  # so that who looks comes right after it
+                    raise failure
+                return execute(plan)
+
+            looker, state = live.look(), {"tables": {}}
+            first = asyncio.create_task(generate(llm, max_tokens=30))
+            while "A" not in state["tables"]:
+                state = applied(state, data_of(await read(looker)))
+            monkeypatch.setattr(llm.engine.executor, "execute", now_and_then)
+            second = asyncio.create_task(generate(llm, max_tokens=3))
+            while state["num_finished"] < 2:
+                state = applied(state, data_of(await read(looker)))
+            await first, await second
+
+    asyncio.run(go())
+
+
 def test_the_streams_end_with_the_server(folder):
     async def go():
         async with living(folder) as (live, llm):

@@ -8,7 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from minipaged import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
+from minipaged import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    CompletionOutput,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from minipaged.execution.engine_args import ALIASES, EngineArgs
 from minipaged.execution.speculative_config import SpeculativeConfig
 from minipaged.requests.sampling_params import Logprob
@@ -42,6 +50,16 @@ VLLM = {
         generate chat beam_search get_tokenizer reset_prefix_cache enqueue enqueue_chat wait_for_completion get_metrics
         get_default_sampling_params get_world_size collective_rpc apply_model from_engine_args sleep wake_up
         release_kv_cache_memory start_profile stop_profile reset_mm_cache""",
+    "Methods of AsyncLLM": """
+        from_vllm_config from_engine_args shutdown get_num_unfinished_requests get_num_queued_tokens check_admission
+        get_supported_tasks add_request generate abort notify_kv_transfer_request_rejected pause_generation
+        resume_generation is_paused encode tokenizer get_tokenizer is_tracing_enabled do_log_stats check_health
+        start_profile stop_profile reset_mm_cache reset_prefix_cache reset_encoder_cache sleep
+        release_kv_cache_memory wake_up checkpoint_prepare checkpoint_restore is_sleeping compute_weight_checksums
+        add_lora remove_lora list_loras pin_lora collective_rpc wait_for_requests_to_drain scale_elastic_ep
+        handle_fault get_status is_running is_stopped errored dead_error init_weight_transfer_engine
+        shutdown_weight_transfer_engine start_weight_update start_draft_weight_update update_weights
+        finish_weight_update update_weight_version get_weight_version get_kv_event_sources""",
     "Arguments of generate": """
         prompts sampling_params use_tqdm lora_request priority tokenization_kwargs mm_processor_kwargs""",
     "SamplingParams": """
@@ -109,6 +127,7 @@ OURS = {
     "LLM(...)": EngineArgs,
     "speculative_config": SpeculativeConfig,
     "Methods of LLM": LLM,
+    "Methods of AsyncLLM": AsyncLLM,
     "Arguments of generate": LLM.generate,
     "SamplingParams": SamplingParams,
     "StructuredOutputsParams": StructuredOutputsParams,
@@ -137,6 +156,8 @@ def names_of(section):
         return {re.sub(r":path", "", route.path) for route in app.routes} - {"/openapi.json", "/live"}
     if section.startswith("Fields of"):
         return {*ours.model_fields}
+    if section == "Methods of AsyncLLM":
+        return {name for name in dir(ours) if not name.startswith("_")} | {"engine", "waiting"}
     if section == "Methods of LLM":
         return {name for name in dir(ours) if not name.startswith("_")}
     if is_dataclass(ours):

@@ -32,7 +32,12 @@ class Sent:
 
 
 class Answer:
-    """One HTTP request's answer. id: its id in the API. model: the name that it was asked for by."""
+    """One HTTP request's answer. id: its id in the API. model: the name that it was asked for by.
+
+    failed: why nothing came of any choice of a stream.
+    """
+
+    failed: str | None = None
 
     def __init__(self, body: Body, id: str, model: str, requests: list[Request], tokenizer: Tokenizer):
         self.id, self.body, self.chat = id, body, isinstance(body, ChatCompletionRequest)
@@ -95,10 +100,7 @@ class Answer:
             yield chunk | prompt
 
     def pieces(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """What is new in it. Beams, which change places while they run, are told at their end.
-
-        ApiError 500 if nothing came of the whole answer.
-        """
+        """What is new in it. Beams, which change places while they run, are told at their end."""
         beams = not isinstance(self.requests[0].params, SamplingParams)
         self._count(output)
         for one in [] if beams and not output.finished else output.outputs:
@@ -106,33 +108,36 @@ class Answer:
             sent = self._sent.setdefault(index, Sent())
             if sent.ended or (one.num_tokens == sent.tokens and one.finish_reason is None):
                 continue
-            piece = self._piece(output, one, index, sent)
-            sent.text, sent.tokens, sent.ended = len(one.text), one.num_tokens, one.finish_reason is not None
+            piece = self._piece(output, one.after(sent.text, sent.tokens), index, sent)
+            sent.text, sent.tokens, sent.ended = one.num_chars, one.num_tokens, one.finish_reason is not None
             sent.failed = one.finish_reason == "error"
             if piece:
                 yield self._chunk([piece])
         if output.error and len(self._sent) == self._num_choices and all(one.failed for one in self._sent.values()):
-            raise ApiError(500, output.error)
+            self.failed = output.error
 
-    def _piece(self, output: RequestOutput, one: CompletionOutput, index: int, sent: Sent) -> dict[str, Any] | None:
+    def _piece(self, output: RequestOutput, new: CompletionOutput, index: int, sent: Sent) -> dict[str, Any] | None:
         first = sent.tokens == 0
-        text = "" if self.prompt_only else one.text[sent.text :]
-        piece: dict[str, Any] = {"index": index, "logprobs": self._logprobs(output, one, sent)}
+        text = "" if self.prompt_only else new.text
+        piece: dict[str, Any] = {"index": index, "logprobs": self._logprobs(output, new, sent)}
         if self.chat:
             piece["delta"] = {"content": text}
         else:
             piece["text"] = (self._echoed(output) if first else "") + text
         if self.body.return_token_ids:
-            piece["token_ids"] = [] if self.prompt_only else one.token_ids[sent.tokens :]
+            piece["token_ids"] = [] if self.prompt_only else new.token_ids
             piece |= {"prompt_token_ids": output.prompt_token_ids} if first and not self.chat else {}
-        ended = one.finish_reason is not None
+        ended = new.finish_reason is not None
         if not (ended or text or piece.get("text") or piece["logprobs"] or self.body.return_token_ids):
             return None  # half a character, say
-        return piece | (self._end(output, one) if ended else {"finish_reason": None})
+        return piece | (self._end(output, new) if ended else {"finish_reason": None})
 
     def end(self) -> Iterator[dict[str, Any]]:
+        """The usage, if it is asked for; or that nothing came of the whole answer."""
         options = self.body.stream_options
-        if options and options.include_usage:
+        if self.failed:
+            yield ApiError(500, self.failed).body()
+        elif options and options.include_usage:
             yield self._chunk([]) | {"usage": self.usage()}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,10 +166,11 @@ class Answer:
         return self.body.skip_special_tokens is not False
 
     def _logprobs(self, output: RequestOutput, one: CompletionOutput, sent: Sent) -> dict[str, Any] | None:
+        """Of all tokens of `one`, which come after those that were sent."""
         wanted = self.body.logprobs
         if wanted is None or wanted is False or one.logprobs is None:
             return None
-        told: list[Any] = list(zip(one.token_ids, one.logprobs, strict=True))[sent.tokens :]
+        told: list[Any] = list(zip(one.token_ids, one.logprobs, strict=True))
         if isinstance(self.body, ChatCompletionRequest):
             return logprobs.of_chat(told, self.body.top_logprobs or 0)
         prompt, echo, tokenizer = output.prompt_token_ids, bool(self.body.echo), self._tokenizer

@@ -66,16 +66,17 @@ class Job:
                         self._finished(output)
                     piece = opening + b"".join(map(event, answer.pieces(output)))
                     opening = b""
+                    if answer.failed and not begun:
+                        raise ApiError(500, answer.failed)
                     if piece:
                         begun = True
                         yield piece
                 yield b"".join(map(event, answer.end())) + DONE
-        except (ApiError, EngineDeadError) as error:
+        except EngineDeadError as error:
             if not begun:
                 raise
             # The status can't say it any more.
-            body = error.body() if isinstance(error, ApiError) else ApiError(500, str(error)).body()
-            yield event(body) + DONE
+            yield event(ApiError(500, str(error)).body()) + DONE
 
     @contextlib.asynccontextmanager
     async def _stream(self) -> AsyncIterator[tuple[Stream, Answer]]:

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
@@ -46,7 +46,7 @@ def add_live(app: FastAPI, house: House) -> None:
     async def look(http: Request) -> Response:
         if house.closing:
             raise ApiError(503, "the server is about to end")
-        return EventStream(http, live.look(), house.config.send_seconds)
+        return EventStream(http, b": live\n\n", live.look(), house.config.send_seconds)
 
 
 class Live:
@@ -61,7 +61,7 @@ class Live:
         self._news = asyncio.Event()  # another one for each state
         self._watch: asyncio.Task[None] | None = None
 
-    async def look(self) -> AsyncIterator[bytes]:
+    async def look(self) -> AsyncGenerator[bytes, None]:
         """The events for one who looks, until the server is about to end."""
         self.num_lookers += 1
         try:

@@ -1,7 +1,7 @@
 """What a caller gets back. Names as in vLLM's `RequestOutput`, and for beam search its `BeamSearchOutput`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from minipaged.requests.request import Request, RequestMetrics
@@ -31,6 +31,21 @@ class CompletionOutput:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.text)
+
+    def after(self, num_chars: int, num_tokens: int) -> "CompletionOutput":
+        """The same without the beginning of its text, and without its first tokens."""
+        logprobs = self.logprobs[num_tokens:] if self.logprobs is not None else None
+        text, token_ids = self.text[num_chars:], self.token_ids[num_tokens:]
+        return replace(self._plain(), text=text, token_ids=token_ids, logprobs=logprobs)
+
+    def _plain(self) -> "CompletionOutput":
+        return CompletionOutput(
+            self.index, "", [], self.cumulative_logprob, None, self.finish_reason, self.stop_reason, self.score
+        )
 
 
 @dataclass
@@ -69,12 +84,7 @@ class RequestOutput:
 
 
 def _since(output: CompletionOutput, told: CompletionOutput | None) -> CompletionOutput:
-    text, tokens = (len(told.text), len(told.token_ids)) if told else (0, 0)
-    logprobs = output.logprobs[tokens:] if output.logprobs is not None else None
-    return CompletionOutput(
-        output.index, output.text[text:], output.token_ids[tokens:], output.cumulative_logprob, logprobs,
-        output.finish_reason, output.stop_reason, output.score,
-    )  # fmt: skip
+    return output.after(told.num_chars, told.num_tokens) if told else output.after(0, 0)
 
 
 # --- while they grow --------------------------------------------------------------------------------------------------
@@ -94,9 +104,13 @@ class GrowingOutput(CompletionOutput):
     def num_tokens(self) -> int:
         return self._num_tokens
 
+    @property
+    def num_chars(self) -> int:
+        return self._length
+
     @cached_property
     def text(self) -> str:  # type: ignore[override]
-        return self._text.start(self._length)
+        return self._text.part(0, self._length)
 
     @cached_property
     def token_ids(self) -> list[int]:  # type: ignore[override]
@@ -104,15 +118,25 @@ class GrowingOutput(CompletionOutput):
 
     @cached_property
     def logprobs(self) -> list[dict[int, Logprob]] | None:  # type: ignore[override]
-        sampled = self._seq.sampled[: self._num_tokens]
-        if not sampled or any(token.top_logprobs is None for token in sampled):
+        return self._logprobs_from(0)
+
+    def after(self, num_chars: int, num_tokens: int) -> CompletionOutput:
+        text = self._text.part(num_chars, self._length) if num_chars < self._length else ""
+        tokens = self._seq.output_token_ids[num_tokens : self._num_tokens]
+        return replace(self._plain(), text=text, token_ids=tokens, logprobs=self._logprobs_from(num_tokens))
+
+    def _logprobs_from(self, first: int) -> list[dict[int, Logprob]] | None:
+        if not self._num_tokens or self._seq.sampled[0].top_logprobs is None:
             return None
+        sampled = self._seq.sampled[first : self._num_tokens]
         for token in sampled:  # once: the next output of this sequence finds it
             token.top_logprobs = with_text(token.top_logprobs or {}, self._tokenizer)
         return [dict(token.top_logprobs or {}) for token in sampled]
 
     @cached_property
     def cumulative_logprob(self) -> float | None:  # type: ignore[override]
+        if not self._num_tokens or self._seq.sampled[0].logprob is None:
+            return None
         sampled = self._seq.sampled[: self._num_tokens]
         own = [token.logprob for token in sampled if token.logprob is not None]
         return sum(own) if sampled and len(own) == len(sampled) else None

@@ -45,7 +45,7 @@ class SequenceText:
         if not found:
             return None
         end, start, stop = min(found)
-        text = self.start(self._length - len(near) + (end if self._keep_stop else start))
+        text = self.part(0, self._length - len(near) + (end if self._keep_stop else start))
         self._pieces, self._length = [text], len(text)
         return stop
 
@@ -55,7 +55,7 @@ class SequenceText:
 
     def shown(self, finished: bool) -> str:
         """The text so far, without an ending that may turn out to be the beginning of a stop string."""
-        return self.start(self.shown_length(finished))
+        return self.part(0, self.shown_length(finished))
 
     def shown_length(self, finished: bool) -> int:
         for at in range(0 if not finished else len(self._end), len(self._end)):
@@ -64,9 +64,14 @@ class SequenceText:
                 return self._length - len(rest)
         return self._length
 
-    def start(self, length: int) -> str:
-        """Its first characters; what was shown once stays."""
-        return "".join(self._pieces)[:length]
+    def part(self, begin: int, end: int) -> str:
+        """Some of its characters; what was shown once stays. What lies before them costs nothing."""
+        pieces = self._pieces.copy()
+        at, found = sum(map(len, pieces)), []
+        while pieces and at > begin:
+            found.append(pieces.pop())
+            at -= len(found[-1])
+        return "".join(reversed(found))[max(0, begin - at) : end - at]
 
     def _append(self, piece: str) -> None:
         if piece:
