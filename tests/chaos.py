@@ -116,9 +116,11 @@ def joined(pieces, chat):
     return found
 
 
-def check_choices(wish, found, whole=True):
+def check_choices(wish, found, whole=True, may_be_aborted=False):
     """Each is what the offline engine says, or a beginning of it."""
     aborted = any(one[1] == "abort" for one in found.values())  # before it was forked into its samples, perhaps
+    if "use_beam_search" in wish.body and may_be_aborted:
+        return  # what it had found until then, and nothing says that it was aborted
     assert not whole or aborted or sorted(found) == list(range(len(wish.choices))), "a choice is missing"
     for index, (text, reason, stop, tokens, numbers) in found.items():
         wanted = wish.choices[index]
@@ -180,8 +182,8 @@ class Crowd:
             self.counts[f"refused {status}"] += 1
         return status in (429, 503)
 
-    def check(self, wish, stream, status, headers, body, names=0):
-        """A whole answer. names: others have the request's id, too."""
+    def check(self, wish, stream, status, headers, body, names=0, may_be_aborted=False):
+        """A whole answer. names: others have the request's id, too. may_be_aborted: by somebody else."""
         if self.refused(status, headers):
             return
         if names and status == 400:
@@ -196,7 +198,7 @@ class Crowd:
                 joined(events(body), wish.chat) if stream else
                 {choice["index"]: told_by(choice, wish.chat) for choice in json.loads(body)["choices"]}
             )  # fmt: skip
-            check_choices(wish, found)
+            check_choices(wish, found, may_be_aborted=may_be_aborted)
             aborted = any(one[1] == "abort" for one in found.values())
             self.counts["aborted by another" if aborted else "failed alone" if wish.fails else "completed"] += 1
 
@@ -246,7 +248,7 @@ class Crowd:
         status, *_ = await ask(self.port, "/abort", {"request_id": [name, *(f"{name}-{i}" for i in range(3))]})
         assert status == 200
         for wire, (wish, stream, _) in zip(wires, asked, strict=True):
-            self.check(wish, stream, *await wire.answer(), names=len(wires) - 1)
+            self.check(wish, stream, *await wire.answer(), names=len(wires) - 1, may_be_aborted=True)
             wire.close()
 
     # --- those who leave

@@ -110,7 +110,13 @@ class Manners:
                 message["headers"] = [*message["headers"], (b"x-request-id", visit.id.encode())]
                 if visit.told == 408:  # the rest of its body may come when it likes: nobody waits for it
                     message["headers"].append((b"connection", b"close"))
-            await send(message)
+            try:
+                await send(message)
+            except RuntimeError as error:  # uvloop's, of a connection that was reset just now
+                if "closed" not in str(error):
+                    raise
+                await asyncio.sleep(0)  # then uvicorn knows it, too
+                return
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 visit.status = visit.told
 
