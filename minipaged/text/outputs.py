@@ -1,7 +1,7 @@
 """What a caller gets back. Names as in vLLM's `RequestOutput`, and for beam search its `BeamSearchOutput`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from minipaged.requests.request import Request, RequestMetrics
@@ -39,13 +39,15 @@ class CompletionOutput:
     def after(self, num_chars: int, num_tokens: int) -> "CompletionOutput":
         """The same without the beginning of its text, and without its first tokens."""
         logprobs = self.logprobs[num_tokens:] if self.logprobs is not None else None
-        text, token_ids = self.text[num_chars:], self.token_ids[num_tokens:]
-        return replace(self._plain(), text=text, token_ids=token_ids, logprobs=logprobs)
+        return self._with(self.text[num_chars:], self.token_ids[num_tokens:], logprobs)
 
-    def _plain(self) -> "CompletionOutput":
+    def _with(
+        self, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None
+    ) -> "CompletionOutput":
         return CompletionOutput(
-            self.index, "", [], self.cumulative_logprob, None, self.finish_reason, self.stop_reason, self.score
-        )
+            self.index, text, token_ids, self.cumulative_logprob, logprobs, self.finish_reason, self.stop_reason,
+            self.score,
+        )  # fmt: skip
 
 
 @dataclass
@@ -123,7 +125,7 @@ class GrowingOutput(CompletionOutput):
     def after(self, num_chars: int, num_tokens: int) -> CompletionOutput:
         text = self._text.part(num_chars, self._length) if num_chars < self._length else ""
         tokens = self._seq.output_token_ids[num_tokens : self._num_tokens]
-        return replace(self._plain(), text=text, token_ids=tokens, logprobs=self._logprobs_from(num_tokens))
+        return self._with(text, tokens, self._logprobs_from(num_tokens))
 
     def _logprobs_from(self, first: int) -> list[dict[int, Logprob]] | None:
         if not self._num_tokens or self._seq.sampled[0].top_logprobs is None:
