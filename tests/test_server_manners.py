@@ -627,3 +627,22 @@ def test_help_fits_into_80_columns():
     assert process.returncode == 0 and not error and max(map(len, out.splitlines())) <= 80
     for flag in ("--api-key", "--allowed-origin", "--drain-seconds", "--log-text", "--max-queued-tokens"):
         assert flag in out
+
+
+API = "OpenAI's API at /v1"
+
+
+@pytest.mark.parametrize("flags, where", [((), f"{API}, a page at /"), (["--no-page"], API)])
+def test_it_says_what_it_has_and_where_that_is(folder, flags, where):
+    process = command("--model", folder, "--port", 0, "--num-blocks", 1, "--block-size", 4, *flags)
+    try:
+        assert process.stderr.readline() == f"1 block of 4 tokens, at most 4 tokens a request; {where}\n"
+        assert re.fullmatch(r".* is served at http://127\.0\.0\.1:\d+\n", process.stderr.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_help_tells_limits_to_the_last_digit():
+    out, _ = command("--help").communicate(timeout=30)
+    assert "(default: 4194304)" in out and "e+0" not in out
