@@ -406,7 +406,7 @@ def test_one_line_a_request_with_its_id_and_without_its_text(place, lines):
     first, second, third, fourth = lines()
     tail = rf"id={said['id']} prompt=6 output=3 end=length"
     assert re.fullmatch(rf"my-7 POST /v1/completions 200 \d+\.\d+s {tail}", first)
-    assert re.fullmatch(r"[0-9a-f]{32} POST /v1/chat/completions 400 \d+\.\d+s.*", second)
+    assert re.fullmatch(r"chatcmpl-[0-9a-f]{32} POST /v1/chat/completions 400 \d+\.\d+s", second)
     assert third.startswith("abcddd") and r" GET /x\u000a\u000dy 404 " in third
     assert "\n" not in fourth and r"id=x\u000a12:00:00 fake" in fourth
     assert not any("secret" in line for line in lines())
@@ -646,3 +646,20 @@ def test_it_says_what_it_has_and_where_that_is(folder, flags, where):
 def test_help_tells_limits_to_the_last_digit():
     out, _ = command("--help").communicate(timeout=30)
     assert "(default: 4194304)" in out and "e+0" not in out
+
+
+def test_the_log_has_the_id_that_the_answer_has(place, lines):
+    _, headers, said = run(ask(place.port, COMPLETE, SHORT))
+    wait_for(lambda: len(lines()) == 1)
+    assert said["id"] == "cmpl-" + headers["x-request-id"]
+    assert re.fullmatch(rf"{said['id']} POST /v1/completions 200 \d+\.\d+s prompt=3 output=3 end=length", lines()[0])
+
+
+def test_two_that_come_with_the_same_name_have_answers_of_their_own(place):
+    async def asks():
+        one = ask(place.port, COMPLETE, LONG, headers={"x-request-id": "same"})
+        other = ask(place.port, COMPLETE, LONG, headers={"x-request-id": "same"})
+        return await asyncio.gather(one, other)
+
+    (status, _, said), (status_too, _, said_too) = run(asks())
+    assert status == status_too == 200 and said["id"] != said_too["id"]

@@ -173,7 +173,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(http: Request, error: HTTPException) -> Response:
-        said = f"{http.method} {http.url.path}: {error.detail}"
+        said = f"{http.method} {http.url.path}: {error.detail}; /openapi.json tells of all routes"
         return JSONResponse({"error": error_object(error.status_code, said)}, error.status_code, error.headers)
 
     @app.exception_handler(EngineDeadError)
