@@ -635,11 +635,15 @@ def test_help_fits_into_80_columns():
 API = "OpenAI's API at /v1"
 
 
-@pytest.mark.parametrize("flags, where", [((), f"{API}, a page at /"), (["--no-page"], API)])
-def test_it_says_what_it_has_and_where_that_is(folder, flags, where):
-    process = command("--model", folder, "--port", 0, "--num-blocks", 1, "--block-size", 4, *flags)
+@pytest.mark.parametrize("flags, told", [
+    (["--num-blocks", 1], f"1 block of 4 tokens, at most 4 tokens a request; {API}, a page at /"),
+    (["--num-blocks", 1000, "--max-model-len", 9, "--no-page"],
+     f"1,000 blocks of 4 tokens, at most 9 tokens a request; {API}"),
+])  # fmt: skip
+def test_it_says_what_it_has_and_where_that_is(folder, flags, told):
+    process = command("--model", folder, "--port", 0, "--block-size", 4, *flags)
     try:
-        assert process.stderr.readline() == f"1 block of 4 tokens, at most 4 tokens a request; {where}\n"
+        assert process.stderr.readline() == told + "\n"
         assert re.fullmatch(r".* is served at http://127\.0\.0\.1:\d+\n", process.stderr.readline())
     finally:
         process.kill()
