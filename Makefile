@@ -24,7 +24,7 @@ test: $(READY)
 	$(RUN) pytest -n auto --dist loadfile
 
 serve: $(READY)
-	$(RUN) minipaged.serve
+	$(RUN) minipaged.serve --num-blocks 512
 
 lab: $(READY)
 	$(VENV)/bin/jupyter lab chapters

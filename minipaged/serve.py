@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_manners(group: argparse._ArgumentGroup) -> None:
     def limit(flag: str, kind: type, default: float, words: str) -> None:
         least = count if kind is int else _seconds
-        group.add_argument(flag, type=least, default=default, metavar="N", help=f"{words} (default: {default:g})")
+        group.add_argument(flag, type=least, default=default, metavar="N", help=f"{words} (default: {default})")
 
     keys = "who asks must have it; may be repeated (default: MINIPAGED_API_KEY, if that is set)"
     group.add_argument("--api-key", action="append", metavar="KEY", help=keys)
@@ -100,10 +100,20 @@ def _serve(args: argparse.Namespace) -> None:
             app = create_app(llm, _config(args))
             if interrupts:
                 raise KeyboardInterrupt
+            print(_told(llm, args.page), file=sys.stderr)
             print(f"{args.model} is served at {address(listening)}", file=sys.stderr, flush=True)
             serve(app, listening)
         finally:
             llm.shutdown()
+
+
+def _told(llm: "AsyncLLM", page: bool) -> str:
+    """What is asked first of a server that has started."""
+    memory, longest = llm.engine.memory, llm.engine.max_model_len
+    longest = min(longest, memory.num_blocks * memory.block_size)
+    blocks = f"{memory.num_blocks:,} block{'s' if memory.num_blocks > 1 else ''} of {memory.block_size} tokens"
+    where = "OpenAI's API at /v1, a page at /" if page else "OpenAI's API at /v1"
+    return f"{blocks}, at most {longest:,} tokens a request; {where}"
 
 
 def _interrupts() -> list[int]:

@@ -488,3 +488,17 @@ def test_metrics_have_vllms_names_and_count(http):
     assert more("inter_token_latency_seconds_count") == 2 * 3 * 6
     assert more("iteration_tokens_total_sum") >= 81 - 32 + 36
     assert all(after[f"vllm:{name}"][()] == 0 for name in ("num_requests_running", "num_requests_waiting"))
+
+
+def test_metrics_say_nothing_of_when_they_were_made(http):
+    assert "_created" not in http.get("/metrics").text
+
+
+def test_no_such_route_says_where_routes_are_told(http):
+    for answer in (http.get("/chat/completions"), http.get("/v1/completions")):
+        assert "/openapi.json" in answer.json()["error"]["message"]
+
+
+def test_another_model_is_told_of_all_that_there_are(http):
+    body = {"model": "gpt-4", "prompt": "a"}
+    assert "is not served here, but " in http.post("/v1/completions", json=body).json()["error"]["message"]

@@ -406,7 +406,7 @@ def test_one_line_a_request_with_its_id_and_without_its_text(place, lines):
     first, second, third, fourth = lines()
     tail = rf"id={said['id']} prompt=6 output=3 end=length"
     assert re.fullmatch(rf"my-7 POST /v1/completions 200 \d+\.\d+s {tail}", first)
-    assert re.fullmatch(r"[0-9a-f]{32} POST /v1/chat/completions 400 \d+\.\d+s.*", second)
+    assert re.fullmatch(r"chatcmpl-[0-9a-f]{32} POST /v1/chat/completions 400 \d+\.\d+s", second)
     assert third.startswith("abcddd") and r" GET /x\u000a\u000dy 404 " in third
     assert "\n" not in fourth and r"id=x\u000a12:00:00 fake" in fourth
     assert not any("secret" in line for line in lines())
@@ -533,7 +533,10 @@ def test_those_under_way_end_and_new_ones_are_refused(folder, sent):
         run(asks(process, port))
         status, said = ends(process)
         assert status == 0 and is_free(port)
-        assert [line.split()[4] for line in said.splitlines()] == ["503", "200", "200"], said
+        lines = said.splitlines()
+        [ending] = [line for line in lines if "ending" in line]
+        assert ending.endswith("ending: 2 under way, 30 s at the longest; a second signal ends at once")
+        assert [line.split()[4] for line in lines if line != ending] == ["503", "200", "200"], said
 
 
 def test_after_a_while_those_under_way_are_told(folder):
@@ -551,7 +554,7 @@ def test_after_a_while_those_under_way_are_told(folder):
         for status, _, body in run(asks(process, port)):
             assert (status == 503 or status == 200) and b"the engine was shut down" in body
         status, said = ends(process)
-        assert status == 0 and is_free(port) and len(said.splitlines()) == 4, said
+        assert status == 0 and is_free(port) and len(said.splitlines()) == 5, said
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -570,7 +573,7 @@ def test_a_second_signal_ends_at_once(folder, sent):
     with served(folder) as (process, port):
         run(asks(process, port))
         status, said = ends(process)
-        assert status == 130 and not said and is_free(port)
+        assert status == 130 and (not said or "ending" in said) and is_free(port)
 
 
 def test_it_ends_though_connections_are_open(folder):
@@ -627,3 +630,43 @@ def test_help_fits_into_80_columns():
     assert process.returncode == 0 and not error and max(map(len, out.splitlines())) <= 80
     for flag in ("--api-key", "--allowed-origin", "--drain-seconds", "--log-text", "--max-queued-tokens"):
         assert flag in out
+
+
+API = "OpenAI's API at /v1"
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--num-blocks", 1], f"1 block of 4 tokens, at most 4 tokens a request; {API}, a page at /"),
+    (["--num-blocks", 1000, "--max-model-len", 9, "--no-page"],
+     f"1,000 blocks of 4 tokens, at most 9 tokens a request; {API}"),
+])  # fmt: skip
+def test_it_says_what_it_has_and_where_that_is(folder, flags, told):
+    process = command("--model", folder, "--port", 0, "--block-size", 4, *flags)
+    try:
+        assert process.stderr.readline() == told + "\n"
+        assert re.fullmatch(r".* is served at http://127\.0\.0\.1:\d+\n", process.stderr.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_help_tells_limits_to_the_last_digit():
+    out, _ = command("--help").communicate(timeout=30)
+    assert "(default: 4194304)" in out and "e+0" not in out
+
+
+def test_the_log_has_the_id_that_the_answer_has(place, lines):
+    _, headers, said = run(ask(place.port, COMPLETE, SHORT))
+    wait_for(lambda: len(lines()) == 1)
+    assert said["id"] == "cmpl-" + headers["x-request-id"]
+    assert re.fullmatch(rf"{said['id']} POST /v1/completions 200 \d+\.\d+s prompt=3 output=3 end=length", lines()[0])
+
+
+def test_two_that_come_with_the_same_name_have_answers_of_their_own(place):
+    async def asks():
+        one = ask(place.port, COMPLETE, LONG, headers={"x-request-id": "same"})
+        other = ask(place.port, COMPLETE, LONG, headers={"x-request-id": "same"})
+        return await asyncio.gather(one, other)
+
+    (status, _, said), (status_too, _, said_too) = run(asks())
+    assert status == status_too == 200 and said["id"] != said_too["id"]

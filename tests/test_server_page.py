@@ -246,6 +246,7 @@ def test_a_pool_beyond_what_can_be_drawn_is_summed_up(tab, folder):
         page = tab(large.url)
         page.wait_for_selector("#bar")
         assert "5000 blocks are too many to show each" in page.inner_text("#bar") and page.is_hidden("#pool")
+        assert "--num-blocks 512 shows them all" in page.inner_text("#bar")
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(tab, folder):

@@ -159,7 +159,7 @@ def _model(name: str, config: ServerConfig, began: int, max_model_len: int) -> d
 def check_model(name: str | None, config: ServerConfig) -> None:
     """ApiError 404 for a model that isn't served. None: whichever there is."""
     if name is not None and name not in config.model_names:
-        raise ApiError(404, f"model {name!r} is not served here: {', '.join(config.model_names)} is", "model")
+        raise ApiError(404, f"model {name!r} is not served here, but {', '.join(config.model_names)}", "model")
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -173,7 +173,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(http: Request, error: HTTPException) -> Response:
-        said = f"{http.method} {http.url.path}: {error.detail}"
+        said = f"{http.method} {http.url.path}: {error.detail}; /openapi.json tells of all routes"
         return JSONResponse({"error": error_object(error.status_code, said)}, error.status_code, error.headers)
 
     @app.exception_handler(EngineDeadError)

@@ -43,7 +43,8 @@ class Job:
         self._body, self._visit, self._house, self._metrics = body, visit, house, metrics
         self._llm, self._tokenizer = house.llm, house.llm.engine.tokenizer
         kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
-        self._id = visit.said["id"] = body.request_id or f"{kind}-{uuid.uuid4().hex}"
+        number = uuid.uuid4().hex if visit.has_own_name else visit.id  # two at a time may have come with the same id
+        self._id = visit.said["id"] = body.request_id or f"{kind}-{number}"
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""

@@ -35,6 +35,7 @@ class Visit:
     """One HTTP request. said: what its log line tells besides."""
 
     id: str
+    has_own_name: bool = False  # the client gave it its id
     said: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     told: int | None = None  # the status that went out
@@ -101,7 +102,8 @@ class Manners:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = Visit(UNFIT.sub("", _header(scope, b"x-request-id").decode("latin-1"))[:200] or uuid.uuid4().hex)
+        given = UNFIT.sub("", _header(scope, b"x-request-id").decode("latin-1"))[:200]
+        visit = Visit(given or uuid.uuid4().hex, bool(given))
         scope.setdefault("state", {})["visit"] = visit
 
         async def send_noting(message: Message) -> None:
@@ -195,7 +197,9 @@ def _header(scope: Scope, name: bytes) -> bytes:
 def _log(scope: Scope, visit: Visit) -> None:
     quiet = scope["path"] in ("/health", "/metrics", "/live")
     seconds = time.monotonic() - visit.began
-    told = "".join(f" {name}={value}" for name, value in visit.said.items())
-    line = f"{visit.id} {scope['method']} {scope['path']} {visit.status} {seconds:.3f}s{told}"
+    with_kind = visit.said.get("id", "").endswith(visit.id)  # cmpl-..., as the client knows it
+    name = visit.said.pop("id") if with_kind else visit.id
+    told = "".join(f" {key}={value}" for key, value in visit.said.items())
+    line = f"{name} {scope['method']} {scope['path']} {visit.status} {seconds:.3f}s{told}"
     printable = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)  # no line breaks from outside
     log.log(logging.DEBUG if quiet else logging.INFO, "%s", printable)

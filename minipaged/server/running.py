@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from minipaged.server.manners import House
+from minipaged.server.manners import House, log
 from minipaged.terminal.command import INTERRUPTED
 
 MOST_HEADER_BYTES = 64 * 1024
@@ -95,7 +95,10 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain(self) -> None:
-        await self._empty(self._house.config.drain_seconds)
+        seconds = self._house.config.drain_seconds
+        if num := self._house.num_guests:  # who pressed Ctrl-C should see why it goes on
+            log.info("ending: %d under way, %g s at the longest; a second signal ends at once", num, seconds)
+        await self._empty(seconds)
         if self._house.num_guests:
             await asyncio.to_thread(self._house.llm.shutdown)
             await self._empty(1)

@@ -13,8 +13,8 @@ from minipaged.terminal.command import BadInput
 
 OPTIONS = (  # of the engine, that there are flags for
     "dtype", "quantization", "products", "kv_cache_dtype", "device", "kernels", "block_size", "num_blocks",
-    "kv_cache_memory", "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill",
-    "preemption", "debug",
+    "kv_cache_memory", "max_model_len", "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens",
+    "chunked_prefill", "preemption", "debug",
 )  # fmt: skip
 MODEL_HELP = "smollm2, a folder in Hugging Face layout, a .gguf file or a hub id"
 PREFIX_CACHE_HELP = (
@@ -57,6 +57,8 @@ def add_memory(group: argparse._ArgumentGroup) -> None:
     size.add_argument("--num-blocks", type=count, metavar="N", help=blocks)
     memory = "the size of the pool instead, such as 512MiB or 2GB"
     size.add_argument("--kv-cache-memory", type=parse_bytes, metavar="SIZE", help=memory)
+    longest = "the longest prompt and output together, if less than the model's (default: that)"
+    group.add_argument("--max-model-len", type=count, metavar="N", help=longest)
     add("--max-num-seqs", 64, "sequences that run at a time")
     budget = "tokens in a step: what does not fit is computed in the next ones "
     budget += "(default: 512, on a GPU 2048, or --max-num-seqs if that is more)"
