@@ -28,13 +28,21 @@ EPILOG_OF_SERVE = EPILOG.replace("130 interrupted by Ctrl-C", "130 interrupted b
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("minipaged.serve", lambda: _serve(_parser().parse_args(argv)))
+    return run("minipaged.serve", lambda: _serve(_parse(argv)))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    args = _parser().parse_args(argv)
+    args.model = args.model or args.given or "smollm2"
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG_OF_SERVE)
     add = parser.add_argument
-    add("--model", default="smollm2", help=MODEL_HELP)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("given", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: smollm2)")
+    model.add_argument("--model", help="the same")
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: as --model)")
     add("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (default: 127.0.0.1)")
     add("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")

@@ -611,9 +611,10 @@ def test_what_can_not_be_is_said_in_a_sentence(folder, tmp_path, capsys, monkeyp
             ("--port", 99999): "must be an integer from 0 to 65535, not '99999'",
             ("--max-queue-seconds", 0): "must be a number of seconds above 0, not '0'",
             ("--max-body-bytes", "1k"): "must be an integer of at least 1, not '1k'",
+            ("one", "--model", "another"): "argument --model: not allowed with argument MODEL",
             ("--modle", "x"): "unrecognized arguments: --modle x",
             ("--port", 0, "--model", tmp_path / "nowhere"): "nowhere",
-            ("--port", 0, "--model", tmp_path): "has no model.safetensors",
+            ("--port", 0, tmp_path): "has no model.safetensors",
             ("--port", 0, "--model", folder, "--num-blocks", 10**12): "",
         }
         for flags, words in cases.items():
