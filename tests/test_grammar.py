@@ -303,3 +303,51 @@ def test_llguidance_is_imported_by_who_needs_it():
     script = "import sys, minipaged.decoding.grammar, minipaged.text.intake\nprint('llguidance' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# --- what would cost others something -------------------------------------------------------------------------------
+
+DEEP = {  # in a thread as they are by default, each of them ends the process
+    "rules": {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(9000)) + 'r9000: "a"'},
+    "schemas": {"json": {"$ref": "#/$defs/0", "$defs": {"5000": {"const": 1}} | {
+        str(i): {"type": "array", "items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(4000)}}},
+}  # fmt: skip
+COMPILE = """
+import sys; sys.path.insert(0, "tests")
+from test_grammar import DEEP, Grammars, StructuredOutputsParams, byte_tokenizer
+tokenizer = byte_tokenizer(b"<s>")
+try:
+    Grammars(tokenizer.backend, tokenizer.vocab_size, [0]).compile(StructuredOutputsParams(**DEEP[sys.argv[1]]))
+except ValueError as error:
+    print(error)
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_grammar_in_a_grammar_in_a_grammar_does_not_end_the_process(name):
+    done = subprocess.run([sys.executable, "-c", COMPILE, name], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("alive\n"), done.stderr
+
+
+def test_a_grammar_that_is_too_long():
+    tokenizer = byte_tokenizer(b"<s>")
+    for asked in ({"regex": "a" * 300_000}, {"choice": ["a" * 1000 + str(i) for i in range(300)]}):
+        with pytest.raises(ValueError, match=r"structured_outputs\.\w+: it has 30\d+ characters, and may have 262144"):
+            Grammars(tokenizer.backend, tokenizer.vocab_size, [0]).compile(StructuredOutputsParams(**asked))
+
+
+def test_nobody_waits_for_ever_for_one_that_is_not_done(monkeypatch):
+    tokenizer, go_on, asked = byte_tokenizer(b"<s>"), threading.Event(), StructuredOutputsParams(regex="a")
+    made = Grammars(tokenizer.backend, tokenizer.vocab_size, [0])
+    make = grammars.Grammar
+    monkeypatch.setattr(grammars, "SECONDS", 0.1)
+    monkeypatch.setattr(grammars, "Grammar", lambda *args: go_on.wait(20) and make(*args))
+    for _ in range(grammars.AT_A_TIME):
+        with pytest.raises(ValueError, match=r"^structured_outputs\.regex: it takes more than 0\.1 s"):
+            made.compile(asked)
+    with pytest.raises(ValueError, match=r"^structured_outputs\.regex: others are being compiled"):
+        made.compile(asked)
+    go_on.set()
+    monkeypatch.setattr(grammars, "SECONDS", 20)
+    assert made.compile(asked)

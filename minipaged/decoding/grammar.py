@@ -15,13 +15,19 @@ bytes of all tokens. What is to be known:
 
 import json
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from minipaged.requests.structured_outputs import Mask, StructuredOutputsParams
 
 MOST_COMPILED = 64  # that are kept. A large one takes some MB and half a second
+MOST_CHARACTERS = 256 * 1024  # of a grammar. llguidance calls itself for a rule in a rule, some KB of stack each time:
+STACK_BYTES = 512 * 1024 * 1024  # it ends the process where the stack ends. Of what isn't touched nothing is taken
+SECONDS = 10.0  # that one may take to compile
+AT_A_TIME = 4  # so many are compiled
 END = "<|the end of all texts, for llguidance|>"
 
 
@@ -36,6 +42,7 @@ class Grammars:
         self._tokenizer: Any = None  # llguidance's, which takes a second to build
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
         self._lock, self._building = threading.Lock(), threading.Lock()
+        self._compiling = threading.Semaphore(AT_A_TIME)
 
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
         """ValueError names the field, and says in one line what is wrong or not supported.
@@ -48,7 +55,8 @@ class Grammars:
                 return self._compiled[params]
         tokenizer = self._for_llguidance()
         try:
-            found = Grammar(tokenizer, _source(params))
+            _must_be_short(params)
+            found = self._apart(lambda: Grammar(tokenizer, _source(params)))
         except ValueError as error:
             raise ValueError(f"structured_outputs.{params.kind}: {_one_line(str(error))}") from None
         with self._lock:
@@ -56,6 +64,36 @@ class Grammars:
             while len(self._compiled) > MOST_COMPILED:
                 self._compiled.popitem(last=False)
         return found
+
+    def _apart(self, work: Callable[[], "Grammar"]) -> "Grammar":
+        """In a thread with a deep stack. It can't be broken off: who has waited for long enough leaves it alone."""
+        found: Future[Grammar] = Future()
+
+        def do() -> None:
+            try:
+                found.set_result(work())
+            except BaseException as error:
+                found.set_exception(error)
+            finally:
+                self._compiling.release()
+
+        until = time.monotonic() + SECONDS
+        if not self._compiling.acquire(timeout=SECONDS):
+            raise ValueError(f"others are being compiled, for more than {SECONDS:g} s")
+        try:
+            with self._building:
+                before = threading.stack_size(STACK_BYTES)
+                try:
+                    threading.Thread(target=do, name="grammar", daemon=True).start()
+                finally:
+                    threading.stack_size(before)
+        except RuntimeError:  # no thread, no room for its stack
+            self._compiling.release()
+            raise
+        try:
+            return found.result(until - time.monotonic())
+        except TimeoutError:
+            raise ValueError(f"it takes more than {SECONDS:g} s to compile") from None
 
     def _for_llguidance(self) -> Any:
         """It wants to know of an end-of-text token: if the model has none, one is added."""
@@ -77,6 +115,12 @@ class Grammars:
                 except ValueError as error:
                     raise ValueError(f"structured_outputs: not with this model's tokenizer: {error}") from None
             return self._tokenizer
+
+
+def _must_be_short(params: StructuredOutputsParams) -> None:
+    size = sum(map(len, (params.json or "", params.regex or "", params.grammar or "", *(params.choice or ()))))
+    if size > MOST_CHARACTERS:
+        raise ValueError(f"it has {size} characters, and may have {MOST_CHARACTERS}")
 
 
 def _source(params: StructuredOutputsParams) -> str:

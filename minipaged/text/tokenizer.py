@@ -13,6 +13,8 @@ from minipaged.text.chat_template import ChatTemplate, Message, check_text
 class TokenizerError(ValueError):
     """A tokenizer that can't be built from what a checkpoint has; the message says what is wrong."""
 
+LONG = 10_000  # characters. Only encode_batch lets other threads of Python run meanwhile
+
 
 class Tokenizer:
     """A tokenizer and the model's chat template.
@@ -58,7 +60,11 @@ class Tokenizer:
         template has written every special token already. Raises ValueError for a lone surrogate.
         """
         check_text(text, "the text")
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) > LONG:
+            [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        else:
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
