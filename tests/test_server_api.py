@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 from serving import serving
 from tiny_model import make_folder
 
@@ -15,6 +16,8 @@ from minipaged import AsyncLLM
 from minipaged.server import bodies, elsewhere, errors, logprobs, protocol, schema
 from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
+from minipaged.server.errors import invalid
+from minipaged.server.protocol import ChatCompletionRequest, CompletionRequest
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "What is it?"}]
@@ -166,7 +169,7 @@ FIELDS = [  # fields of a completion, the field that is named, what is said
     (dict(priority=False), "priority", "not supported"),  # False is no 0
     (dict(bad_words=[""]), "bad_words", "none empty"),
     (dict(cache_salt=""), "cache_salt", "not empty"),
-    (dict(request_id=""), "request_id", "not empty"),
+    (dict(request_id=""), "request_id", "1 to 200 ASCII characters"),
     (dict(beam_width=2), "beam_width", "use_beam_search"),
     (dict(use_beam_search=True, n=0), "n", "from 1"),
     (dict(use_beam_search=True, n=3, beam_width=2), "n", "beam_width (2)"),
@@ -490,6 +493,21 @@ def test_metrics_have_vllms_names_and_count(http):
     assert all(after[f"vllm:{name}"][()] == 0 for name in ("num_requests_running", "num_requests_waiting"))
 
 
+def test_who_leaves_counts_as_aborted(http):
+    def aborted():
+        return metrics(http)[0]["vllm:request_success_total"]["abort",]
+
+    before = aborted()
+    body = {"prompt": "a", "n": 3, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with http.stream("POST", COMPLETIONS, json=body) as answer:
+        next(answer.iter_lines())
+    for _ in range(100):
+        if aborted() != before:
+            break
+        time.sleep(0.05)
+    assert aborted() == before + 3
+
+
 def test_metrics_say_nothing_of_when_they_were_made(http):
     assert "_created" not in http.get("/metrics").text
 
@@ -502,3 +520,30 @@ def test_no_such_route_says_where_routes_are_told(http):
 def test_another_model_is_told_of_all_that_there_are(http):
     body = {"model": "gpt-4", "prompt": "a"}
     assert "is not served here, but " in http.post("/v1/completions", json=body).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("prompt", ["a"] * 1025, "prompt: must have at most 1024 items"),
+    ("prompt", [[1]] * 1025, "prompt: must have at most 1024 items"),
+    ("stop", ["a"] * 65, "stop: must have at most 64 items"),
+    ("bad_words", ["a"] * 1025, "bad_words: must have at most 1024 items"),
+    ("logit_bias", {str(token): 1.0 for token in range(1025)}, "logit_bias: must have at most 1024 items"),
+    ("request_id", "x output=9", "request_id: must be a text of 1 to 200 ASCII characters, without spaces"),
+])  # fmt: skip
+def test_lists_that_all_would_pay_for_are_refused(field, value, words):
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"prompt": "a", field: value})
+    errors = [{**one, "loc": ("body", *one["loc"])} for one in caught.value.errors()]
+    assert invalid(errors, {"prompt": "a", field: value}).message == words
+
+
+@pytest.mark.parametrize("model, body", [
+    (CompletionRequest, {"prompt": [None] * 10_000}),
+    (CompletionRequest, {"prompt": [1] * 10_000 + [None]}),
+    (CompletionRequest, {"prompt": [[None]] * 1000}),
+    (ChatCompletionRequest, {"messages": [1] * 1000}),
+])  # fmt: skip
+def test_a_list_of_mistakes_is_read_up_to_the_first(model, body):
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= 4

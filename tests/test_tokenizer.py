@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.models.gguf import GGUFCheckpoint
-from minipaged.text.tokenizer import Tokenizer
+from minipaged.text.tokenizer import LONG, Tokenizer
 
 TEXTS = [
     "",
@@ -174,3 +174,13 @@ def test_truncation_and_padding_of_the_file_are_switched_off(metaspace):
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     assert Tokenizer(backend).encode("he llo he llo") == metaspace.encode("he llo he llo")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_a_long_text_has_the_same_tokens(smollm2, kind):
+    """It takes another way, on which other threads may run."""
+    tokenizer = smollm2 if kind == "byte level" else metaspace_tokenizer()
+    text = "".join(TEXTS) * 60
+    assert len(text) > LONG
+    for special in (True, False):
+        assert tokenizer.encode(text, special) == tokenizer.backend.encode(text, add_special_tokens=special).ids

@@ -82,7 +82,7 @@ ONE_OF = {  # what may be of several kinds
     "prompt": "a text, a list of token ids, or a list of one of these",
     "stop": "a text or a list of texts",
     "early_stopping": "true, false or \"never\"",
-    "request_id": "a text that is not empty",
+    "request_id": "a text of 1 to 200 ASCII characters, without spaces",
     "structured_outputs.json": "a JSON schema, or its text",
 }
 
@@ -97,6 +97,9 @@ def invalid(found: Sequence[Any], body: Any) -> ApiError:
     param = ".".join(place)
     if first["type"] == "missing":
         return ApiError(400, f"{param}: it is missing", param)
+    if many := next((one for one in found if one["type"] == "too_long"), None):
+        name = ".".join(_place(many["loc"][1:], body, "too_long"))
+        return ApiError(400, f"{name}: must have at most {many['ctx']['max_length']} items", name)
     for name, right in ONE_OF.items():
         if param == name or param.startswith(name + "."):
             return ApiError(400, f"{name}: must be {right}", name)

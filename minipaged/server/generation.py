@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -42,6 +42,7 @@ class Job:
     def __init__(self, body: Body, visit: Visit, house: House, metrics: Metrics):
         self._body, self._visit, self._house, self._metrics = body, visit, house, metrics
         self._llm, self._tokenizer = house.llm, house.llm.engine.tokenizer
+        self._ended: set[str] = set()
         kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
         number = uuid.uuid4().hex if visit.has_own_name else visit.id  # two at a time may have come with the same id
         self._id = visit.said["id"] = body.request_id or f"{kind}-{number}"
@@ -97,7 +98,7 @@ class Job:
         self._house.under_way[self._id] = [request.request_id for request in requests]
         self._house.known(self._visit)
         self._house.check_room(len(requests), sum(len(request.prompt_token_ids) for request in requests))
-        with contextlib.closing(self._llm.submit(requests)) as stream:
+        with contextlib.closing(self._llm.submit(requests)) as stream, self._noting_who_leaves(requests):
             try:
                 async with asyncio.timeout(self._house.config.max_queue_seconds):
                     await stream.begin()
@@ -108,6 +109,16 @@ class Job:
                 raise refusal(error, self._body) from None
             model = self._body.model or self._house.config.model_names[0]
             yield stream, Answer(self._body, self._id, model, requests, self._tokenizer)
+
+    @contextlib.contextmanager
+    def _noting_who_leaves(self, requests: list[Request]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            left = [request for request in requests if request.request_id not in self._ended]
+            if left:
+                self._metrics.left(left)
+                self._visit.said["end"] = "abort"
 
     def _prepare(self) -> list[Request]:
         """In a thread of its own: texts may be long, and grammars large."""
@@ -126,6 +137,7 @@ class Job:
 
     def _finished(self, output: RequestOutput) -> None:
         self._metrics.finished(output)
+        self._ended.add(output.request_id)
         said = self._visit.said
         said["prompt"] = said.get("prompt", 0) + len(output.prompt_token_ids)
         said["output"] = said.get("output", 0) + sum(one.num_tokens for one in output.outputs)

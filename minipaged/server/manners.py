@@ -200,6 +200,6 @@ def _log(scope: Scope, visit: Visit) -> None:
     with_kind = visit.said.get("id", "").endswith(visit.id)  # cmpl-..., as the client knows it
     name = visit.said.pop("id") if with_kind else visit.id
     told = "".join(f" {key}={value}" for key, value in visit.said.items())
-    line = f"{name} {scope['method']} {scope['path']} {visit.status} {seconds:.3f}s{told}"
+    line = f"{name} {scope['method']} {scope['path'].replace(' ', '%20')} {visit.status} {seconds:.3f}s{told}"
     printable = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)  # no line breaks from outside
     log.log(logging.DEBUG if quiet else logging.INFO, "%s", printable)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from minipaged.async_llm import AsyncLLM
+from minipaged.requests.request import Request
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.text.outputs import RequestOutput
 
@@ -61,6 +62,10 @@ class Metrics:
         self._last_fork: dict[str, float] = {}  # by request: when its samples drew their first tokens
         self.registry.register(self)
         llm.engine.observers.append(self._step)
+
+    def left(self, requests: list[Request]) -> None:
+        """Nobody waits for them any more, and they were aborted."""
+        self._success.labels(*self._labels, "abort").inc(sum(request.params.n or 1 for request in requests))
 
     def finished(self, output: RequestOutput) -> None:
         """A request is over."""

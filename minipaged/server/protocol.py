@@ -10,6 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minipaged.server.elsewhere import INSTEAD, OF_CHATS, OF_COMPLETIONS, OF_TEMPLATES, Neutral, asks_for_nothing
 
+# Lists are read up to their first mistake: a million of them would take seconds, and a gigabyte. They have limits where
+# each further one costs something in every step, that all who are in it pay for, or is a request of its own.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Few = Annotated[list[str], Field(fail_fast=True, max_length=64)]
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=1024)]
+FewIds = Annotated[list[int], Field(fail_fast=True, max_length=1024)]
+ManyIds = Annotated[list[int], Field(fail_fast=True, max_length=2**18)]
+Prompts = Annotated[list[Ids], Field(fail_fast=True, max_length=1024)]
+Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=4096)]
+Name = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]  # it stands in the log, among others
+
 
 class Strict(BaseModel):
     """Types are taken at their word, and no field is passed over."""
@@ -67,7 +78,7 @@ class StructuredOutputs(Strict):
     ELSEWHERE = {"disable_additional_properties": (None, False), "structural_tag": (None,)}
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
@@ -84,31 +95,31 @@ class Sampling(Strict):
     top_p: float | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Few | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: FewIds | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: ManyIds | None = None
+    bad_words: Texts | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
-    request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    request_id: Name | None = None
     use_beam_search: bool | None = None
     # ours, of beam search: see BeamSearchParams
     beam_width: int | None = None
@@ -131,14 +142,14 @@ class Sampling(Strict):
 
 class CompletionRequest(Sampling):
     ELSEWHERE = OF_COMPLETIONS
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | Prompts
     logprobs: int | None = None
     echo: bool | None = False
 
 
 class ChatCompletionRequest(Sampling):
     ELSEWHERE = OF_CHATS
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
@@ -159,7 +170,7 @@ class TokenizeRequest(Strict):
     ELSEWHERE = OF_TEMPLATES
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = True
     return_token_strs: bool | None = False
@@ -173,8 +184,8 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[int]
+    tokens: ManyIds
 
 
 class AbortRequest(Strict):
-    request_id: str | list[str]
+    request_id: str | Texts

@@ -9,11 +9,11 @@ import tokenizers
 
 from minipaged.text.chat_template import ChatTemplate, Message, check_text
 
+LONG = 10_000  # characters: beyond it other threads are let run meanwhile, which only encode_batch does
+
 
 class TokenizerError(ValueError):
     """A tokenizer that can't be built from what a checkpoint has; the message says what is wrong."""
-
-LONG = 10_000  # characters. Only encode_batch lets other threads of Python run meanwhile
 
 
 class Tokenizer:
