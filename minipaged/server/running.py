@@ -25,8 +25,8 @@ from minipaged.server.manners import House, log
 from minipaged.terminal.command import INTERRUPTED
 
 MOST_HEADER_BYTES = 64 * 1024
-# Seconds. The engine's thread gives Python's lock away with each kernel that it starts, and wants it back soon, while the
-# event loop writes to all who read. Python's own 5 ms would hold up the next kernel: 2 % of the speed at 32 clients.
+# Seconds. The engine's thread gives Python's lock away with each kernel that it starts, and wants it back soon, though
+# the event loop is writing to all who read. Python's own 5 ms would hold up the next kernel: 2 % of the speed here.
 SWITCH = 1e-4
 
 
