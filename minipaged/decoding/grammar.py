@@ -15,7 +15,6 @@ bytes of all tokens. What is to be known:
 
 import json
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -41,8 +40,9 @@ class Grammars:
         self._backend, self._vocab_size, self._eos_token_ids = backend, vocab_size, eos_token_ids
         self._tokenizer: Any = None  # llguidance's, which takes a second to build
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
-        self._lock, self._building = threading.Lock(), threading.Lock()
-        self._compiling = threading.Semaphore(AT_A_TIME)
+        # Ctrl-C may strike between a lock and its release: then the same thread must still be able to go on.
+        self._lock, self._building = threading.RLock(), threading.RLock()
+        self._compiling = threading.Semaphore(AT_A_TIME)  # only threads that no signal reaches wait for it
 
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
         """ValueError names the field, and says in one line what is wrong or not supported.
@@ -71,27 +71,23 @@ class Grammars:
 
         def do() -> None:
             try:
-                found.set_result(work())
+                if not self._compiling.acquire(timeout=SECONDS):
+                    raise ValueError(f"others are being compiled, for more than {SECONDS:g} s")
+                try:
+                    found.set_result(work())
+                finally:
+                    self._compiling.release()
             except BaseException as error:
                 found.set_exception(error)
-            finally:
-                self._compiling.release()
 
-        until = time.monotonic() + SECONDS
-        if not self._compiling.acquire(timeout=SECONDS):
-            raise ValueError(f"others are being compiled, for more than {SECONDS:g} s")
+        with self._building:
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                threading.Thread(target=do, name="grammar", daemon=True).start()
+            finally:
+                threading.stack_size(before)
         try:
-            with self._building:
-                before = threading.stack_size(STACK_BYTES)
-                try:
-                    threading.Thread(target=do, name="grammar", daemon=True).start()
-                finally:
-                    threading.stack_size(before)
-        except RuntimeError:  # no thread, no room for its stack
-            self._compiling.release()
-            raise
-        try:
-            return found.result(until - time.monotonic())
+            return found.result(SECONDS)
         except TimeoutError:
             raise ValueError(f"it takes more than {SECONDS:g} s to compile") from None
 
