@@ -1,6 +1,8 @@
 """What all command lines have in common: how they end, and what they say then."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -52,6 +54,7 @@ def _say(name: str, error: Exception, status: int) -> int:
 
 def ignore_closed_pipe() -> int:
     """Whoever read our output has gone (`| head`): end quietly, with a shell's exit status for that."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at exit
+    with contextlib.suppress(io.UnsupportedOperation):  # it has no file below it
+        below = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), below)  # or Python complains when it flushes at exit
     return 141
