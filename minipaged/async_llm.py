@@ -6,8 +6,8 @@
             print(output.outputs[0].text)
 
 One thread steps the engine, and nobody else does. What is asked goes into an inbox that it empties between two steps;
-what a step made goes back to the event loop in one piece. So the loop never waits for a step, nor a step for a reader:
-who reads slowly finds the newest state of what was made meanwhile, and no queue of all that was between.
+what a step made goes back to the event loop in one piece (text/stream.py). So the loop never waits for a step, nor a
+step for a reader.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ from minipaged.execution.stats import EngineStats
 from minipaged.requests.request import Request
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.text.inputs import Params, Prompt, one_for_each
-from minipaged.text.mailbox import Mailbox
 from minipaged.text.outputs import RequestOutput
+from minipaged.text.stream import News, Stream, WholeStates, tell
 from minipaged.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class AsyncLLM:
         self._admitted: deque[str] = deque()  # in the step that is being computed
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open, self._stopped = threading.Lock(), False  # nothing comes in once it is stopped
-        self._mailbox = _Newest()
+        self._mailbox = WholeStates()
         self._failures = 0  # steps, one after the other
         self._error: BaseException | None = None  # of the last of them
         self.engine.observers.append(self._note_admitted)
@@ -83,7 +83,7 @@ class AsyncLLM:
             async for output in stream:
                 yield output
 
-    def submit(self, requests: list[Request]) -> "Stream":
+    def submit(self, requests: list[Request]) -> Stream:
         """Let prepared requests (`LLMEngine.prepare`) wait, all or none. Who stops reading has to close the stream."""
         stream = Stream(requests, self._abort)
         self.waiting.update({request: len(request.prompt_token_ids) for request in requests})
@@ -197,7 +197,7 @@ class AsyncLLM:
         with self._open:
             self._stopped = True
 
-    def _add(self, stream: "Stream") -> None:
+    def _add(self, stream: Stream) -> None:
         try:
             for request in stream.requests:
                 if request.request_id in self._readers:  # it may have ended, and its last state is on the way
@@ -206,22 +206,22 @@ class AsyncLLM:
                 self._readers[request.request_id] = request, stream
         except BaseException as error:
             self._end(stream)
-            _tell([(stream, error)])
+            tell([(stream, error)])
 
-    def _abort(self, stream: "Stream") -> None:
+    def _abort(self, stream: Stream) -> None:
         """Nobody reads it any more. From any thread."""
         for request in stream.requests:  # who comes now need not wait for the thread to see that there is room
             self.waiting.pop(request, None)
         with contextlib.suppress(EngineDeadError):
             self._ask(partial(self._end, stream))
 
-    def _end(self, stream: "Stream") -> None:
+    def _end(self, stream: Stream) -> None:
         """What is not finished of it. Others may have come since, whose requests have the same names."""
         for request in self._forget(stream):
             self.engine.abort(request.request_id)
             self._mailbox.drop(request.request_id)
 
-    def _forget(self, stream: "Stream") -> list[Request]:
+    def _forget(self, stream: Stream) -> list[Request]:
         """Those that were not finished."""
         its = [request for request in stream.requests if self._readers.get(request.request_id) == (request, stream)]
         for request in stream.requests:
@@ -236,7 +236,7 @@ class AsyncLLM:
         self._admitted.extend(plan.admitted)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        news: list[tuple[Stream, RequestOutput | None | BaseException]] = []
+        news: list[tuple[Stream, News]] = []
         while self._admitted:
             request, stream = self._readers.get(self._admitted.popleft(), (None, None))
             if request is not None and stream is not None and self.waiting.pop(request, None) is not None:
@@ -248,7 +248,7 @@ class AsyncLLM:
                 news.append((stream, output))
                 if output.finished:
                     del self._readers[output.request_id]
-        for stream in _tell(news):
+        for stream in tell(news):
             self._end(stream)
 
     def _give_up(self, why: str) -> None:
@@ -257,84 +257,4 @@ class AsyncLLM:
         for stream in streams:
             with contextlib.suppress(BaseException):
                 self._end(stream)
-        _tell([(stream, EngineDeadError(why)) for stream in streams])
-
-
-class Stream:
-    """The outputs of some requests as they grow: of each its newest state. In one event loop."""
-
-    def __init__(self, requests: list[Request], abort: Callable[["Stream"], None]):
-        self.requests, self.loop, self._begun = requests, asyncio.get_running_loop(), asyncio.Event()
-        self._abort, self._left = abort, {request.request_id for request in requests}
-        self._newest: dict[str, RequestOutput] = {}
-        self._told: dict[str, RequestOutput] = {}  # of requests that are told only what is new
-        self._error: BaseException | None = None
-        self._news = asyncio.Event()
-
-    def put(self, what: RequestOutput | BaseException | None) -> None:
-        """None: it has begun."""
-        self._begun.set()
-        if isinstance(what, BaseException):
-            self._error = what
-        elif what is not None:
-            self._newest[what.request_id] = what
-        self._news.set()
-
-    async def begin(self) -> None:
-        """Until the first of them is no longer waiting. ValueError if they were refused, EngineDeadError as ever."""
-        await self._begun.wait()
-        if self._error is not None and not self._newest:
-            raise self._error
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while not self._newest:
-            if self._error is not None:
-                raise self._error
-            if not self._left:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        name = next(iter(self._newest))
-        output = self._newest.pop(name)
-        if output.finished:
-            self._left.discard(name)
-        if output.only_new:
-            told, self._told[name] = self._told.get(name), output
-            return output.since(told)
-        return output
-
-    def close(self) -> None:
-        """Abort what is not finished. Twice does no harm."""
-        if self._left and self._error is None:
-            self._abort(self)
-        self._left.clear()
-        self._newest.clear()
-        self._news.set()
-
-
-class _Newest(Mailbox):
-    """Gives whole states: what is new in them a stream knows, which may have been told less."""
-
-    def take(self) -> list[RequestOutput]:
-        self._taken, self._waiting = self._waiting, {}
-        return list(self._taken.values())
-
-
-def _tell(news: list[tuple[Stream, RequestOutput | None | BaseException]]) -> list[Stream]:
-    """Hand over what is new, to each event loop at once. Returns the streams whose loop is gone."""
-    gone = []
-    for loop in {stream.loop for stream, _ in news}:
-        its = [(stream, what) for stream, what in news if stream.loop is loop]
-        try:
-            loop.call_soon_threadsafe(_put_all, its)
-        except RuntimeError:  # closed
-            gone += [stream for stream, _ in its]
-    return gone
-
-
-def _put_all(news: list[tuple[Stream, RequestOutput | None | BaseException]]) -> None:
-    for stream, what in news:
-        stream.put(what)
+        tell([(stream, EngineDeadError(why)) for stream in streams])

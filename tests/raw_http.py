@@ -5,24 +5,17 @@ import contextlib
 import json
 import socket
 import struct
-import threading
 import time
+
+from served import Served
 
 from minipaged import AsyncLLM
 from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
-from minipaged.server.running import bind, serve
 
 
-class Place:
-    """A server that runs in a thread of its own."""
-
-    def __init__(self, llm, config):
-        self.llm, self.app = llm, create_app(llm, config)
-        self.house, self.listening = self.app.state.house, bind("127.0.0.1", 0)
-        self.port = self.listening.getsockname()[1]
-        self._thread = threading.Thread(target=serve, args=(self.app, self.listening))
-        self._thread.start()
+class Place(Served):
+    """A server that is seen to be left empty."""
 
     def left(self):
         """What must be nothing once all clients have gone."""
@@ -48,16 +41,11 @@ class Place:
 
         asyncio.run(asyncio.wait_for(self.llm.call(look), 20))
 
-    def close(self):
-        self.house.closing = True
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-        self.llm.shutdown()
-
 
 @contextlib.contextmanager
 def running(folder, config=None, **options):
-    place = Place(AsyncLLM(str(folder), **options), ServerConfig(model_names=("tiny",)) if config is None else config)
+    config = ServerConfig(model_names=("tiny",)) if config is None else config
+    place = Place(create_app(AsyncLLM(str(folder), **options), config))
     try:
         yield place
     finally:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
-from serving import serving
+from served import serving
 from tiny_model import make_folder
 
 from minipaged import AsyncLLM

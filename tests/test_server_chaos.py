@@ -16,11 +16,11 @@ from chaos import Crowd, draw_wishes
 from raw_http import ask, running
 from tiny_model import make_folder
 
-from minipaged.async_llm import Stream
 from minipaged.server.answers import Answer
 from minipaged.server.config import ServerConfig
 from minipaged.server.generation import Job
 from minipaged.server.manners import Visit
+from minipaged.text.stream import Stream
 
 COUNT = int(os.environ.get("MINIPAGED_CHAOS", "2000"))
 LIMITS = ServerConfig(
@@ -92,7 +92,7 @@ def run_chaos(folder, wishes, name, count, say=lambda line: None):
     with running(folder, LIMITS, **SMALL | ENGINES[name]) as place:
         crowd, began, sizes = Crowd(place, wishes, seed), time.monotonic(), []
         for number in range(-(-count // size)):
-            asyncio.run(crowd.batch(size))
+            asyncio.run(crowd.batch(size, at_once=(24, 64)[number % 2]))  # more than may wait, now and then
             check_nothing_is_left(place)
             check_tenants_do_not_share(place, number)
             sizes.append(resident())

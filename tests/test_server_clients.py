@@ -9,7 +9,7 @@ from typing import Literal
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import serving
+from served import serving
 from tiny_model import make_folder
 
 from minipaged import LLM, AsyncLLM, BeamSearchParams, SamplingParams
@@ -431,9 +431,17 @@ def test_a_full_queue_is_waited_for(engine, client):
             assert len([*answers]) == 12
 
 
-def test_a_server_that_ends_sends_away(engine, client):
+def test_a_server_that_ends_sends_away(engine, client, monkeypatch):
     """503 with Retry-After; a client that comes again finds the next one."""
+
+    async def stay(server):
+        while not app.state.house.closing or not app.state.over:
+            await asyncio.sleep(0.02)
+        server.should_exit = True
+
+    monkeypatch.setattr("minipaged.server.running._Server._drain", stay)
     app = create_app(engine, ServerConfig((MODEL,), drain_seconds=1, page=False))
+    app.state.over = False
     app.state.house.closing = True
     with serving(app) as url:
         there = client.with_options(base_url=f"{url}/v1")
@@ -442,3 +450,4 @@ def test_a_server_that_ends_sends_away(engine, client):
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "1"
         Timer(0.5, lambda: setattr(app.state.house, "closing", False)).start()
         assert there.with_options(max_retries=1).completions.create(model=MODEL, prompt="a", max_tokens=1).choices
+        app.state.over = True

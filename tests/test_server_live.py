@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import make_folder
 
 from minipaged import SamplingParams
 from minipaged.async_llm import AsyncLLM
@@ -16,7 +17,6 @@ from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
 from minipaged.server.live import Eye, Live, merge_patch
 from minipaged.server.manners import House
-from tests.tiny_model import make_folder
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import shutil
 import time
 
 import pytest
+from served import Slow
+from tiny_model import make_folder
 
 from minipaged.server.config import ServerConfig
-from tests.served import Served
-from tests.tiny_model import make_folder
 
 api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright: pip install playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(folder):
-    with contextlib.closing(Served(folder, ServerConfig(("<i>tiny</i>",)))) as served:
+    with contextlib.closing(Slow(folder, ServerConfig(("<i>tiny</i>",)))) as served:
         yield served
 
 
@@ -172,7 +172,7 @@ def test_beams_are_told_at_their_end(tab, served):
 
 
 def test_who_has_to_wait_is_told_so(tab, folder):
-    with contextlib.closing(Served(folder, ServerConfig(), max_num_seqs=1)) as narrow:
+    with contextlib.closing(Slow(folder, ServerConfig(), max_num_seqs=1)) as narrow:
         narrow.slow = SLOW
         first, second = tab(narrow.url), tab(narrow.url)
         ask(first, "One", tokens=200)
@@ -242,7 +242,7 @@ def test_it_fits_the_screen_by_day_and_night(tab, served, width, scheme):
 
 
 def test_a_pool_beyond_what_can_be_drawn_is_summed_up(tab, folder):
-    with contextlib.closing(Served(folder, ServerConfig(), num_blocks=5000)) as large:
+    with contextlib.closing(Slow(folder, ServerConfig(), num_blocks=5000)) as large:
         page = tab(large.url)
         page.wait_for_selector("#bar")
         assert "5000 blocks are too many to show each" in page.inner_text("#bar") and page.is_hidden("#pool")
@@ -250,7 +250,7 @@ def test_a_pool_beyond_what_can_be_drawn_is_summed_up(tab, folder):
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(tab, folder):
-    with contextlib.closing(Served(folder, ServerConfig(api_keys=("sesame",)))) as locked:
+    with contextlib.closing(Slow(folder, ServerConfig(api_keys=("sesame",)))) as locked:
         page = tab(locked.url)
         for key in ("wrong", "sesame"):
             page.fill("#key", key)
@@ -283,7 +283,7 @@ def test_a_hidden_tab_does_not_look(tab, served):
 
 
 def test_an_open_page_does_not_hold_the_server_up(tab, folder, caplog):
-    with contextlib.closing(Served(folder, ServerConfig())) as ending, caplog.at_level(logging.INFO):
+    with contextlib.closing(Slow(folder, ServerConfig())) as ending, caplog.at_level(logging.INFO):
         page = tab(ending.url)
         ask(page, "Hello", tokens=5)
         shows(page, ".facts", "5 tokens")

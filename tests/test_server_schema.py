@@ -12,7 +12,7 @@ from hypothesis.strategies import booleans
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
-from serving import serving
+from served import serving
 from tiny_model import make_folder
 
 from minipaged import AsyncLLM

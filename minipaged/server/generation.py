@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from minipaged.async_llm import EngineDeadError, Stream
+from minipaged.async_llm import EngineDeadError
 from minipaged.requests.request import Request
 from minipaged.server.answers import Answer, Body
 from minipaged.server.asked import conversation_of, params_of, prompts_of, refusal
@@ -19,6 +19,7 @@ from minipaged.server.metrics import Metrics
 from minipaged.server.protocol import ChatCompletionRequest
 from minipaged.server.transport import DONE, EventStream, event, while_there
 from minipaged.text.outputs import RequestOutput
+from minipaged.text.stream import Stream
 
 
 async def generate(http: HttpRequest, body: Body, house: House, metrics: Metrics) -> Response:
