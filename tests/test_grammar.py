@@ -341,10 +341,10 @@ def test_nobody_waits_for_ever_for_one_that_is_not_done(monkeypatch):
     tokenizer, go_on, asked = byte_tokenizer(b"<s>"), threading.Event(), StructuredOutputsParams(regex="a")
     made = Grammars(tokenizer.backend, tokenizer.vocab_size, [0])
     make = grammars.Grammar
-    monkeypatch.setattr(grammars, "SECONDS", 0.1)
+    monkeypatch.setattr(grammars, "SECONDS", 0.3)
     monkeypatch.setattr(grammars, "Grammar", lambda *args: go_on.wait(20) and make(*args))
     for _ in range(grammars.AT_A_TIME):
-        with pytest.raises(ValueError, match=r"^structured_outputs\.regex: it takes more than 0\.1 s"):
+        with pytest.raises(ValueError, match=r"^structured_outputs\.regex: compiling it takes more than 0\.3 s"):
             made.compile(asked)
     with pytest.raises(ValueError, match=r"^structured_outputs\.regex: others are being compiled"):
         made.compile(asked)

@@ -68,17 +68,17 @@ class Grammars:
     def _apart(self, work: Callable[[], "Grammar"]) -> "Grammar":
         """In a thread with a deep stack. It can't be broken off: who has waited for long enough leaves it alone."""
         found: Future[Grammar] = Future()
+        begun = threading.Event()
 
         def do() -> None:
-            try:
-                if not self._compiling.acquire(timeout=SECONDS):
-                    raise ValueError(f"others are being compiled, for more than {SECONDS:g} s")
+            if self._compiling.acquire(timeout=SECONDS):  # else who asked has stopped waiting, too
+                begun.set()
                 try:
                     found.set_result(work())
+                except BaseException as error:
+                    found.set_exception(error)
                 finally:
                     self._compiling.release()
-            except BaseException as error:
-                found.set_exception(error)
 
         with self._building:
             before = threading.stack_size(STACK_BYTES)
@@ -89,7 +89,8 @@ class Grammars:
         try:
             return found.result(SECONDS)
         except TimeoutError:
-            raise ValueError(f"it takes more than {SECONDS:g} s to compile") from None
+            what = "compiling it takes" if begun.is_set() else "others are being compiled, for"
+            raise ValueError(f"{what} more than {SECONDS:g} s") from None
 
     def _for_llguidance(self) -> Any:
         """It wants to know of an end-of-text token: if the model has none, one is added."""
