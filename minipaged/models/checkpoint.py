@@ -15,6 +15,7 @@ from kernels.packed import Packed
 from minipaged.models.fields import Fields, ModelError
 from minipaged.models.folder_tokenizer import read_json, read_tokenizer
 from minipaged.models.quantized import Header, find_layers, read_method
+from minipaged.models.split import Part, cut
 from minipaged.text.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
@@ -81,16 +82,17 @@ class FolderCheckpoint:
         """Copied out of the file: another process may overwrite that while we run."""
         return self._files[name].get_tensor(name).clone()
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor | Packed:
-        """The tensor, a copy; a quantized one packed, or in floats if kernels.packed has no form for it."""
+    def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> torch.Tensor | Packed:
+        """The tensor, or a part of it, a copy; a quantized one packed, or in floats if kernels.packed has no form."""
         if name in self.layers:
             assert self.method is not None
             weight = self.method.weight(self.layers[name])
+            weight = cut(weight, part) if part else weight
             return weight if isinstance(weight, Packed) else weight.to(dtype)
-        tensor = self._files[name].get_tensor(name)
+        tensor = _pieces(self._files[name], name, part) if part else self._files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ModelError(f"{self.path}: tensor {name} is {tensor.dtype}: quantized, which its config does not say")
-        return tensor.to(dtype, copy=True)
+        return tensor.to(dtype, copy=not part)
 
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self.path, self.config.get("model_type"))
@@ -99,6 +101,13 @@ class FolderCheckpoint:
 def _header(file: Any, name: str) -> Header:
     entry = file.get_slice(name)
     return Header(tuple(entry.get_shape()), entry.get_dtype())
+
+
+def _pieces(file: Any, name: str, part: Part) -> torch.Tensor:
+    """A part of a tensor, a copy: no more of the file is read."""
+    entry = file.get_slice(name)
+    pieces = [entry[(slice(None),) * part.axis + (slice(r.start, r.stop),)] for r in part.ranges]
+    return torch.cat(pieces, part.axis)
 
 
 def _weight_files(path: Path) -> list[Path]:
