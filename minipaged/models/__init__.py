@@ -27,6 +27,7 @@ from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.fields import Fields
 from minipaged.models.gpt2 import GPT2
+from minipaged.models.head import Ends
 from minipaged.models.llama import Llama
 from minipaged.models.ranks import ALONE, Ranks
 from minipaged.models.split import Split
@@ -36,7 +37,9 @@ from minipaged.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from minipaged.models.gguf import GGUFCheckpoint
 
-__all__ = ["Loaded", "ModelConfig", "ModelError", "Ranks", "Tokenizer", "load", "load_model", "open_checkpoint"]
+__all__ = [
+    "Loaded", "ModelConfig", "ModelError", "Ranks", "Tokenizer", "load", "load_ends", "load_model", "open_checkpoint",
+]  # fmt: skip
 
 Model = Llama | GPT2
 
@@ -134,6 +137,35 @@ def load_model(
         raise ModelError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
     config = ModelConfig.from_hf(checkpoint.config)
     split = Split(config, ranks.rank, ranks.size)
+    wanted = {stored: name for stored, name in _find_tensors(checkpoint, config).items() if split.keeps(name)}
+    backend = backend or kernels.load("auto", device, dtype, cache_folder())
+    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend, split, quantization)
+    packed = any(isinstance(weight, kernels.Packed) for weight in weights.values())
+    model = ARCHITECTURES[config.architecture](split.local, weights, backend, ranks)
+    model.packed = packed
+    return config, model
+
+
+def load_ends(
+    name_or_path: str | Path, dtype: torch.dtype, device: str | torch.device, backend: kernels.Backend,
+    quantization: str = "auto",
+) -> Ends:  # fmt: skip
+    """The embedding and the output projection of a model, both whole: what a head needs beside one rank of several,
+    which has only a share of each. Arguments as of `load`.
+    """
+    checkpoint = open_checkpoint(name_or_path)
+    config = ModelConfig.from_hf(checkpoint.config)
+    found = {name: stored for stored, name in _find_tensors(checkpoint, config).items()}
+    names = ["transformer.wte.weight" if config.architecture == "gpt2" else "model.embed_tokens.weight"]
+    names += [] if config.tie_word_embeddings else ["lm_head.weight"]
+    wanted = {found[name]: name for name in names}
+    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), None, backend, Split(config), quantization)
+    head = backend.linear(weights[names[1]]) if names[1:] else None
+    return Ends(config, backend.dtype, backend.embedding(weights[names[0]]), head)
+
+
+def _find_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
+    """The tensors that the model takes: their names in the file, and its own. ModelError if any doesn't fit."""
     expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
     stored_as: dict[str, str] = {}
@@ -143,10 +175,4 @@ def load_model(
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
     optional = {name: shape for name, shape in found.items() if CACHE_SCALES.fullmatch(name) and shape in ((), (1,))}
     check_tensors(known := expected | optional, found, checkpoint.path)
-    backend = backend or kernels.load("auto", device, dtype, cache_folder())
-    wanted = {stored: name for stored, name in names.items() if name in known and split.keeps(name)}
-    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend, split, quantization)
-    packed = any(isinstance(weight, kernels.Packed) for weight in weights.values())
-    model = ARCHITECTURES[config.architecture](split.local, weights, backend, ranks)
-    model.packed = packed
-    return config, model
+    return {stored: name for stored, name in names.items() if name in known}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from kernels.packed import Packed
 from minipaged.models.fields import Fields, ModelError
 from minipaged.models.folder_tokenizer import read_json, read_tokenizer
-from minipaged.models.quantized import Header, find_layers, read_method
+from minipaged.models.quantized import Header, Layer, find_layers, read_method
 from minipaged.models.split import Part, cut
 from minipaged.text.tokenizer import Tokenizer
 
@@ -78,16 +78,24 @@ class FolderCheckpoint:
         known = {name.removeprefix("transformer."): name for name in expected}
         return {name: known.get(name.removeprefix("transformer."), name) for name in self.shapes}
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, part: Part | None = None) -> torch.Tensor:
         """Copied out of the file: another process may overwrite that while we run."""
-        return self._files[name].get_tensor(name).clone()
+        return _pieces(self._files[name], name, part) if part else self._files[name].get_tensor(name).clone()
+
+    def _quantized(self, layer: Layer, part: Part | None) -> torch.Tensor | Packed:
+        """Read only as far as it is wanted, where the format lets us; else read whole, then cut."""
+        assert self.method is not None
+        places = part and self.method.places(layer, part.axis)
+        narrow = layer.cut(places, part.ranges) if part and places else None
+        if narrow:
+            return self.method.weight(narrow)
+        weight = self.method.weight(layer)
+        return cut(weight, part) if part else weight
 
     def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> torch.Tensor | Packed:
         """The tensor, or a part of it, a copy; a quantized one packed, or in floats if kernels.packed has no form."""
         if name in self.layers:
-            assert self.method is not None
-            weight = self.method.weight(self.layers[name])
-            weight = cut(weight, part) if part else weight
+            weight = self._quantized(self.layers[name], part)
             return weight if isinstance(weight, Packed) else weight.to(dtype)
         tensor = _pieces(self._files[name], name, part) if part else self._files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
