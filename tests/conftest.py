@@ -23,3 +23,4 @@ def pytest_addoption(parser):
     parser.addoption("--schedules", type=int, default=2000, help="random schedules on the recall model (2000)")
     parser.addoption("--sanitize", action="store_true", help="build C++ with sanitizers (LD_PRELOAD must hold libasan)")
     parser.addoption("--server-examples", type=int, default=15, help="bodies for each route of the server (15)")
+    parser.addoption("--rank-examples", type=int, default=6, help="kills and stops of processes at random moments (6)")

@@ -28,7 +28,7 @@ def alive():
 
 
 def shared(cpp, size):
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (its users close it)
     os.ftruncate(file.fileno(), memory_size(cpp, size))
     return file
 

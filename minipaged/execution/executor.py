@@ -20,8 +20,8 @@ from minipaged.execution.proposer import Proposer
 from minipaged.execution.ranks.rank_zero import start_ranks
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token
 from minipaged.execution.stats import Times
-from minipaged.models import Loaded, ModelConfig, load
-from minipaged.models.head import Head, head_of, load_head
+from minipaged.models import Loaded, Model, ModelConfig, load, load_ends
+from minipaged.models.head import Ends, Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.speculation import Speculation
 
@@ -106,11 +106,18 @@ class Executor:
         if config is None or config.method == "ngram":
             return None
         if config.method == "head":
-            return load_head(config.model or head_of(self._args.model), loaded.model, loaded.model.backend)
+            return load_head(config.model or head_of(self._args.model), self._ends(loaded), loaded.model.backend)
         assert config.model is not None
         draft = load(config.model, self._dtype, self.device, backend=loaded.model.backend)
         check_draft(config.model, draft, self.tokenizer, self.max_model_len)
         return draft
+
+    def _ends(self, loaded: Loaded) -> Model | Ends:
+        """What a head guesses with: rank 0 guesses alone, so it has both ends of the model whole."""
+        if self._ranks is None:
+            return loaded.model
+        args = self._args
+        return load_ends(args.model, self._dtype, self.device, loaded.model.backend, args.quantization)
 
     def _proposer(self, guesser: Loaded | Head | None) -> Proposer | None:
         config = self._args.speculative_config

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from minipaged.execution.ranks.errors import RankError
 from minipaged.terminal.command import BadInput
 from minipaged.terminal.watch import waiting
 
@@ -25,6 +26,6 @@ def load(kind: str, model: str, options: dict[str, Any], console: Console) -> An
     except (ValueError, OSError, MemoryError) as error:
         raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
     except RuntimeError as error:  # PyTorch's way to say that there is no memory
-        if "memory" not in str(error):
+        if "memory" not in str(error) or isinstance(error, RankError):
             raise
         raise BadInput("not enough memory: lower --num-blocks or --kv-cache-memory") from error

@@ -12,6 +12,7 @@ from minipaged.execution.ranks.starting import start_here
 from minipaged.execution.ranks.steps import StepThread
 from minipaged.execution.ranks.worker import TOLD, place
 from minipaged.execution.runner import resolve
+from minipaged.models.fetch import fetch_smollm2
 from minipaged.scheduling.plan import StepOutput, StepPlan
 
 
@@ -28,6 +29,8 @@ class RankZero:
 
     def __init__(self, args: EngineArgs, device: str):
         size = args.tensor_parallel_size
+        if args.model == "smollm2":
+            fetch_smollm2()  # once, not by each of them
         told = {name: getattr(args, name) for name in TOLD} | {"block_size": int(args.block_size), "device": device}
         threads = torch.get_num_threads()
         share = max(1, threads // size)
