@@ -4,6 +4,7 @@ Today it is one runner in this process.
 """
 
 import math
+import os
 
 import torch
 
@@ -17,11 +18,15 @@ from minipaged.execution.head_proposer import HeadProposer
 from minipaged.execution.pool_size import choose_num_blocks, choose_num_cpu_blocks
 from minipaged.execution.proposer import Proposer
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
+from minipaged.execution.shared_memory_connector import SharedMemoryConnector
 from minipaged.execution.stats import Times
+from minipaged.execution.torch_distributed_connector import TorchDistributedConnector
+from minipaged.execution.transfer import KVConnector
 from minipaged.models import Loaded, ModelConfig, load
 from minipaged.models.head import Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.speculation import Speculation
+from minipaged.scheduling.transfer import Transfers
 
 # How many tokens a step computes in the time that it takes to read the weights: where speculation is for nothing.
 # Measured on two cores for smollm2; a GPU's is a guess from its data sheet.
@@ -29,6 +34,7 @@ FREE_ROWS = {("cpu", torch.float32): 16.0, ("cpu", torch.bfloat16): 40.0}
 FREE_ROWS_PACKED = 8.0  # less is read, and floats are made of it for each further row once
 FREE_ROWS_OF_A_GPU = 256.0
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # the others are the model's
+CONNECTORS = {kind.__name__: kind for kind in (SharedMemoryConnector, TorchDistributedConnector)}
 PASS = 0.02  # of a step: what a proposer's pass costs besides reading its weights
 
 
@@ -65,11 +71,15 @@ class Executor:
         self.num_cpu_blocks = choose_num_cpu_blocks(
             args.num_cpu_blocks, self.num_blocks, self.block_bytes, self.device, args.preemption
         )
+        self.connector = self._connector()
         replays = args.cuda_graphs and self.device == "cuda" and backend.name == "triton"
         self.runner = ModelRunner(
             loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, kv_dtype, self.device, args.debug,
             (args.max_num_seqs, longest) if replays else None, self._proposer(guesser),
+            *([self.connector.new_pool] if self.connector else []),
         )  # fmt: skip
+        if self.connector:
+            self.connector.register_kv_caches(self.runner.cache, self.runner.backend.move_blocks)
 
     def speculation(self) -> Speculation | None:
         """How many tokens are guessed, for the scheduler, which also asks those who need no tensors for it."""
@@ -79,6 +89,19 @@ class Executor:
         ngram = NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max) if config.method == "ngram" else None
         counts = config.num_speculative_tokens, config.num_branches
         return Speculation(*counts, ngram, self.free_rows, self.guess_cost, config.adaptive)
+
+    def transfers(self) -> Transfers | None:
+        """What the scheduler may give to other engines, and take from them."""
+        return self.connector.transfers() if self.connector else None
+
+    def _connector(self) -> KVConnector | None:
+        config, args = self._args.kv_transfer_config, self._args
+        if config is None:
+            return None
+        if config.kv_connector == "SharedMemoryConnector" and config.produces and self.device != "cpu":
+            raise ValueError("SharedMemoryConnector: a GPU's pool is in no memory to share: TorchDistributedConnector")
+        model = {"model": os.path.basename(os.path.normpath(args.model)), "config": str(self.config)}
+        return CONNECTORS[config.kv_connector](config, model | {"quantization": args.quantization})
 
     def _load_guesser(self, loaded: Loaded) -> Loaded | Head | None:
         """The draft model, or the head, that the engine was told of."""
@@ -120,10 +143,13 @@ class Executor:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Compute a step. Whatever it raises, nobody may rely on the contents of memory afterwards."""
-        return self.runner.execute(plan)
+        output = self.runner.execute(plan)
+        return self.connector.carry_on(plan, output) if self.connector else output
 
     def close(self) -> None:
         """Give the memory of weights, keys and values back. Doing it twice does no harm."""
+        if self.connector:
+            self.connector.close()
         self.__dict__.pop("runner", None)
 
 

@@ -4,6 +4,8 @@ The runner owns the keys and values of all blocks. It decides nothing: which blo
 stands in the plan.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class ModelRunner:
     dtype: of keys and values: int8 and float8_e4m3fn too, see kernels/cache.py.
     debug: fill freed blocks with NaN, so that a stale read shows in the output, and check every table.
     replay: (sequences, blocks of a page table) at the most in decode steps that are replayed as CUDA graphs.
-    proposer: who guesses where the plan leaves that to us.
+    proposer: who guesses where the plan leaves that to us. memory: what the pool is made of, see `kernels.new_cache`.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ModelRunner:
         debug: bool = False,
         replay: tuple[int, int] | None = None,
         proposer: Proposer | None = None,
+        memory: Callable[[int], Tensor | None] = lambda num_bytes: None,
     ):
         self.model, self.backend = model, model.backend
         self.device = device
@@ -78,7 +81,7 @@ class ModelRunner:
         self.timer = StepTimer(self.times, device)
         config = model.config
         shape = (block_size, config.num_kv_heads, config.head_size, dtype)
-        self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
+        self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device, memory=memory)
         self.cpu_cache = kernels.new_cache(config.num_layers, num_cpu_blocks, *shape, pinned=device == "cuda")
         self.proposer = proposer
         self.pools = [(self.cache, self.cpu_cache), *(proposer.caches if proposer else ())]  # they move together
