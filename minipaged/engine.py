@@ -59,7 +59,7 @@ class LLMEngine:
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.memory, args.max_num_seqs, args.budget(self.executor.device), args.preemption, args.watermark,
-            args.schedule, args.chunked_prefill, self.executor.speculation(),
+            args.schedule, args.chunked_prefill, self.executor.speculation(), self.executor.transfers(),
         )  # fmt: skip
         self.observers: list[Callable[[StepPlan, StepOutput], None]] = []  # called after each step: watch, trace
         self._lock = threading.RLock()
@@ -137,6 +137,12 @@ class LLMEngine:
             self.memory.reset_prefix_cache()
             self._unfinished = None
 
+    def _free_ended(self) -> None:
+        """Of what is kept for other engines, what need not be any more; steps do it, too."""
+        self._unfinished = self._start_over
+        self.scheduler.transfers.free_ended(self.memory)
+        self._unfinished = None
+
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to compute, or to hand over."""
@@ -150,6 +156,7 @@ class LLMEngine:
         with self._lock:
             self._make_whole()
             scheduler = self.scheduler
+            self._free_ended()
             return EngineStats(
                 memory=self.memory.usage(),
                 peak=replace(self._peak),
@@ -164,6 +171,7 @@ class LLMEngine:
                 prefixes=replace(scheduler.admission.prefixes),
                 times=replace(self.executor.times),
                 speculation=scheduler.speculation.counts.copy() if scheduler.speculation else None,
+                transfers=replace(scheduler.transfers.counts),
             )
 
     @property
@@ -234,8 +242,9 @@ class LLMEngine:
         self._unfinished = self._start_over
         plan = self.scheduler.schedule()
         times.append(time.perf_counter())
-        requests = [self._requests[name][0] for name in dict.fromkeys(s.request_id for s in plan.sequences)]
-        if not requests:
+        names = dict.fromkeys([*(s.request_id for s in plan.sequences), *(load.request_id for load in plan.loads)])
+        requests = [self._requests[name][0] for name in names]
+        if not (requests or self.scheduler.transfers.exports):
             raise RuntimeError("the scheduler has work and found nothing to do: a mistake in minipaged")
         for request in requests:
             request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or time.monotonic()

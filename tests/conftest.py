@@ -22,5 +22,6 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--schedules", type=int, default=2000, help="random schedules on the recall model (2000)")
     parser.addoption("--sanitize", action="store_true", help="build C++ with sanitizers (LD_PRELOAD must hold libasan)")
+    parser.addoption("--transfer-examples", type=int, default=25, help="times that one of two engines is killed (25)")
     parser.addoption("--server-examples", type=int, default=15, help="bodies for each route of the server (15)")
     parser.addoption("--rank-examples", type=int, default=6, help="kills and stops of processes at random moments (6)")

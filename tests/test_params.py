@@ -27,7 +27,7 @@ def test_defaults_are_vllms():
         ignore_eos=False, logprobs=None, prompt_logprobs=None, include_stop_str_in_output=False,
         skip_special_tokens=True, logit_bias=None, bad_words=None, allowed_token_ids=None,
         truncate_prompt_tokens=None, detokenize=True, output_kind=RequestOutputKind.CUMULATIVE,
-        structured_outputs=None,
+        structured_outputs=None, extra_args=None,
     )  # fmt: skip
     assert {kind.name: kind.value for kind in RequestOutputKind} == dict(CUMULATIVE=0, DELTA=1, FINAL_ONLY=2)
 

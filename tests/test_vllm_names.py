@@ -222,10 +222,10 @@ def test_a_wrong_table_is_found():
 
     assert broken() == []
     assert broken(said | {"n": "no"}) == ["n is here, the table says it isn't"]
-    assert broken(said | {"extra_args": "yes"}) == ["extra_args isn't here, the table says it is"]
-    assert broken(said | {"extra_args": "as `more`"}) == ["extra_args: there is no as `more`"]
-    assert broken({k: v for k, v in said.items() if k != "extra_args"}) == [
-        "vLLM has extra_args: the table says nothing of it"
+    assert broken(said | {"skip_clone": "yes"}) == ["skip_clone isn't here, the table says it is"]
+    assert broken(said | {"skip_clone": "as `more`"}) == ["skip_clone: there is no as `more`"]
+    assert broken({k: v for k, v in said.items() if k != "skip_clone"}) == [
+        "vLLM has skip_clone: the table says nothing of it"
     ]
     assert broken(said | {"best_of": "no"}) == ["vLLM has no best_of"]
     assert broken(only=only | {"colour"}) == ["colour isn't here, or is vLLM's"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from minipaged.execution.speculative_config import SpeculativeConfig
+from minipaged.execution.transfer_config import KVTransferConfig
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.preemption import MODES
@@ -61,6 +62,7 @@ class EngineArgs:
     rank 0's is closed. With more than one there are no CUDA graphs.
     rank_timeout: seconds after which a rank that is not heard from has failed.
     speculative_config: who guesses tokens that the model checks, such as {"method": "ngram"}: see SpeculativeConfig.
+    kv_transfer_config: how blocks go to other engines, or come from them: see KVTransferConfig.
     max_logprobs: the most logprobs that a request may ask for, for each token; -1: as many as there are tokens.
     seed: for requests that have none of their own; None draws a new one each time.
     debug: fill freed blocks with NaN and check every table and count at every step.
@@ -90,6 +92,7 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     rank_timeout: float = 10.0
     speculative_config: SpeculativeConfig | None = None
+    kv_transfer_config: KVTransferConfig | None = None
     max_logprobs: int = 20
     seed: int | None = None
     debug: bool = False
@@ -121,6 +124,9 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
+        object.__setattr__(self, "kv_transfer_config", KVTransferConfig.of(self.kv_transfer_config))
+        if self.kv_transfer_config is not None:
+            self._transfers_must_fit()
         for name, low in _INTEGERS.items():
             value = getattr(self, name)
             optional = name not in ("block_size", "max_num_seqs", "max_logprobs", "tensor_parallel_size")
@@ -146,6 +152,17 @@ class EngineArgs:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_num_seqs="
                 f"{self.max_num_seqs}, so that every running sequence can have a token"
             )
+
+    def _transfers_must_fit(self) -> None:
+        """What has keys and values besides the pool's, or only a part of them, can't give or take whole blocks."""
+        guesses = self.speculative_config
+        if guesses is not None and guesses.method != "ngram":
+            raise ValueError(
+                f"kv_transfer_config: not with the speculative_config {guesses.method!r}, which has keys and values of "
+                "its own; ngram goes with it"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ValueError("kv_transfer_config: not with tensor_parallel_size > 1: no rank has whole blocks")
 
     def budget(self, device: str) -> int:
         """max_num_batched_tokens, or what it is by default."""

@@ -4,6 +4,7 @@ It is one runner in this process; with tensor_parallel_size it is one in each of
 """
 
 import math
+import os
 import weakref
 
 import torch
@@ -19,17 +20,22 @@ from minipaged.execution.pool_size import Room, choose_num_blocks, choose_num_cp
 from minipaged.execution.proposer import Proposer
 from minipaged.execution.ranks.rank_zero import start_ranks
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token
+from minipaged.execution.shared_memory_connector import SharedMemoryConnector
 from minipaged.execution.stats import Times
+from minipaged.execution.torch_distributed_connector import TorchDistributedConnector
+from minipaged.execution.transfer import KVConnector
 from minipaged.models import Loaded, Model, ModelConfig, load, load_ends
 from minipaged.models.head import Ends, Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.speculation import Speculation
+from minipaged.scheduling.transfer import Transfers
 
 # How many tokens a step computes in the time that it takes to read the weights: where speculation is for nothing.
 # Measured on two cores for smollm2; a GPU's is a guess from its data sheet.
 FREE_ROWS = {("cpu", torch.float32): 16.0, ("cpu", torch.bfloat16): 40.0}
 FREE_ROWS_PACKED = 8.0  # less is read, and floats are made of it for each further row once
 FREE_ROWS_OF_A_GPU = 256.0
+CONNECTORS = {kind.__name__: kind for kind in (SharedMemoryConnector, TorchDistributedConnector)}
 PASS = 0.02  # of a step: what a proposer's pass costs besides reading its weights
 
 
@@ -43,6 +49,7 @@ class Executor:
 
     def __init__(self, args: EngineArgs):
         self._args = args
+        self.connector: KVConnector | None = None
         self._ranks = start_ranks(args)
         self._finalizer = weakref.finalize(self, self._ranks.close) if self._ranks else None
         try:
@@ -65,14 +72,18 @@ class Executor:
             self.free_rows = FREE_ROWS_PACKED
         longest = -(-self.max_model_len // args.block_size)  # blocks of a page table
         self._choose_sizes(own, longest * args.max_num_seqs)
+        self.connector = self._connector()
         replays = args.cuda_graphs and self.device == "cuda" and loaded.model.backend.name == "triton"
         self.runner = ModelRunner(
             loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, opened.kv_dtype, self.device,
             args.debug, (args.max_num_seqs, longest) if replays and not self._ranks else None,
             self._proposer(guesser), self._ranks.tell if self._ranks else None,
+            self.connector.new_pool if self.connector else None,
         )  # fmt: skip
         if self._ranks:
             self._ranks.wait_until_ready()
+        if self.connector:
+            self.connector.register_kv_caches(self.runner.cache, self.runner.backend.move_blocks)
 
     def _choose_sizes(self, own: int, most: int) -> None:
         """Of both pools. own: bytes that a block takes in this process. most: blocks that can ever be used."""
@@ -99,6 +110,19 @@ class Executor:
         ngram = NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max) if config.method == "ngram" else None
         counts = config.num_speculative_tokens, config.num_branches
         return Speculation(*counts, ngram, self.free_rows, self.guess_cost, config.adaptive)
+
+    def transfers(self) -> Transfers | None:
+        """What the scheduler may give to other engines, and take from them."""
+        return self.connector.transfers() if self.connector else None
+
+    def _connector(self) -> KVConnector | None:
+        config, args = self._args.kv_transfer_config, self._args
+        if config is None:
+            return None
+        if config.kv_connector == "SharedMemoryConnector" and config.produces and self.device != "cpu":
+            raise ValueError("SharedMemoryConnector: a GPU's pool is in no memory to share: TorchDistributedConnector")
+        model = {"model": os.path.basename(os.path.normpath(args.model)), "config": str(self.config)}
+        return CONNECTORS[config.kv_connector](config, model | {"quantization": args.quantization})
 
     def _load_guesser(self, loaded: Loaded) -> Loaded | Head | None:
         """The draft model, or the head, that the engine was told of."""
@@ -147,7 +171,8 @@ class Executor:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Compute a step. Whatever it raises, nobody may rely on the contents of memory afterwards."""
-        return self._ranks.execute(plan, self.runner.execute) if self._ranks else self.runner.execute(plan)
+        output = self._ranks.execute(plan, self.runner.execute) if self._ranks else self.runner.execute(plan)
+        return self.connector.carry_on(plan, output) if self.connector else output
 
     def check_health(self) -> None:
         """RuntimeError, of which kind so ever, if nothing can be executed any more."""
@@ -158,6 +183,8 @@ class Executor:
         """Give the memory of weights, keys and values back. Doing it twice does no harm."""
         if self._finalizer:
             self._finalizer()
+        if self.connector:
+            self.connector.close()
         self.__dict__.pop("runner", None)
 
 

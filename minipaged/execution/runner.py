@@ -60,6 +60,7 @@ class ModelRunner:
     replay: (sequences, blocks of a page table) at the most in decode steps that are replayed as CUDA graphs.
     proposer: who guesses where the plan leaves that to us.
     tell: is called with what is to be computed, guesses included, before it is: other ranks do the same.
+    memory: what the pool is made of, see `kernels.new_cache`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ModelRunner:
         replay: tuple[int, int] | None = None,
         proposer: Proposer | None = None,
         tell: Callable[[StepPlan], None] | None = None,
+        memory: Callable[[int], Tensor | None] | None = None,
     ):
         self.model, self.backend = model, model.backend
         self.device = device
@@ -83,7 +85,7 @@ class ModelRunner:
         self.timer = StepTimer(self.times, device)
         config = model.config
         shape = (block_size, config.num_kv_heads, config.head_size, dtype)
-        self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device)  # [L, 2, G, N, B, D]
+        self.cache = kernels.new_cache(config.num_layers, num_blocks, *shape, device=device, memory=memory)
         self.cpu_cache = kernels.new_cache(config.num_layers, num_cpu_blocks, *shape, pinned=device == "cuda")
         self.proposer = proposer
         self.pools = [(self.cache, self.cpu_cache), *(proposer.caches if proposer else ())]  # they move together

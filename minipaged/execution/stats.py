@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from minipaged.memory import MemoryUsage
 from minipaged.scheduling.admission import PrefixCounts
 from minipaged.scheduling.speculation import SpeculationCounts
+from minipaged.scheduling.transfer import TransferCounts
 
 
 @dataclass
@@ -62,6 +63,7 @@ class EngineStats:
     prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     times: Times = field(default_factory=Times)
     speculation: SpeculationCounts | None = None  # None: nothing is guessed
+    transfers: TransferCounts = field(default_factory=TransferCounts)
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -1,10 +1,11 @@
 """What a request may ask of beam search: see decoding/beam_search.py."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from minipaged.requests.checks import Rule, check_token_ids, plain, settle, wrong
+from minipaged.requests.kv_transfer import read_extra_args
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class BeamSearchParams:
     n: how many hypotheses to return, best first; None: beam_width.
     stop_token_ids: tokens that end a hypothesis, besides the model's own; a copy is kept.
     skip_special_tokens: leave special tokens out of the text.
+    extra_args: kv_transfer_params: see kv_transfer.py.
 
     >>> BeamSearchParams(beam_width=2, n=3)
     Traceback (most recent call last):
@@ -36,6 +38,7 @@ class BeamSearchParams:
     n: int | None = None
     stop_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
+    extra_args: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         settle(self, _RULES)
@@ -43,6 +46,7 @@ class BeamSearchParams:
         if not isinstance(early, bool) and not (isinstance(early, str) and early == "never"):
             raise wrong("early_stopping", self.early_stopping, "False, True or 'never'")
         object.__setattr__(self, "early_stopping", early)
+        object.__setattr__(self, "extra_args", read_extra_args(self.extra_args))
         right = f"None or an integer from 1 to beam_width ({self.beam_width})"
         object.__setattr__(self, "n", Rule(int, right, 1, self.beam_width).read("n", self.n))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from minipaged.requests.beam_search_params import BeamSearchParams
+from minipaged.requests.kv_transfer import NAME, KVTransferParams
 from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, RequestOutputKind, SamplingParams
 from minipaged.requests.sequence import Sequence
 
@@ -41,6 +42,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of the prompt: found in the prefix cache, and not computed for this request
+    num_transferred_tokens: int = 0  # of the prompt: taken from another engine
     num_drafts: int = 0  # speculation: steps with guesses for a sequence of it, tokens guessed, tokens that were right
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -82,10 +84,13 @@ class Request:
     search: Search | None = None  # the scheduler gives it one
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None  # why it, or a sample of it, ended with finish_reason "error"
+    load: Any = None  # of the plan: blocks that are on their way to it. Until they are there it computes nothing
+    kv_transfer_told: dict[str, Any] | None = None  # where its blocks are kept for another engine
 
     def __post_init__(self) -> None:
         asked = isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if asked else None  # as far as computed
+        self.kv_transfer = KVTransferParams.of((self.params.extra_args or {}).get(NAME))
         own = frozenset(self.params.stop_token_ids or ())
         self.stop_ids = own if self.params.ignore_eos else own | self.eos_token_ids
 

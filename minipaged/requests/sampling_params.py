@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from minipaged.requests.checks import Rule, check_token_ids, is_number, plain, settle, wrong
+from minipaged.requests.kv_transfer import read_extra_args
 from minipaged.requests.structured_outputs import Mask, StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is taken as 0, as in vLLM
@@ -62,12 +63,14 @@ class SamplingParams:
     detokenize: bool = True  # False: no text, which is cheaper
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None  # or a dict of its fields: the form of the output
+    extra_args: Mapping[str, Any] | None = field(default=None, hash=False)  # kv_transfer_params: see kv_transfer.py
 
     def __post_init__(self) -> None:
         settle(self, _RULES)
         object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
         object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
         object.__setattr__(self, "structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
+        object.__setattr__(self, "extra_args", read_extra_args(self.extra_args))
         if self.truncate_prompt_tokens == 0:
             raise wrong("truncate_prompt_tokens", 0, _RULES["truncate_prompt_tokens"].right)
         if not isinstance(self.output_kind, RequestOutputKind):

@@ -22,6 +22,7 @@ from minipaged.memory import KVCacheManager, NoSpace, Prefix
 from minipaged.requests.request import Request
 from minipaged.scheduling.plan import Step
 from minipaged.scheduling.queues import Queues, arrival, put
+from minipaged.scheduling.transfer import Transfers
 
 SCHEDULES = ("fcfs", "prefix")
 PATIENCE = 16
@@ -47,6 +48,7 @@ class Admission:
         self,
         memory: KVCacheManager,
         queues: Queues,
+        transfers: Transfers,
         schedule: str = "fcfs",
         watermark: float = 0.01,
         chunked_prefill: bool = True,
@@ -56,7 +58,7 @@ class Admission:
             raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark={watermark}: must be at least 0 and less than 1")
-        self._memory, self._queues = memory, queues
+        self._memory, self._queues, self._transfers = memory, queues, transfers
         self.schedule, self.patience, self._chunked_prefill = schedule, patience, chunked_prefill
         self.watermark_blocks = math.ceil(watermark * memory.num_blocks)
         self.prefixes = PrefixCounts()
@@ -122,8 +124,9 @@ class Admission:
         leader = request.live[0]
         prefix = self._find(request)
         wanted = request.target(leader) - prefix.num_tokens
-        count = min(wanted, step.grant(wanted))
-        if count < 1 or (count < wanted and step.filled and not self._chunked_prefill):
+        loading = self._transfers.get_num_new_matched_tokens(request, prefix.num_tokens, self._memory.block_size)
+        count = loading or min(wanted, step.grant(wanted))
+        if count < 1 or (count < wanted and step.filled and not self._chunked_prefill and not loading):
             return False  # in the latter case it waits for a step that has room for it
         slots = prefix.num_tokens + count
         rest = request.num_blocks(self._memory.block_size) - self._memory.blocks_for(slots)
@@ -133,7 +136,11 @@ class Admission:
         self._count_hits(request, prefix)
         step.plan.admitted.append(request.request_id)
         self._leave(self._queues.waiting, request)
-        step.take(request, {leader.seq_id: count}, [], set_aside=0)
+        if loading:
+            self._transfers.update_state_after_alloc(request, prefix.num_tokens, self._memory)
+        else:
+            self._transfers.drop(request)
+            step.take(request, {leader.seq_id: count}, [], set_aside=0)
         return True
 
     def _resume(self, request: Request, step: Step) -> bool:

@@ -6,13 +6,14 @@ from minipaged.requests.request import Request
 from minipaged.requests.sampling_params import SampledToken
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.plan import StepOutput
+from minipaged.scheduling.transfer import Transfers
 
 
 class LiveSequences:
     """All sequences that have not ended, by id."""
 
-    def __init__(self, memory: KVCacheManager):
-        self._memory = memory
+    def __init__(self, memory: KVCacheManager, transfers: Transfers):
+        self._memory, self._transfers = memory, transfers
         self._by_id: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -37,9 +38,10 @@ class LiveSequences:
         self._next_id += 1
         return self._next_id - 1
 
-    def end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """Its memory is free at once, wherever it is."""
+    def end(self, request: Request, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """Its memory is free at once, wherever it is, but for what is kept for another engine."""
         seq.finish_reason, seq.stop_reason = reason, stop_reason
+        self._transfers.request_finished(request, seq, reason, self._memory, self.new_id)
         if seq.in_memory:
             self._memory.free(seq.seq_id)
             seq.in_memory = False
@@ -50,7 +52,7 @@ class LiveSequences:
         if failed := [seq for seq in request.live if seq.seq_id in output.errors]:
             request.error = output.errors[failed[0].seq_id]
             for seq in request.live if request.search else failed:  # beams are nothing without each other
-                self.end(seq, "error")
+                self.end(request, seq, "error")
         if request.search:
             return self._grow_beams(request, output) if request.live else True
         if request.prompt_logprobs is not None:
@@ -70,7 +72,7 @@ class LiveSequences:
             reason, stop_reason = self._append_tokens(request, one, tokens)
             self._settle(one)
             if reason:
-                self.end(one, reason, stop_reason)
+                self.end(request, one, reason, stop_reason)
 
     def _append_tokens(
         self, request: Request, seq: Sequence, tokens: list[SampledToken]
@@ -105,7 +107,7 @@ class LiveSequences:
         heirs.update({new: beams[old] for old, new in moves.keep})
         request.sequences = [heirs[new] for new in range(len(survivors))]
         for old in moves.free:
-            self.end(beams[old], "dropped")
+            self.end(request, beams[old], "dropped")
         for seq, survivor in zip(request.sequences, survivors, strict=True):
             seq.output_token_ids.append(survivor.token_id)
         return True

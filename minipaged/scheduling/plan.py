@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minipaged.requests.kv_transfer import KVTransferParams
 from minipaged.requests.request import Request
 from minipaged.requests.sampling_params import Draw, Logprob, PromptTargets, SampledToken
 
@@ -48,6 +49,18 @@ class ScheduledSequence:
 
 
 @dataclass(frozen=True)
+class Load:
+    """Blocks of another engine that come here, in the course of several steps: see transfer.py."""
+
+    number: int  # which no other load has
+    request_id: str
+    source: KVTransferParams  # where they are
+    digest: str  # of the tokens of all blocks that are there
+    first: int  # the first of them that is wanted; those before it are here already
+    blocks: list[int]  # where it and those behind it go
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step. Memory is moved first, in the order of the fields; then the tokens are computed.
 
@@ -63,6 +76,8 @@ class StepPlan:
     admitted: list[str] = field(default_factory=list)  # request ids, as are the next two
     preempted: list[tuple[str, str]] = field(default_factory=list)  # (request id, "swap" or "recompute")
     resumed: list[str] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)  # those that go on, and no others
+    unneeded: list[KVTransferParams] = field(default_factory=list)  # what is kept elsewhere for nothing
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +89,8 @@ class StepPlan:
         sequences = [
             {**vars(s), "draw": s.draw is not None, "targets": s.targets and asdict(s.targets)} for s in self.sequences
         ]
-        return {**vars(self), "sequences": sequences}
+        loads, unneeded = map(asdict, self.loads), map(asdict, self.unneeded)
+        return {**vars(self), "sequences": sequences, "loads": [*loads], "unneeded": [*unneeded]}
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,7 @@ class StepOutput:
     tokens: a list for each sample: n of them after a prompt of n samples, else one. In it its new tokens, in order:
         the guesses that were right, and one more, which the model drew where they end.
     winners: the branch that was right, for sequences whose own guess was not. Its memory holds the new tokens.
+    loaded: loads that have ended, by number, and why nothing comes of them; None: all their blocks are written.
     """
 
     tokens: dict[int, list[list[SampledToken]]] = field(default_factory=dict)
@@ -92,6 +109,7 @@ class StepOutput:
     errors: dict[int, str] = field(default_factory=dict)  # why nothing can be drawn for a sequence, ever
     drafts: dict[int, list[int]] = field(default_factory=dict)  # what was guessed, by branches too
     winners: dict[int, int] = field(default_factory=dict)
+    loaded: dict[int, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

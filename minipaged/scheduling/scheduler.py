@@ -30,6 +30,7 @@ from minipaged.scheduling.plan import ScheduledSequence, Step, StepOutput, StepP
 from minipaged.scheduling.preemption import MODES, preempt, share_rebuilt_prompt
 from minipaged.scheduling.queues import Queues, put
 from minipaged.scheduling.speculation import Speculation, Wish, with_guesses
+from minipaged.scheduling.transfer import Transfers
 
 
 class Scheduler:
@@ -45,6 +46,7 @@ class Scheduler:
     preemption: "recompute", "swap" or "auto": see preemption.py.
     watermark: the share of blocks that an admission leaves free, so that it does not cause a preemption at once.
     speculation: what guesses may be computed besides; None: none.
+    transfers: what becomes of blocks that go to other engines, or come from them; None: there are none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Scheduler:
         schedule: str = "fcfs",
         chunked_prefill: bool = True,
         speculation: Speculation | None = None,
+        transfers: Transfers | None = None,
     ):
         if preemption not in MODES:
             raise ValueError(f"preemption={preemption!r}: must be one of {', '.join(MODES)}")
@@ -72,11 +75,12 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
         self.preemption, self.speculation = preemption, speculation
+        self.transfers = transfers or Transfers()
         self.queues = Queues()
         self.waiting, self.running, self.swapped = self.queues.lists()
-        self.admission = Admission(memory, self.queues, schedule, watermark, chunked_prefill)
+        self.admission = Admission(memory, self.queues, self.transfers, schedule, watermark, chunked_prefill)
         self.num_preemptions = {"recompute": 0, "swap": 0}
-        self.sequences = LiveSequences(memory)
+        self.sequences = LiveSequences(memory, self.transfers)
         self._num_steps = 0
 
     # --- requests come and go -----------------------------------------------------------------------------------
@@ -91,6 +95,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """RequestRefused if it could not be served even if it were alone."""
+        self.transfers.check(request)
         if request.width > self.max_num_seqs:
             raise RequestRefused(
                 f"the request wants {request.width} sequences at once, but max_num_seqs is {self.max_num_seqs}"
@@ -115,7 +120,7 @@ class Scheduler:
 
     def finish(self, request: Request, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End one sequence, and its request with the last of them."""
-        self.sequences.end(seq, reason, stop_reason)
+        self.sequences.end(request, seq, reason, stop_reason)
         self._leave_if_finished(request)
 
     def _leave_if_finished(self, request: Request) -> None:
@@ -131,6 +136,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide on the next step, and book the slots for it."""
         self._num_steps += 1
+        self.transfers.free_ended(self.memory)
         short = self.max_num_batched_tokens if self.chunked_prefill else sys.maxsize
         step = Step(StepPlan(self._num_steps), self.max_num_batched_tokens, short, self._wanted_by_short)
         wishes = self._wishes(step)
@@ -141,6 +147,7 @@ class Scheduler:
         for request, counts in step.counts:
             for s in self._scheduled(request, counts):
                 step.plan.sequences.extend(with_guesses(s, step, self.memory) if s.seq_id in step.drafts else [s])
+        self.transfers.build_connector_meta(step.plan, self.running)
         step.plan.freed.extend(self.memory.take_freed())
         return step.plan
 
@@ -177,7 +184,7 @@ class Scheduler:
 
     def ready(self) -> list[Request]:
         """The running requests that can have something to compute, in the order of arrival."""
-        return self.running.copy()
+        return [request for request in self.running if request.load is None]
 
     def num_live_seqs(self) -> int:
         """Sequences that run."""
@@ -216,7 +223,8 @@ class Scheduler:
     def _wanted_by_short(self, step: Step) -> int:
         """Tokens that short prompts could have now: those under way, and those that wait and find room."""
         done = {id(request) for request, _ in step.counts}
-        todos = [r.target(r.live[0]) - r.live[0].num_computed_tokens for r in self.running if id(r) not in done]
+        running = [r for r in self.running if r.load is None and id(r) not in done]
+        todos = [r.target(r.live[0]) - r.live[0].num_computed_tokens for r in running]
         wanted = sum(todo - 1 for todo in todos if todo <= step.short)
         room, free = self.max_num_seqs - self.num_promised_seqs(), self.memory.num_free
         for request in islice(self.waiting, WINDOW):
@@ -230,6 +238,7 @@ class Scheduler:
 
         They wait, in the order of arrival, and memory is empty. Doing it twice does no harm.
         """
+        self.transfers.start_over()
         self.memory.reset()
         self.sequences.start_over()
         if self.speculation is not None:
@@ -237,6 +246,7 @@ class Scheduler:
         for queue in self.queues.lists():
             queue.clear()
         for request in requests:
+            request.load = None
             for seq in request.live:
                 seq.in_memory, seq.num_computed_tokens = False, 0
                 self.sequences.add(seq)
@@ -256,10 +266,24 @@ class Scheduler:
                 seq = self.sequences[s.seq_id]
                 seq.num_computed_tokens += s.num_own
                 self.memory.publish(s.seq_id, seq.num_computed_tokens, seq.tokens)
-        changed = []
+        changed = self._end_loads(output)
         for request in requests:
             share_rebuilt_prompt(request, self.memory)
             if self.sequences.grow(request, output):
                 changed.append(request)
             self._leave_if_finished(request)
         return changed
+
+    def _end_loads(self, output: StepOutput) -> list[Request]:
+        """Who has got its blocks goes on; who can't get them waits to be computed here, or ends: these are returned."""
+        failed = []
+        for request in [r for r in self.running if r.load is not None and r.load.number in output.loaded]:
+            if self.transfers.load_ended(request, output.loaded[request.load.number], self.memory):
+                continue
+            if request.error is None:
+                self.running.remove(request)
+                put(self.waiting, request)
+            else:
+                self.fail(request, "error")
+                failed.append(request)
+        return failed

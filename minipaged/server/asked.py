@@ -35,6 +35,8 @@ def params_of(body: CompletionRequest | ChatCompletionRequest) -> Params:
             fields["max_tokens"] = 1  # it is drawn, and not told
     if (structured := _structured(body)) is not None:
         fields["structured_outputs"] = structured
+    if body.kv_transfer_params:
+        fields["extra_args"] = {"kv_transfer_params": body.kv_transfer_params}
     if body.use_beam_search:
         return _beams(body, fields)
     kind = RequestOutputKind.CUMULATIVE if body.stream else RequestOutputKind.FINAL_ONLY
@@ -67,11 +69,12 @@ def _beams(body: Sampling, fields: dict[str, Any]) -> BeamSearchParams:
     nothing = {name: getattr(SamplingParams(), name) for name in SAME_NAMES} | {"seed": fields.get("seed")}
     for name, value in fields.items():
         greedy = name == "temperature" and value == 0
-        if name not in OF_BEAMS and value != nothing.get(name) and not greedy and value not in ([], {}):
+        neutral = value == nothing.get(name) or greedy or value in ([], {})
+        if name not in (*OF_BEAMS, "extra_args") and not neutral:
             raise ValueError(f"{name}: not with use_beam_search")
-    own = _given(body, OF_BEAMS) | {name: fields[name] for name in ("max_tokens",) if name in fields}
+    taken = {name: fields[name] for name in ("max_tokens", "extra_args") if name in fields}
     width = body.beam_width if body.beam_width is not None else body.n or 1
-    return BeamSearchParams(beam_width=width, **own)
+    return BeamSearchParams(beam_width=width, **_given(body, OF_BEAMS) | taken)
 
 
 def _structured(body: Sampling) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ Neutral = Mapping[str, tuple[Any, ...]]
 HINT = (None, str)
 
 OF_BOTH: Neutral = {
-    "ec_transfer_params": (None, {}), "kv_transfer_params": (None, {}),
+    "ec_transfer_params": (None, {}),
     "logits_processors": (None, []), "logprob_token_ids": (None, []), "metadata": (None, {}),
     "mm_payload": (None, "tensors", "none"), "mm_processor_kwargs": (None, {}), "priority": (None, 0),
     "repetition_detection": (None,), "return_mm_kwargs": (None, bool), "return_token_offsets": (None, False),

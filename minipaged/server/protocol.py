@@ -119,6 +119,7 @@ class Sampling(Strict):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
     request_id: Name | None = None
     use_beam_search: bool | None = None
     # ours, of beam search: see BeamSearchParams
@@ -135,6 +136,8 @@ class Sampling(Strict):
         for name in ("beam_width", "length_penalty", "early_stopping"):
             if getattr(self, name) is not None and not self.use_beam_search:
                 raise ValueError(f"{name}: only with use_beam_search=true")
+        if self.stream and (self.kv_transfer_params or {}).get("do_remote_decode"):
+            raise ValueError("kv_transfer_params: do_remote_decode is not for stream=true: the whole answer says where")
         if self.response_format and self.response_format.type != "text" and self.structured_outputs:
             raise ValueError("structured_outputs: response_format says the same thing; give one of them")
         return self
@@ -145,6 +148,13 @@ class CompletionRequest(Sampling):
     prompt: str | Texts | Ids | Prompts
     logprobs: int | None = None
     echo: bool | None = False
+
+    @model_validator(mode="after")
+    def _blocks_are_of_one_prompt(self) -> Self:
+        several = isinstance(self.prompt, list) and len(self.prompt) > 1 and not isinstance(self.prompt[0], int)
+        if self.kv_transfer_params and several:
+            raise ValueError("kv_transfer_params: they are of one prompt; send the others by themselves")
+        return self
 
 
 class ChatCompletionRequest(Sampling):

@@ -1,6 +1,7 @@
 """The flags that say what engine is wanted, whatever is done with it."""
 
 import argparse
+import json
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ from minipaged.terminal.command import BadInput
 OPTIONS = (  # of the engine, that there are flags for
     "dtype", "quantization", "products", "kv_cache_dtype", "device", "kernels", "block_size", "num_blocks",
     "kv_cache_memory", "max_model_len", "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens",
-    "chunked_prefill", "preemption", "tensor_parallel_size", "debug",
+    "chunked_prefill", "preemption", "tensor_parallel_size", "kv_transfer_config", "debug",
 )  # fmt: skip
 MODEL_HELP = "smollm2, a folder in Hugging Face layout, a .gguf file or a hub id"
 PREFIX_CACHE_HELP = (
@@ -48,6 +49,11 @@ SPECULATE_HELP = (
     "head: a small network on the model's own state, trained by python -m minipaged.train_head"
 )
 SPECULATIVE_MODEL_HELP = "of draft, a model; of head, a file (default: the one that stands in the package)"
+KV_TRANSFER_HELP = (
+    "give the blocks of prompts to other engines, or take theirs; as JSON, such as "
+    '{"kv_connector": "SharedMemoryConnector", "kv_role": "kv_producer"} (others: TorchDistributedConnector; '
+    "kv_consumer, kv_both). Whoever asks says in kv_transfer_params which way it goes"
+)
 BRANCHES_HELP = "rows of guesses for a sequence at a time, which begin differently (default: 1)"
 
 
@@ -83,6 +89,7 @@ def add_memory(group: argparse._ArgumentGroup) -> None:
     backends = ("auto", "torch", "triton", "cpp")
     group.add_argument("--kernels", choices=backends, default="auto", help=KERNELS_HELP)
     group.add_argument("--tensor-parallel-size", type=count, default=1, metavar="N", help=RANKS_HELP)
+    group.add_argument("--kv-transfer-config", type=parse_json, metavar="JSON", help=KV_TRANSFER_HELP)
 
 
 def add_speculation(group: argparse._ArgumentGroup) -> None:
@@ -112,7 +119,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in OPTIONS} | {"speculative_config": speculative_config(args)}
     try:
         EngineArgs.of(args.model, options)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
     return options
 
@@ -121,6 +128,13 @@ def count(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
     return int(text)
+
+
+def parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from None
 
 
 def parse_bytes(text: str) -> int:

@@ -1,7 +1,8 @@
 """One moment of the memory as plain data: what draw.py draws, watch.py shows and trace.py keeps in a file.
 
 Sequences get short names, since their numbers say nothing to a reader: A, B, C are the requests in the order
-of their arrival, and A1, A2, A3 the sequences of a request that has several.
+of their arrival, and A1, A2, A3 the sequences of a request that has several. What is kept for another engine is
+kept1, kept2, ...
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ class Snapshot:
     @classmethod
     def of(cls, memory: KVCacheManager, names: dict[int, str] | None = None, **queues: Any) -> Snapshot:
         """What is in `memory` now. names: by sequence id; without them the sequences are A, B, C, ..."""
-        names = names or {i: letters(i) for i in memory.sequences()}
+        sequences = memory.sequences()
+        names = {i: letters(i) for i in sequences} if names is None else names
+        kept = {i: f"kept{number}" for number, i in enumerate((i for i in sequences if i not in names), 1)}
         tables = [
-            Table(names[i], memory.num_tokens(i), memory.block_table(i), memory.is_swapped(i))
-            for i in memory.sequences()
+            Table((names | kept)[i], memory.num_tokens(i), memory.block_table(i), memory.is_swapped(i))
+            for i in sequences
         ]
         tables.sort(key=lambda table: _order(table.name))
         return cls(memory.usage(), tables, **queues, cached=memory.idle_blocks())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from minipaged.requests.request import Request, RequestMetrics
 from minipaged.requests.sampling_params import Logprob
@@ -62,6 +63,7 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # for each token of the prompt; None for the first
     error: str | None = None  # why an output ended with finish_reason "error"
+    kv_transfer_params: dict[str, Any] | None = None  # where its blocks are kept for another engine
     only_new = False  # whether the request is told only what is new: SamplingParams.output_kind
 
     @property
@@ -81,7 +83,7 @@ class RequestOutput:
         prompt_logprobs = None if told else self.prompt_logprobs
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, outputs, self.finished, self.metrics,
-            prompt_logprobs, self.error,
+            prompt_logprobs, self.error, self.kv_transfer_params,
         )  # fmt: skip
 
 
@@ -170,7 +172,7 @@ class Answer(RequestOutput):
     def __init__(self, request: Request, outputs: list[CompletionOutput], tokenizer: Tokenizer):
         self.request_id, self.prompt, self.outputs = request.request_id, request.prompt, outputs
         self.finished, self.metrics, self.error = request.finished, request.metrics, request.error
-        self.only_new = request.only_new
+        self.only_new, self.kv_transfer_params = request.only_new, request.kv_transfer_told
         self._request, self._num_logprobs, self._tokenizer = request, len(request.prompt_logprobs or ()), tokenizer
 
     @cached_property
