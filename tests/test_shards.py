@@ -258,6 +258,21 @@ def test_groups_are_repeated_when_there_are_more_ranks(tmp_path, name, size):
     assert sum(model.config.num_heads for model in models) == config["num_attention_heads"]
 
 
+@pytest.mark.parametrize("name", ["llama 9 in 3, tied", "qwen2 4 in 2", "gpt2 4"])
+def test_in_bf16_too(tmp_path, name):
+    folder = write(tmp_path / "m", MODELS[name], plain_weights(MODELS[name]))
+
+    def work(ranks):
+        backend = kernels.load("torch", dtype=torch.bfloat16)
+        _, model = load_model(open_checkpoint(folder), torch.bfloat16, backend=backend, ranks=ranks)
+        return states(model, TOKENS)[0]
+
+    [whole], _ = on_ranks(1, work)
+    results, _ = on_ranks(3, work)
+    assert all(torch.equal(hidden, results[0]) and hidden.dtype == whole.dtype for hidden in results)
+    assert (results[0] - whole).norm() < 0.03 * whole.norm()
+
+
 def test_alone_nothing_is_there(tmp_path):
     """No wrapper, and the dict that the checkpoint gave: what one process does is what it did."""
     linear, rows = object(), object()
