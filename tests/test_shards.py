@@ -211,6 +211,9 @@ def test_columns_are_those_of_a_matrix_to_the_bit(name, begin, end, across, unit
     assert torch.equal(floats(cut(packed, Part(0 if across else 1, (range(begin, end),)))), expected)
     if isinstance(part, Packed):
         assert stored_bytes([part]) <= part.codes.numel() * (1 + 3 * 4 / math.gcd(16, part.group_size) + 8)
+        size = packed.group_size
+        in_one = begin // size == (end - 1) // size  # then one scale a row is enough
+        assert part.group_size == (end - begin if in_one else math.gcd(size, begin, end)) or packed.order is not None
         assert (part.outer is not None) == (packed.outer is not None and begin % 256 == end % 256 == 0)
 
 
@@ -255,6 +258,21 @@ def test_groups_are_repeated_when_there_are_more_ranks(tmp_path, name, size):
     assert sum(model.config.num_heads for model in models) == config["num_attention_heads"]
 
 
+@pytest.mark.parametrize("name", ["llama 9 in 3, tied", "qwen2 4 in 2", "gpt2 4"])
+def test_in_bf16_too(tmp_path, name):
+    folder = write(tmp_path / "m", MODELS[name], plain_weights(MODELS[name]))
+
+    def work(ranks):
+        backend = kernels.load("torch", dtype=torch.bfloat16)
+        _, model = load_model(open_checkpoint(folder), torch.bfloat16, backend=backend, ranks=ranks)
+        return states(model, TOKENS)[0]
+
+    [whole], _ = on_ranks(1, work)
+    results, _ = on_ranks(3, work)
+    assert all(torch.equal(hidden, results[0]) and hidden.dtype == whole.dtype for hidden in results)
+    assert (results[0] - whole).norm() < 0.03 * whole.norm()
+
+
 def test_alone_nothing_is_there(tmp_path):
     """No wrapper, and the dict that the checkpoint gave: what one process does is what it did."""
     linear, rows = object(), object()
@@ -270,9 +288,11 @@ def test_alone_nothing_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_slices_of_quantized_layers_are_slices_of_the_whole(tmp_path, form):
+def test_quantized_models_in_parts(tmp_path, form):
+    """Slices are slices of the whole to the bit, and together they compute what one process does."""
     folder, _ = make(tmp_path / "m", FORMATS[form])
     check_slices(open_checkpoint(folder), Llama)
+    compare(folder, 2, kernels.load("cpp"))
 
 
 @pytest.mark.parametrize("form", [GPTQ(), GPTQ(8, 16), GPTQ(3), GPTQ(order="scattered", symmetric=False)])
@@ -298,11 +318,11 @@ def architecture_of(config):
 
 
 def check_slices(checkpoint, architecture):
-    """Every part of every tensor, of 2 to 4 ranks, to the bit; and small numbers where the whole has them."""
+    """Every part of every tensor, of 2 and 3 ranks, to the bit; and small numbers where the whole has them."""
     config = ModelConfig.from_hf(checkpoint.config)
     for stored, name in checkpoint.names(architecture.tensor_shapes(config)).items():
         whole = checkpoint.tensor(stored, torch.float32)
-        for size in (2, 3, 4):
+        for size in (2, 3):
             for part in (Split(config, rank, size).part(name) for rank in range(size)):
                 if part is not None:
                     own = checkpoint.tensor(stored, torch.float32, part)
@@ -334,32 +354,49 @@ def make_gguf(path, config, kind):
     return path
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+SIZES = [("F16", 3), ("Q4_1", 2), ("Q5_0", 3), ("Q4_K", 2), ("Q4_K", 3), ("Q6_K", 3)]
+
+
+@pytest.mark.parametrize(("kind", "size"), SIZES)
 @pytest.mark.parametrize("config", [WIDE, WIDE_GPT], ids=["llama", "gpt2"])
 def test_gguf_models_in_parts(tmp_path, config, kind, size):
-    path = make_gguf(tmp_path / "m.gguf", config, kind)
-    compare(path, size, kernels.load("cpp"))
+    compare(make_gguf(tmp_path / "m.gguf", config, kind), size, kernels.load("cpp"))
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_quantized_models_in_parts(tmp_path, backend, form):
-    folder, _ = make(tmp_path / "m", FORMATS[form])
-    compare(folder, 2, backend)
+@pytest.mark.parametrize("form", ["awq", "gptq 4 asymmetric", "packed 8", "fp8 rows"])
+def test_a_quantized_output_projection_in_parts(tmp_path, form):
+    """Its parts end where no word of its zero points does."""
+    config = LLAMA | {"vocab_size": 56}
+    parts = FORMATS[form].pack(plain_weights(config)["lm_head.weight"])[1]
+
+    def change(stored):
+        del stored["lm_head.weight"]
+        stored.update({f"lm_head.{part}": tensor for part, tensor in parts.items()})
+
+    folder, _ = make(tmp_path / "m", FORMATS[form], config, change)
+    check_slices(open_checkpoint(folder), Llama)
+    compare(folder, 3, kernels.load("cpp"))
 
 
-@pytest.mark.parametrize("size", [2, 3])
+def test_of_several_ranks_one_says_what_became_of_weights(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(kernels, "say", said.append)
+    folder, _ = make(tmp_path / "m", FORMATS["gptq 4 desc_act"])
+    compare(folder, 2, kernels.load("cpp"))
+    assert said == ["GPTQ weights are turned into fp32: their groups are no equal pieces of a row"]
+
+
 @pytest.mark.parametrize("name", MADE)
-def test_checkpoints_that_others_made_in_parts(name, size):
-    models = compare(SHARED / name, size, kernels.load("cpp"))
+def test_checkpoints_that_others_made_in_parts(name):
+    models = compare(SHARED / name, 3, kernels.load("cpp"))
     assert all(model.packed == (name != "tiny") for model in models)
     check_slices(open_checkpoint(SHARED / name), Llama)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama 4 in 2", "mistral 8 in 4", "gpt2 4"])
-def test_weights_are_rounded_to_the_codes_of_one_process(tmp_path, backend, caught, name, quantization):
-    config = MODELS[name]
+def test_weights_are_rounded_to_the_codes_of_one_process(tmp_path, caught, name, quantization):
+    config, backend = MODELS[name], kernels.load("cpp")
     folder = write(tmp_path / "m", config, plain_weights(config))
     load_model(open_checkpoint(folder), backend=backend, quantization=quantization)
     whole = caught.pop(0)
@@ -485,8 +522,7 @@ def test_a_rank_reads_its_part_of_the_real_gguf(caught, monkeypatch):
 # The real one
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_real_model_goes_on_with_the_same_tokens(size):
+def test_the_real_model_goes_on_with_the_same_tokens():
     prompt = [504, 3575, 282, 4649, 314]  # The capital of France is
 
     def greedy(ranks):
@@ -507,10 +543,10 @@ def test_the_real_model_goes_on_with_the_same_tokens(size):
 
     with torch.inference_mode():
         tokens, logits = greedy(ALONE)
-    results, _ = on_ranks(size, greedy)
-    assert all(ours == tokens for ours, _ in results)
-    difference = (results[0][1] - logits).abs().max()
-    assert difference < 1e-3, "of logits of about 20"
+    for size in (2, 3):
+        results, _ = on_ranks(size, greedy)
+        assert all(ours == tokens for ours, _ in results)
+        assert (results[0][1] - logits).abs().max() < 1e-3, "of logits of about 20"
 
 
 # The head that guesses

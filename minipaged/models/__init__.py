@@ -51,7 +51,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Loaded:
     """A model with all that it takes to run it."""
 
-    config: ModelConfig
+    config: ModelConfig  # of the whole model, also where this is one rank of several: see `load`
     model: Model
     tokenizer: Tokenizer
     generation_defaults: dict[str, Any]  # generation_config.json; only its end-of-text tokens are applied

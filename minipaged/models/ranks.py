@@ -18,7 +18,8 @@ Linear = Callable[..., Tensor]
 class Ranks:
     """One process alone; those of several processes extend it (execution).
 
-    rank: which one this is, of `size`.
+    rank: which one this is, of `size`. All ranks of a model must make the same calls in the same order. Tensors are
+    contiguous, and may have no rows.
     """
 
     rank: int = 0

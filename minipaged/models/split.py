@@ -123,7 +123,8 @@ class Split:
     def part(self, name: str) -> Part | None:
         """What it has of the tensor that the model calls so; None: all."""
         side, what = _by(name)
-        if self.size == 1 or side is None or (side == IN and name.endswith(".bias")):
+        bias = name.endswith(".bias")
+        if self.size == 1 or side is None or (bias and self.adds_up(name)):
             return None
         own: range = getattr(self, what)
         if what in ("heads", "groups"):
@@ -133,7 +134,7 @@ class Split:
             e = self.config.hidden_size
             ranges = tuple(range(e * i + own.start, e * i + own.stop) for i in range(3))
         across = name.startswith("transformer.h.")  # GPT-2's matrices are [in, out]
-        return Part(0 if name.endswith(".bias") else IN - side if across else side, ranges)
+        return Part(0 if bias else 1 - side if across else side, ranges)
 
 
 def _by(name: str) -> tuple[int | None, str]:

@@ -52,7 +52,7 @@ def read_weights(
         if progress:
             progress(len(weights), len(names))
     method = getattr(getattr(checkpoint, "method", None), "name", None)
-    if whole and method and quantization == "auto":
+    if whole and method and quantization == "auto" and split.rank == 0:
         kernels.say(f"{method} weights are turned into {SHORT[dtype]}: {', '.join(sorted(whole))}")
     return weights
 

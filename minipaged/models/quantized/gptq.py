@@ -65,7 +65,7 @@ class GPTQ:
         """Where its tensors have that dimension of the weight. None if it is cut elsewhere: codes of three bits, and
         inputs whose groups g_idx names.
         """
-        outputs = axis == self.turned(layer)
+        outputs = axis == (1 if self.turned(layer) else 0)
         if self.bits == 3 or "g_idx" in layer.headers and not outputs:
             return None
         codes = 32 // self.bits
