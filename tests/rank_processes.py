@@ -1,7 +1,6 @@
 """The processes that ranks run in, as the system sees them; and what they must not leave behind."""
 
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -54,7 +53,3 @@ def open_files() -> dict[str, str]:
         if target.startswith(("socket:", "/memfd:", "pipe:")) or "deleted" in target:
             found[entry.name] = target
     return found
-
-
-def kill(pid: int, sig: int = signal.SIGKILL) -> None:
-    os.kill(pid, sig)

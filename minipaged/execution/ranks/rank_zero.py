@@ -7,11 +7,13 @@ import torch
 
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.pool_size import Room, free_memory
+from minipaged.execution.ranks import torchrun
 from minipaged.execution.ranks.orders import OrderWriter
 from minipaged.execution.ranks.starting import start_here
 from minipaged.execution.ranks.steps import StepThread
 from minipaged.execution.ranks.worker import TOLD, place
 from minipaged.execution.runner import resolve
+from minipaged.models import Ranks
 from minipaged.models.fetch import fetch_smollm2
 from minipaged.scheduling.plan import StepOutput, StepPlan
 
@@ -28,16 +30,28 @@ class RankZero:
     """
 
     def __init__(self, args: EngineArgs, device: str):
-        size = args.tensor_parallel_size
+        size, silence = args.tensor_parallel_size, args.rank_timeout
         if args.model == "smollm2":
             fetch_smollm2()  # once, not by each of them
         told = {name: getattr(args, name) for name in TOLD} | {"block_size": int(args.block_size), "device": device}
+        all_are_here = torchrun.has_started(size)
+        self._steps, self._orders = StepThread(), OrderWriter()
+        try:
+            if all_are_here:
+                self.team, self.ranks = torchrun.meet(size, silence, device, told)
+            else:
+                self.team, self.ranks = start_here(size, silence, device, self._share_threads(size), told)
+        except BaseException:
+            self._steps.end()
+            raise
+
+    def _share_threads(self, size: int) -> int:
+        """How many each rank may use. The step thread is told; this one may use all of them, as before."""
         threads = torch.get_num_threads()
         share = max(1, threads // size)
-        self._steps, self._orders = StepThread(), OrderWriter()
-        self._steps.do(partial(torch.set_num_threads, share), lambda: None)  # of that thread, and of those to come:
-        torch.set_num_threads(threads)  # of this one, and of those to come
-        self.team, self.ranks = start_here(size, args.rank_timeout, device, share, told)
+        self._steps.do(partial(torch.set_num_threads, share), lambda: None)
+        torch.set_num_threads(threads)
+        return share
 
     def rooms(self, device: str, own: int) -> list[Room]:
         """Where blocks lie, once all have loaded. own: bytes of a block in this process."""
@@ -84,3 +98,4 @@ class RankZero:
         """End all. Doing it twice does no harm."""
         self._steps.end()
         self.team.close()
+        self.ranks = Ranks()  # the memory that was shared goes, too
