@@ -119,7 +119,7 @@ class LLMEngine:
         return self.step_for(self._mail)
 
     def abort(self, request_id: str) -> None:
-        """End a request at once and free all it holds, whatever it is doing. Unknown and ended ones are ignored.
+        """End a request at once and free all it holds, whatever it is doing; of an ended one, what is kept for others.
 
         A `generate` or `stream` that waits for it gets its output, with finish_reason "abort".
         """
@@ -127,6 +127,7 @@ class LLMEngine:
             self._make_whole()
             if request_id in self._requests:
                 self._abort(*self._requests[request_id])
+            self.scheduler.transfers.abort(request_id)
             self._mail.drop(request_id)  # it may have ended, and not been handed over yet
 
     def reset_prefix_cache(self) -> None:

@@ -14,7 +14,7 @@ from minipaged import LLM
 
 START = multiprocessing.get_context("forkserver")  # it has imported all, and computed nothing: a process in 50 ms
 START.set_forkserver_preload(["tests.engine_process"])
-LIMIT = 60.0  # seconds, for anything
+LIMIT = 30.0  # seconds, for anything
 
 
 @dataclass

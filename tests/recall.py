@@ -25,6 +25,7 @@ from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.speculation import Speculation
+from minipaged.scheduling.transfer import Transfers
 from minipaged.scheduling.undo import Note
 from tests.recall_model import CUT, END, STOP, WORD, Drafter, RecallRunner, expected, expected_search
 
@@ -148,7 +149,7 @@ def scenario(seed: int) -> Scenario:
 class Run:
     """One schedule, step by step. Counts what happened in `seen`."""
 
-    def __init__(self, given: Scenario, verbose: bool = False):
+    def __init__(self, given: Scenario, verbose: bool = False, transfers: Transfers | None = None):
         self.given, self.verbose = given, verbose
         index = PREFIX_CACHES[given.cache]
         cache = index(given.memory["block_size"]) if index else None
@@ -156,12 +157,14 @@ class Run:
         speculation = None
         if given.guesses:
             speculation = Speculation(**given.guesses, proposer=None if given.runner_guesses else given.drafter)
-        self.scheduler = Scheduler(self.memory, **given.scheduler, speculation=speculation)
+        self.scheduler = Scheduler(self.memory, **given.scheduler, speculation=speculation, transfers=transfers)
         self.scheduler.admission.patience = given.patience
         sizes = (given.memory["num_blocks"], given.memory["block_size"], given.memory["num_cpu_blocks"])
         self.runner = RecallRunner(*sizes, given.drafter)
         self.seen: Counter[str] = Counter()
         self.aborted: set[str] = set()
+        self.failed: set[str] = set()  # whose blocks could not be had from another engine: they ended, or
+        self.came_back: set[str] = set()  # wait to be computed here
         self.tenants: dict[int, str | None] = {}  # whose tokens were written to a block, by salt
         self.plans: list[StepPlan] = []
         self.outdated: set[int] = set()  # sequences whose tokens were computed before a reset
@@ -237,9 +240,13 @@ class Run:
         for seq_id in tables.keys() & set(self.memory.sequences()):
             self.seen["computed twice"] += self.memory.block_table(seq_id)[: len(tables[seq_id])] != tables[seq_id]
         self.memory.check()
+        self.outdated &= set(self.memory.sequences())
         self.count(plan, live)
         self.count_guesses(plan, output)
-        assert {r.request_id for r in changed} == {
+        failed = {r.request_id for r in changed if r.error}
+        self.failed |= failed
+        self.came_back |= {load.request_id for load in plan.loads if output.loaded.get(load.number)}
+        assert {r.request_id for r in changed} - failed == {
             s.request_id for s in plan.sequences if s.seq_id in output.tokens or s.seq_id in output.candidates
         }
         for request in changed:
@@ -293,6 +300,7 @@ class Run:
         salts = {r.request_id: r.cache_salt for r in self.given.requests}
         size = self.memory.block_size
         moved = {target for pairs in (plan.swap_in, plan.copies) for _, target in pairs}
+        self.tenants.update({block: salts[load.request_id] for load in plan.loads for block in load.blocks})
         for request in self.scheduler.running:
             for seq in request.live if moved else ():
                 mine = moved.intersection(self.memory.block_table(seq.seq_id) if seq.in_memory else ())
@@ -349,7 +357,9 @@ class Run:
         for request in self.given.requests:
             assert request.finished, f"{request.request_id} did not finish"
             name, wanted = request.request_id, expected(request)
-            if name in self.aborted:
+            if name in self.failed:
+                assert outputs(request.sequences) == [([], "error")]
+            elif name in self.aborted:
                 check_aborted(request, wanted)
             elif request.search:
                 assert request.search.done
@@ -382,7 +392,8 @@ def check_plan(plan: StepPlan, run: Run) -> None:
     """What must hold for every plan, whatever the schedule."""
     scheduler, memory = run.scheduler, run.memory
     memory.check()
-    assert plan.sequences, "a step that computes nothing, though there is work"
+    waits = plan.loads or scheduler.transfers.exports
+    assert plan.sequences or waits, "a step that computes nothing, though there is work"
     assert plan.num_tokens <= scheduler.max_num_batched_tokens
     assert sum(len(r.live) for r in scheduler.running) <= scheduler.max_num_seqs
     written = [slot for s in plan.sequences for slot in s.slots]
@@ -392,22 +403,38 @@ def check_plan(plan: StepPlan, run: Run) -> None:
         own = [s.block_table[p // size] * size + p % size for p in range(s.start, s.context_len + s.num_to_draft)]
         assert s.token_ids and s.slots == own, "a sequence writes where it does not read"
     check_moves(plan)
+    check_loads(plan, run)
     longest = {r.request_id: len(r.prompt_token_ids) + r.max_tokens - 1 for r in run.given.requests}
     assert all(s.context_len + s.num_to_draft <= longest[s.request_id] for s in plan.sequences), "behind the end"
     arrival = {r.request_id: r.arrival for r in run.given.requests}
     computing = {arrival[s.request_id] for s in plan.sequences}
     for request_id, _ in plan.preempted:
-        assert arrival[request_id] > max(computing), "preempted, while a later arrival goes on"
+        assert arrival[request_id] > max(computing, default=-1), "preempted, while a later arrival goes on"
     assert not (plan.preempted and (plan.admitted or plan.resumed)), "preempted for a newcomer"
     running, others = scheduler.running, [*scheduler.waiting, *scheduler.swapped]
     assert all(r.num_overtaken <= scheduler.admission.patience for r in run.given.requests), "overtaken too often"
     if scheduler.admission.schedule == "fcfs":
         short = scheduler.max_num_batched_tokens if scheduler.chunked_prefill else 1 << 60
         passed = [r for r in others if running and r.arrival < running[-1].arrival]
+        passed = [r for r in passed if r.request_id not in run.came_back]
         assert all(r in scheduler.waiting and r.target(r.live[0]) > short for r in passed), "a short one was overtaken"
         run.seen["long ones that were overtaken"] += len(passed)
     for queue in (scheduler.waiting, scheduler.running, scheduler.swapped):
         assert queue == sorted(queue, key=lambda r: r.arrival)
+
+
+def check_loads(plan: StepPlan, run: Run) -> None:
+    """Who is loading holds its blocks alone, and nobody finds them."""
+    running = {r.request_id: r for r in run.scheduler.running}
+    coming = [block for load in plan.loads for block in load.blocks]
+    here = [i for i in run.memory.sequences() if not run.memory.is_swapped(i)]
+    held = Counter(block for i in here for block in run.memory.block_table(i))
+    known = run.memory.cache.parents() if run.memory.cache else {}
+    assert all(held[block] == 1 and block not in known for block in coming), "blocks that come are another's too"
+    assert {load.request_id for load in plan.loads} == {name for name, r in running.items() if r.load}
+    assert not {load.request_id for load in plan.loads} & {s.request_id for s in plan.sequences}, "it is loading"
+    size = run.memory.block_size
+    assert not {*coming} & {slot // size for s in plan.sequences for slot in s.slots}, "written twice"
 
 
 def check_moves(plan: StepPlan) -> None:

@@ -46,36 +46,60 @@ class TorchDistributedConnector(KVConnector):
         return partial(_give, pool, timedelta(seconds=self.config.timeout_seconds))
 
     def take(self, incoming: Incoming, sock: socket.socket, blocks: list[int]) -> None:
-        told = receive(sock)
-        port, size = int(told["store_port"]), max(1, int(told["blocks_of_a_piece"]))
-        timeout = timedelta(seconds=self.config.timeout_seconds)
-        store = dist.TCPStore(sock.getpeername()[0], port, 2, False, timeout, wait_for_workers=False)
-        group = _group(store, CONSUMER, sock, timeout)
+        size, timeout = max(1, int(receive(sock)["blocks_of_a_piece"])), timedelta(seconds=self.config.timeout_seconds)
+        store = Rendezvous(sock)
+        group = _group(store, CONSUMER, timeout)
         shape, wanted = self._pool.shape, len(incoming.load.blocks)
         for begin in range(0, wanted, size):
             count = min(size, wanted - begin)
             part = torch.empty((*shape[:3], count, *shape[4:]), dtype=self._pool.dtype)
-            group.recv([part.view(torch.uint8).flatten()], PRODUCER, 0).wait()
+            group.recv([part.view(torch.uint8).flatten()], PRODUCER, 0).wait(timeout)
             incoming.put(part, list(range(count)))
 
 
 def _give(pool: Tensor, timeout: timedelta, sock: socket.socket, blocks: list[int]) -> None:
     """Send blocks of a pool [L, 2, G, N, B, D], whatever the engine's thread does meanwhile: they are pinned."""
     size = max(1, PIECE // (math.prod([*pool.shape[:3], *pool.shape[4:]]) * pool.itemsize))
-    store = dist.TCPStore(sock.getsockname()[0], 0, 2, True, timeout, wait_for_workers=False)
-    send(sock, {"store_port": store.port, "blocks_of_a_piece": size})
-    group = _group(store, PRODUCER, sock, timeout)
+    send(sock, {"blocks_of_a_piece": size})
+    store = Rendezvous(sock)
+    group = _group(store, PRODUCER, timeout)
     raw = pool.view(torch.uint8)
     for begin in range(0, len(blocks), size):
         part = raw[:, :, :, blocks[begin : begin + size]]
-        group.send([part.cpu().flatten()], CONSUMER, 0).wait()
+        group.send([part.cpu().flatten()], CONSUMER, 0).wait(timeout)
 
 
-def _group(store: dist.Store, rank: int, sock: socket.socket, timeout: timedelta) -> Any:
-    """Both members, over the network that the connection came over."""
+class Rendezvous(dist.Store):
+    """Where the two members of a group tell each other where they are: over the connection that they have.
+
+    (torch.distributed's TCPStore is a server of its own, and waits without a limit for one that is stopped.)
+    """
+
+    def __init__(self, sock: socket.socket):
+        super().__init__()
+        self.sock = sock
+        self._known: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        self._known[key] = value
+        send(self.sock, {"key": key, "value": value.hex()})
+
+    def get(self, key: str) -> bytes:
+        while key not in self._known:
+            told = receive(self.sock)
+            self._known[str(told["key"])] = bytes.fromhex(told["value"])
+        return self._known[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+
+def _group(store: Rendezvous, rank: int, timeout: timedelta) -> Any:
+    """Both members, over the network that the connection came over. The store has to live as long."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=sock.getsockname()[0])]
+    options._devices = [gloo.create_device(hostname=store.sock.getsockname()[0])]
     options._timeout = timeout
     return gloo(store, rank, 2, options)
 

@@ -10,7 +10,6 @@ no block is written after it was freed.
     torch_distributed_connector.py        between machines
 """
 
-import contextlib
 import socket
 import threading
 import weakref
@@ -40,7 +39,6 @@ class Incoming:
         self.num_written = 0
         self.ended = self._stopped = False
         self.error: str | None = None  # why it came to nothing
-        self._sock: socket.socket | None = None
 
     def run(self, fetch: Callable[["Incoming"], None]) -> None:
         """The thread's life."""
@@ -53,19 +51,15 @@ class Incoming:
             self.ended, self.error = True, error
             self._news.notify_all()
 
-    def talk(self, sock: socket.socket) -> None:
-        """From now on it can be interrupted."""
-        with self._news:
-            self._sock = sock
-            if self._stopped:
-                raise Lost("nobody wants it any more")
-
     def put(self, pool: Tensor, blocks: list[int]) -> None:
         self.pieces.append((pool, blocks))
         with self._news:
             self._news.notify_all()
-            if self._stopped:
-                raise Lost("nobody wants it any more")
+        self.must_be_wanted()
+
+    def must_be_wanted(self) -> None:
+        if self._stopped:
+            raise Lost("nobody wants it any more")
 
     def wait_until_written(self, seconds: float) -> None:
         with self._news:
@@ -92,12 +86,10 @@ class Incoming:
         return self.num_written - begun
 
     def stop(self) -> None:
+        """Its thread ends when it sees it: whoever is cut off in the middle of a word waits for the rest of it."""
         with self._news:
             self._stopped = True
             self._news.notify_all()
-            if self._sock is not None:
-                with contextlib.suppress(OSError):  # it may be closed by now
-                    self._sock.shutdown(socket.SHUT_RDWR)
 
 
 class KVConnector:
@@ -150,8 +142,8 @@ class KVConnector:
     def register_kv_caches(self, pool: Tensor, move: Move) -> None:
         """The pool [L, 2, G, N, B, D]; from now on others are answered."""
         self._pool, self._move = pool, move
-        layout = [*pool.shape[:3], *pool.shape[4:]]
-        own = {"layout": str(layout), "kv_cache_dtype": str(pool.dtype), "block_size": pool.shape[4]}
+        layout = str([*pool.shape[:3], *pool.shape[4:]])
+        own = {"block_size": pool.shape[4], "kv_cache_dtype": str(pool.dtype), "layout": layout}
         self._hello = {"version": VERSION, "kv_connector": self.config.kv_connector, **self._model, **own}
         self._block_bytes = pool[:, :, :, 0].numel() * pool.itemsize
         if self._listening is not None and self.exports is not None:
@@ -201,6 +193,7 @@ class KVConnector:
         while self._incoming:
             self._incoming.popitem()[1].stop()
         self._close()
+        self.__dict__.pop("_pool", None)
 
     def _has_news(self) -> bool:
         exports = self.exports is not None and self.exports.has_ended()
@@ -212,7 +205,7 @@ class KVConnector:
         """Lost, or whatever the network says, if it comes to nothing."""
         load, name = incoming.load, incoming.load.source.remote_request_id
         with self.connect(load.source) as sock:
-            incoming.talk(sock)
+            incoming.must_be_wanted()
             at_once(sock)
             sock.settimeout(self.config.timeout_seconds)
             count = len(load.blocks)

@@ -182,6 +182,11 @@ class Transfers:
         request.kv_transfer_told = told.to_json()
         self.counts.num_exports += 1
 
+    def abort(self, request_id: str) -> None:
+        """What is kept of a request is for nobody."""
+        if self.exports is not None:
+            self.exports.end("", request_id)
+
     def free_ended(self, memory: KVCacheManager) -> None:
         """Of what was kept, what need not be any more."""
         for seq_id in self.exports.take_ended() if self.exports is not None else ():
