@@ -35,7 +35,7 @@ MAY_IMPORT |= {
     "trace": {"terminal"},
     "bench": ENGINE | {"llm"},
     "teaching": {"memory"},
-    "experiments": ENGINE | {"llm", "teaching", "bench"},
+    "experiments": ENGINE | {"llm", "teaching", "bench", "server"},  # of the server its policies of routing
 }
 NO_TENSORS = ("memory", "requests", "scheduling")  # nor what they import
 TENSORS = {"torch", "numpy", "triton", "einops"}
