@@ -23,3 +23,4 @@ def pytest_addoption(parser):
     parser.addoption("--schedules", type=int, default=2000, help="random schedules on the recall model (2000)")
     parser.addoption("--sanitize", action="store_true", help="build C++ with sanitizers (LD_PRELOAD must hold libasan)")
     parser.addoption("--server-examples", type=int, default=15, help="bodies for each route of the server (15)")
+    parser.addoption("--router-examples", type=int, default=1, help="times that a server is killed below a router (1)")

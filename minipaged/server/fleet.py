@@ -7,6 +7,7 @@ nothing at all for long hangs: its connections are cut, so that whoever waits fo
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterable
 
@@ -21,12 +22,16 @@ BROKEN = aiohttp.ClientError, OSError, RuntimeError  # the last: it was cut whil
 
 
 class Replica:
-    """A server. why: it doesn't live. session: made when it is used, since that needs a running event loop."""
+    """A server. why: it doesn't live. answers: those that are being read.
+
+    session: made when it is used, since that needs a running event loop.
+    """
 
     def __init__(self, url: str):
         self.url, self.why = url, "it has not answered yet"
         self.heard = time.monotonic()  # when it said something last
         self.doubted = asyncio.Event()
+        self.answers: set[aiohttp.ClientResponse] = set()
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -42,6 +47,8 @@ class Replica:
 
     async def cut(self) -> None:
         """Whoever waits for it learns that it is lost."""
+        for answer in self.answers:
+            answer.close()  # who reads it gets an error, which closing the session does not see to
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -122,5 +129,5 @@ class Fleet:
 
 def reason(error: BaseException) -> str:
     """What went wrong, in a few words."""
-    found = getattr(error, "os_error", None) or error
-    return getattr(found, "strerror", None) or str(found) or type(found).__name__
+    number = getattr(getattr(error, "os_error", error), "errno", None)
+    return os.strerror(number) if number else str(error) or type(error).__name__

@@ -12,7 +12,7 @@ import aiohttp
 from yarl import URL
 
 from minipaged.server.errors import ApiError
-from minipaged.server.fleet import BROKEN, Fleet, reason
+from minipaged.server.fleet import BROKEN, Fleet, Replica, reason
 from minipaged.server.routing import Pieces
 from minipaged.server.transport import DONE, event
 
@@ -69,7 +69,8 @@ class Talk:
         policy, asked, begun = self._fleet.policy, self._asked, False
         policy.begin(self.url, asked.pieces, asked.load)
         try:
-            async with self._request() as response, contextlib.aclosing(self._read(response)) as read:
+            replica = self._replica()
+            async with self._request(replica) as response, contextlib.aclosing(self._read(replica, response)) as read:
                 async for piece in read:
                     begun = True
                     yield piece
@@ -83,10 +84,12 @@ class Talk:
         finally:
             policy.end(self.url, asked.load)
 
-    def _request(self) -> "aiohttp.client._RequestContextManager":
-        replica = self._fleet.replicas.get(self.url)
-        if replica is None:
+    def _replica(self) -> Replica:
+        if self.url not in self._fleet.replicas:
             raise Lost("it has ended", sent=False)
+        return self._fleet.replicas[self.url]
+
+    def _request(self, replica: Replica) -> "aiohttp.client._RequestContextManager":
         asked = self._asked
         return replica.session.request(
             asked.method, URL(self.url + asked.target, encoded=True), headers=asked.sent_with(),
@@ -94,9 +97,10 @@ class Talk:
             skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
         )  # fmt: skip
 
-    async def _read(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    async def _read(self, replica: Replica, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         self.status, self.streams = response.status, response.content_type == "text/event-stream"
         self.headers = {name: value for name, value in response.headers.items() if name.lower() not in NOT_TOLD}
+        replica.answers.add(response)
         try:
             if self.streams:
                 async for piece in whole_events(response.content):
@@ -104,6 +108,7 @@ class Talk:
             else:
                 yield await response.read()
         finally:
+            replica.answers.remove(response)
             response.close()  # if it isn't read to its end, its connection can't be used again, and its server is told
 
 
