@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 from contextlib import closing
 from urllib.parse import urlsplit
 
@@ -20,11 +21,16 @@ DESCRIPTION = (
 EXAMPLES = """\
 on several machines:
   on each:   python -m minipaged.serve --host 0.0.0.0 --port 8000
-  on one:    python -m minipaged.route http://10.0.0.1:8000 http://10.0.0.2:8000 --policy prefix --port 9000
+  on one:    python -m minipaged.route http://10.0.0.1:8000 http://10.0.0.2:8000 --host 0.0.0.0 --port 8080
+
+prompts on one machine, all other tokens on another one (the servers need --kv-transfer-config):
+  on one:    python -m minipaged.route --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000
+
 """
 POLICY_HELP = (
-    "who gets a request: round_robin, one after the other; least_loaded, who has the fewest under way; prefix, who was "
-    "sent the longest part of its beginning, unless too busy; consistent_hash, by its beginning alone (default: prefix)"
+    "who gets a request: round_robin, one after the other; least_loaded, who has the fewest under way; prefix, who "
+    "was sent the longest part of its beginning, unless too busy; consistent_hash, by its beginning alone "
+    "(default: prefix). --decode servers are chosen by load in any case"
 )
 
 
@@ -34,14 +40,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=f"{EXAMPLES}\n{EPILOG}",
+        prog=PROGRAM, allow_abbrev=False, description=textwrap.fill(DESCRIPTION, 79), epilog=EXAMPLES + EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("urls", nargs="+", type=_url, metavar="URL", help="a server, such as http://10.0.0.1:8000")
-    parser.add_argument("--policy", choices=POLICIES, default="prefix", metavar="NAME", help=POLICY_HELP)
+    add = parser.add_argument
+    add("urls", nargs="*", type=_url, metavar="URL", help="a server, such as http://10.0.0.1:8000")
+    add("--prefill", nargs="+", type=_url, metavar="URL", help="instead: servers that compute prompts, and keep them")
+    add("--decode", nargs="+", type=_url, metavar="URL", help="servers that go on with them: with --prefill")
+    add("--policy", choices=POLICIES, default="prefix", metavar="NAME", help=POLICY_HELP)
     add_address(parser, 8080)
     add_limits(parser.add_argument_group("manners"), "max-body-bytes", "drain-seconds")
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """BadInput if it isn't clear who should do what."""
+    if bool(args.prefill) != bool(args.decode) or bool(args.urls) == bool(args.decode):
+        raise BadInput("give the URLs of servers; or some with --prefill, and some with --decode")
+    for urls in (args.urls, args.prefill or [], args.decode or []):
+        if twice := next((url for url in urls if urls.count(url) > 1), None):
+            raise BadInput(f"{twice}: it stands there twice")
 
 
 def _url(text: str) -> str:
@@ -57,8 +75,7 @@ def _url(text: str) -> str:
 
 
 def _route(args: argparse.Namespace) -> None:
-    if twice := next((url for url in args.urls if args.urls.count(url) > 1), None):
-        raise BadInput(f"{twice}: it stands there twice")
+    _check(args)
     try:
         from minipaged.server.config import ServerConfig
         from minipaged.server.fleet import Fleet
@@ -75,8 +92,13 @@ def _route(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = ServerConfig(max_body_bytes=args.max_body_bytes, drain_seconds=args.drain_seconds)
     with closing(listening):
-        app = create_router(Fleet(make_policy(args.policy), args.urls), config)
-        print(f"{len(args.urls)} servers are reached at {address(listening)}", file=sys.stderr, flush=True)
+        answering = args.urls or args.decode
+        prefill = Fleet(make_policy(args.policy), args.prefill) if args.prefill else None
+        # Who goes on with what another one computed needs nothing in its memory.
+        fleet = Fleet(make_policy("least_loaded" if prefill else args.policy), answering)
+        app = create_router(fleet, config, prefill)
+        num = len(answering) + len(args.prefill or ())
+        print(f"{num} servers are reached at {address(listening)}", file=sys.stderr, flush=True)
         serve(app, listening)
 
 

@@ -16,6 +16,7 @@ from tiny_model import make_folder
 
 from minipaged.server.config import ServerConfig
 from minipaged.server.fleet import Fleet
+from minipaged.server.handover import WANTED
 from minipaged.server.router import create_router
 from minipaged.server.routing import make_policy
 from minipaged.server.running import address, bind, serve
@@ -29,9 +30,10 @@ LONG = {"prompt": "abc", "max_tokens": 500, "temperature": 0, "ignore_eos": True
 class Routed:
     """A router in a thread."""
 
-    def __init__(self, urls, policy="round_robin", config=None, **options):
+    def __init__(self, urls, policy="round_robin", prefill=None, **options):
         self.fleet = Fleet(make_policy(policy), urls, **{"pause": 0.1, **options})
-        self.app = create_router(self.fleet, config or ServerConfig(drain_seconds=5))
+        self.prefill = prefill and Fleet(make_policy(policy), prefill, pause=0.1)
+        self.app = create_router(self.fleet, ServerConfig(drain_seconds=2), self.prefill)
         self.house, self.listening = self.app.state.house, bind("127.0.0.1", 0)
         self.url, self.port = address(self.listening), self.listening.getsockname()[1]
         self._thread = threading.Thread(target=serve, args=(self.app, self.listening))
@@ -51,6 +53,8 @@ def routed(urls, *args, num_live=None, **kwargs):
     router = Routed(urls, *args, **kwargs)
     try:
         router.wait_for(len(urls) if num_live is None else num_live)
+        if router.prefill:
+            wait_for(lambda: len(router.prefill.policy.live) == len(router.prefill.replicas))
         yield router
     finally:
         router.stop()
@@ -317,12 +321,81 @@ def test_its_own_routes(two):
         status, _, said = run(ask(router.port, "/health"))
         assert status == 200 and said["live"] == 2 and said["replicas"][0]["outstanding"] == 0
         told = run(ask(router.port, "/metrics"))[2].decode()
-        assert "minipaged_router_pieces_total 9.0" in told and "minipaged_router_pieces_found_total 6.0" in told
+        assert 'router_pieces_total{role=""} 9.0' in told and 'router_pieces_found_total{role=""} 6.0' in told
         assert told.count('status="200"} 3.0') == 1, "all went to who has it"
         page = run(ask(router.port, "/"))[2].decode()
         assert all(url in page for url in urls_of(two)) and page.startswith("2 of 2")
         too_long = run(ask(router.port, COMPLETE, b"x" * (4 * 2**20 + 1)))
         assert too_long[0] == 413
+
+
+# --- one computes prompts, another one goes on ------------------------------------------------------------------------
+
+PLACE = {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "e", "remote_block_ids": [3, 1],
+         "remote_host": "h", "remote_port": 1, "remote_request_id": "r", "tp_size": 1}  # fmt: skip
+
+
+async def keeps_its_blocks(method, path, body, writer):
+    writer.write(plain(json.dumps({"choices": [], "kv_transfer_params": PLACE}).encode()))
+
+
+def bodies_of(server):
+    return [json.loads(body) for _, _, _, body in server.asked]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_computed_by_one_and_another_one_goes_on(stream):
+    given = {"prompt": "a", "max_tokens": 9, "min_tokens": 3, "n": 2, "logprobs": 1, "seed": 4, "cache_salt": "s"}
+    given |= {"stream": stream, "structured_outputs": {"regex": "a"}}
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 9, "stream": stream}
+    with (
+        standing_in(keeps_its_blocks, works) as [first, second],
+        routed([second.url], prefill=[first.url]) as router,
+    ):
+        for path, body in ((COMPLETE, given), (CHAT, chat)):
+            status, _, said = run(ask(router.port, path, body))
+            assert status == 200 and (b"[DONE]" in said if stream else said == {"fine": True})
+        wanted = {"max_tokens": 1, "kv_transfer_params": WANTED}
+        assert bodies_of(first) == [
+            {"prompt": "a", "seed": 4, "cache_salt": "s"} | wanted, {"messages": chat["messages"]} | wanted
+        ]  # fmt: skip
+        assert bodies_of(second) == [given | {"kv_transfer_params": PLACE}, chat | {"kv_transfer_params": PLACE}]
+        assert [one[1] for one in first.asked] == [COMPLETE, CHAT]
+        assert run(ask(router.port, "/tokenize", {"prompt": "x"}))[0] == 200 and len(first.asked) == 2
+        assert router.prefill.policy.load == {first.url: 0} and router.fleet.policy.load == {second.url: 0}
+        assert run(ask(router.port, "/health"))[2]["replicas"][1]["role"] == "prefill"
+
+
+@pytest.mark.parametrize("more", [
+    {"prompt": ["a", "b"]}, {"prompt_logprobs": 1}, {"echo": True}, {"kv_transfer_params": PLACE}
+])  # fmt: skip
+def test_what_can_t_be_handed_over_is_computed_by_the_second_one(more):
+    with (
+        standing_in(keeps_its_blocks, works) as [first, second],
+        routed([second.url], prefill=[first.url]) as router,
+    ):
+        assert run(ask(router.port, COMPLETE, {"prompt": "a"} | more))[0] == 200
+        assert first.asked == [] and bodies_of(second)[0] == {"prompt": "a"} | more
+
+
+@pytest.mark.parametrize("fails", [dies_at_once, works, refuses("503 Service Unavailable")])
+def test_if_the_first_one_fails_the_second_one_computes_all(fails):
+    """Also if it only doesn't say where the keys and values are."""
+    with standing_in(fails, works) as [first, second], routed([second.url], prefill=[first.url]) as router:
+        assert run(ask(router.port, COMPLETE, {"prompt": "a"}))[0] == 200
+        assert len(first.asked) == 1 and bodies_of(second) == [{"prompt": "a"}]
+
+
+def test_who_goes_on_after_another_one_may_have_taken_the_blocks_does_not_ask_for_them():
+    with (
+        standing_in(keeps_its_blocks, dies_at_once, works) as [first, second, third],
+        routed([second.url, third.url], prefill=[first.url]) as router,
+    ):
+        for _ in range(2):
+            assert run(ask(router.port, COMPLETE, {"prompt": "a"}))[0] == 200
+            router.wait_for(2)
+        num_lost = len(second.asked)
+        assert num_lost and sorted(map(len, bodies_of(third))) == [1] * num_lost + [2] * (2 - num_lost)
 
 
 # --- processes that are killed ----------------------------------------------------------------------------------------

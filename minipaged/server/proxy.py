@@ -5,15 +5,14 @@ is lost ends with an error event that says so, and with [DONE].
 """
 
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator
 
 import aiohttp
 from yarl import URL
 
 from minipaged.server.errors import ApiError
 from minipaged.server.fleet import BROKEN, Fleet, Replica, reason
-from minipaged.server.routing import Pieces
+from minipaged.server.forwarded import OF_A_CONNECTION, Asked
 from minipaged.server.transport import DONE, event
 
 MOST_LOST = 2  # replicas that a request is lost with, before it counts as its own fault: it must not end all of them
@@ -21,12 +20,6 @@ MOST_REFUSALS = 3  # replicas that say 429 or 503, before the client is told
 REFUSALS = 429, 503
 NOT_REACHED = aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError
 ENDS = b"\n\n", b"\r\n\r\n"  # of an event
-Headers = Mapping[str, str]
-OF_A_CONNECTION = {
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade",
-}  # fmt: skip
-NOT_SENT = OF_A_CONNECTION | {"host", "content-length", "expect"}
 NOT_TOLD = OF_A_CONNECTION | {"content-length", "date", "server", "x-request-id"}  # we tell our own
 
 
@@ -36,25 +29,6 @@ class Lost(Exception):
     def __init__(self, why: str, sent: bool):
         super().__init__(why)
         self.sent = sent
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request. target: path and query. pieces, load: for the policy."""
-
-    method: str
-    target: str
-    headers: Headers
-    body: bytes
-    pieces: Pieces = ()
-    load: float = 1
-
-    def sent_with(self) -> dict[str, str]:
-        named = {name.strip().lower() for name in self.headers.get("connection", "").split(",")}
-        return {name: value for name, value in self.headers.items() if name.lower() not in NOT_SENT | named}
-
-    def with_body(self, body: bytes) -> "Asked":
-        return replace(self, body=body)
 
 
 class Talk:
@@ -92,7 +66,7 @@ class Talk:
     def _request(self, replica: Replica) -> "aiohttp.client._RequestContextManager":
         asked = self._asked
         return replica.session.request(
-            asked.method, URL(self.url + asked.target, encoded=True), headers=asked.sent_with(),
+            asked.method, URL(self.url + asked.target, encoded=True), headers=asked.headers_on(),
             data=asked.body or None, allow_redirects=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
         )  # fmt: skip
@@ -151,6 +125,7 @@ async def forward(fleet: Fleet, asked: Asked) -> tuple[Talk, bytes, AsyncGenerat
             first = await anext(pieces, b"")
         except Lost as error:
             lost, why = lost + error.sent, str(error)
+            asked = asked.again() if error.sent else asked
             continue
         if talk.status not in REFUSALS:
             return talk, first, pieces

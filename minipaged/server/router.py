@@ -5,8 +5,7 @@ Whatever is asked goes to one of them; an abort goes to all; /health, /metrics a
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
@@ -20,19 +19,25 @@ from starlette.routing import Route
 from minipaged.server.config import ServerConfig
 from minipaged.server.errors import ApiError, error_object
 from minipaged.server.fleet import Fleet
-from minipaged.server.manners import Manners, Visit
+from minipaged.server.forwarded import asked_by
+from minipaged.server.handover import hand_over
+from minipaged.server.manners import GENERATING, Manners, Visit
 from minipaged.server.proxy import Asked, Talk, forward
-from minipaged.server.routing import PIECE, Pieces, PrefixAffinity, cut
+from minipaged.server.routing import PIECE
 from minipaged.server.transport import ClientGone, EventStream, while_there
 
 FORWARDED = "/v1/", "/tokenize", "/detokenize", "/version", "/openapi.json"
 
 
 class Lobby:
-    """What all requests to a router have in common: manners.Host."""
+    """What all requests to a router have in common: manners.Host.
 
-    def __init__(self, fleet: Fleet, config: ServerConfig):
-        self.fleet, self.config, self.num_guests, self.closing = fleet, config, 0, False
+    fleet: who answers. prefill: who computes prompts before that, if there are such servers.
+    """
+
+    def __init__(self, fleet: Fleet, prefill: Fleet | None, config: ServerConfig):
+        self.fleet, self.prefill, self.config, self.num_guests, self.closing = fleet, prefill, config, 0, False
+        self.fleets = {"decode": fleet, "prefill": prefill} if prefill else {"": fleet}
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def enter(self, visit: Visit) -> None:
@@ -45,23 +50,28 @@ class Lobby:
         self.num_guests -= visit.is_guest
 
     def shutdown(self) -> None:
+        """Who is still under way is told that it ends: in the middle of a stream, too."""
         assert self.loop
-        asyncio.run_coroutine_threadsafe(self.fleet.cut(), self.loop).result()
+        for fleet in self.fleets.values():
+            asyncio.run_coroutine_threadsafe(fleet.cut(), self.loop).result()
 
 
-def create_router(fleet: Fleet, config: ServerConfig) -> Starlette:
-    """The application. app.state.house: what its requests have in common."""
-    lobby, metrics = Lobby(fleet, config), Metrics(fleet)
+def create_router(fleet: Fleet, config: ServerConfig, prefill: Fleet | None = None) -> Starlette:
+    """The application. app.state.house: what its requests have in common. prefill: see Lobby."""
+    lobby = Lobby(fleet, prefill, config)
+    metrics = Metrics(lobby.fleets)
     door = Door(lobby, metrics)
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
         lobby.loop = asyncio.get_running_loop()
-        await fleet.open()
+        for one in lobby.fleets.values():
+            await one.open()
         try:
             yield
         finally:
-            await fleet.close()
+            for one in lobby.fleets.values():
+                await one.close()
 
     async def told_metrics(http: Request) -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -89,7 +99,7 @@ class Door:
         if not http.url.path.startswith(FORWARDED):
             raise HTTPException(404)
         asked = asked_by(http, await http.body())
-        talk, first, rest = await while_there(http, forward(self._fleet, asked))
+        talk, first, rest = await while_there(http, self._answer(asked, http.url.path))
         self._metrics.answered.labels(talk.url, str(talk.status)).inc()
         http.state.visit.said["by"] = talk.url
         answer: Response
@@ -102,10 +112,15 @@ class Door:
         answer.headers.update(talk.headers)
         return answer
 
+    async def _answer(self, asked: Asked, path: str) -> tuple[Talk, bytes, AsyncGenerator[bytes, None]]:
+        if self._lobby.prefill and asked.method == "POST" and path in GENERATING:
+            asked = await hand_over(self._lobby.prefill, asked)
+        return await forward(self._fleet, asked)
+
     async def abort(self, http: Request) -> Response:
         """By all: who has it is not known. The answer is that of one who takes it for a good question."""
         asked = asked_by(http, await http.body())
-        talks = [Talk(self._fleet, url, asked) for url in self._fleet.policy.live]
+        talks = [Talk(fleet, url, asked) for fleet in self._lobby.fleets.values() for url in fleet.policy.live]
         found = await asyncio.gather(*(_whole(talk) for talk in talks), return_exceptions=True)
         answers = [(talk, body) for talk, body in zip(talks, found, strict=True) if isinstance(body, bytes)]
         if not answers:
@@ -123,87 +138,25 @@ class Door:
         return JSONResponse(said, 503 if "error" in said else 200)
 
     def _state(self) -> dict[str, Any]:
-        policy = self._fleet.policy
         replicas = [
-            {"url": url, "lives": url in policy.live, "outstanding": policy.load.get(url, 0), "why": replica.why}
-            for url, replica in self._fleet.replicas.items()
-        ]
-        return {"live": len(policy.live), "replicas": replicas}
+            {"url": url, "lives": url in fleet.policy.live, "outstanding": fleet.policy.load.get(url, 0),
+             "why": replica.why} | ({"role": role} if role else {})
+            for role, fleet in self._lobby.fleets.items() for url, replica in fleet.replicas.items()
+        ]  # fmt: skip
+        return {"live": sum(one["lives"] for one in replicas), "replicas": replicas}
 
     async def page(self, http: Request) -> Response:
         """Where the replicas are."""
         state = self._state()
         lines = [f"{state['live']} of {len(state['replicas'])} replicas live. Each has a page, at its address:", ""]
         for one in state["replicas"]:
-            lines.append(f"{one['url']}  " + (f"{one['outstanding']} under way" if one["lives"] else one["why"]))
+            said = f"{one['outstanding']} under way" if one["lives"] else one["why"]
+            lines.append(f"{one['url']}  {one.get('role', '')}  {said}")
         return PlainTextResponse("\n".join([*lines, ""]))
 
 
 async def _whole(talk: Talk) -> bytes:
     return b"".join([piece async for piece in talk.pieces()])
-
-
-# --- what is asked ----------------------------------------------------------------------------------------------------
-
-
-def asked_by(http: Request, body: bytes) -> Asked:
-    query = http.scope["query_string"].decode("latin-1")
-    target = http.scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
-    headers = dict(http.headers) | {"x-request-id": http.state.visit.id}
-    read = read_object(body)
-    return Asked(http.method, target, headers, body, pieces_of(read), load_of(read))
-
-
-def read_object(body: bytes) -> dict[str, Any]:
-    """What it says, if it is a JSON object. What is wrong with it a replica says."""
-    try:
-        read = json.loads(body) if body else {}
-    except (ValueError, RecursionError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
-def pieces_of(body: dict[str, Any]) -> Pieces:
-    """Of a prompt's beginning: texts, or tuples of token ids. Of several prompts the first one counts.
-
-    >>> pieces_of({"prompt": [1, 2, 3] * 6})
-    [(None, None, (1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1))]
-    """
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        pieces: list[Any] = list(cut(prompt))
-    elif isinstance(prompt, list):
-        pieces = [tuple(piece) for piece in _blocks(prompt)]
-    else:
-        pieces = list(cut(_conversation(body)))
-    if pieces:
-        salt, model = body.get("cache_salt"), body.get("model")
-        pieces[0] = (str(model) if model else None, str(salt) if salt else None, pieces[0])
-    return pieces
-
-
-def _blocks(tokens: list[Any], size: int = PIECE // 4) -> Iterator[list[Any]]:
-    if all(isinstance(token, int) for token in tokens):
-        for i in range(0, len(tokens) - size + 1, size):
-            yield tokens[i : i + size]
-
-
-def _conversation(body: dict[str, Any]) -> str:
-    """The messages as a text: no template's, but the same for the same beginning."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return ""
-    tools = json.dumps(body["tools"]) if body.get("tools") else ""
-    return tools + "".join(json.dumps(message, ensure_ascii=False) for message in messages)
-
-
-def load_of(body: dict[str, Any]) -> int:
-    """Sequences that are wanted."""
-    prompt, count = body.get("prompt"), body.get("n")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
-    return prompts * (count if type(count) is int and count > 0 else 1)
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -225,27 +178,32 @@ async def _gone(http: Request, error: Exception) -> Response:
 
 
 class Metrics:
-    """registry: what /metrics writes. Of the replicas themselves: see theirs."""
+    """registry: what /metrics writes. Of the replicas themselves: see theirs. fleets: by role."""
 
-    def __init__(self, fleet: Fleet):
-        self._fleet, self.registry = fleet, CollectorRegistry()
-        self.answered = Counter(
-            "minipaged_router_requests", "answers by replica and status", ("replica", "status"), registry=self.registry
-        )
+    def __init__(self, fleets: Mapping[str, Fleet]):
+        self._fleets, self.registry = fleets, CollectorRegistry()
+        about = "answers by replica and status"
+        self.answered = Counter("minipaged_router_requests", about, ("replica", "status"), registry=self.registry)
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        policy, fleet = self._fleet.policy, self._fleet
-        lives = GaugeMetricFamily("minipaged_router_replica_lives", "1 if it does", labels=["replica"])
-        load = GaugeMetricFamily("minipaged_router_outstanding", "sequences under way", labels=["replica"])
-        for url in fleet.replicas:
-            lives.add_metric([url], url in policy.live)
-            load.add_metric([url], policy.load.get(url, 0))
+        lives = GaugeMetricFamily("minipaged_router_replica_lives", "1 if it does", labels=["role", "replica"])
+        load = GaugeMetricFamily("minipaged_router_outstanding", "sequences under way", labels=["role", "replica"])
+        for role, fleet in self._fleets.items():
+            for url in fleet.replicas:
+                lives.add_metric([role, url], url in fleet.policy.live)
+                load.add_metric([role, url], fleet.policy.load.get(url, 0))
         yield from (lives, load)
-        counts = {"retries": ("requests sent elsewhere, since a replica was lost or refused them", fleet.num_retries),
-                  "broken_streams": ("streams whose replica was lost in the middle", fleet.num_broken)}  # fmt: skip
-        if isinstance(policy, PrefixAffinity):
-            counts |= {"pieces": (f"of prompts, of {PIECE} characters", policy.queried),
-                       "pieces_found": ("of them expected in the replica's memory", policy.found)}  # fmt: skip
-        for name, (about, value) in counts.items():
-            yield CounterMetricFamily(f"minipaged_router_{name}", about, value)
+        for name, (about, count) in COUNTERS.items():
+            counter = CounterMetricFamily(f"minipaged_router_{name}", about, labels=["role"])
+            for role, fleet in self._fleets.items():
+                counter.add_metric([role], count(fleet))
+            yield counter
+
+
+COUNTERS: dict[str, tuple[str, Callable[[Fleet], float]]] = {
+    "retries": ("requests sent elsewhere, since a replica was lost or refused them", lambda fleet: fleet.num_retries),
+    "broken_streams": ("streams whose replica was lost in the middle", lambda fleet: fleet.num_broken),
+    "pieces": (f"of prompts, of {PIECE} characters", lambda fleet: getattr(fleet.policy, "queried", 0)),
+    "pieces_found": ("of them expected in a replica's memory", lambda fleet: getattr(fleet.policy, "found", 0)),
+}
