@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
-from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
+from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, engine_options
 from minipaged.terminal.loading import load
+from minipaged.terminal.server_flags import LIMITS, add_address, add_limits
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.async_llm import AsyncLLM
@@ -44,8 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("given", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: smollm2)")
     model.add_argument("--model", help="the same")
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: as --model)")
-    add("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (default: 127.0.0.1)")
-    add("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    add_address(parser, 8000)
     _add_manners(parser.add_argument_group("manners"))
     add_memory(parser.add_argument_group("memory and scheduling"))
     add_speculation(parser.add_argument_group("speculation"))
@@ -54,37 +54,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_manners(group: argparse._ArgumentGroup) -> None:
-    def limit(flag: str, kind: type, default: float, words: str) -> None:
-        least = count if kind is int else _seconds
-        group.add_argument(flag, type=least, default=default, metavar="N", help=f"{words} (default: {default})")
-
     keys = "who asks must have it; may be repeated (default: MINIPAGED_API_KEY, if that is set)"
     group.add_argument("--api-key", action="append", metavar="KEY", help=keys)
     origins = "pages from there may ask, too (CORS); * for all; may be repeated (default: none)"
     group.add_argument("--allowed-origin", action="append", metavar="URL", help=origins)
-    limit("--max-body-bytes", int, 4 * 1024 * 1024, "the longest body of a request")
-    limit("--max-queued-requests", int, 1024, "who comes when so many wait gets 429")
-    limit("--max-queued-tokens", int, 1024 * 1024, "the same, in tokens of prompts")
-    limit("--max-queue-seconds", float, 300, "who waited so long gets 503")
-    limit("--drain-seconds", float, 30, "how long those under way have to end")
+    add_limits(group, *LIMITS)
     group.add_argument("--log-text", action="store_true", help="log what is asked and answered, too")
     group.add_argument("--no-page", dest="page", action="store_false", help="show none at /")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, not {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < 1e7:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
-    return seconds
 
 
 def _serve(args: argparse.Namespace) -> None:
