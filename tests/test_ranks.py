@@ -26,6 +26,7 @@ from test_interrupts import Caller
 from tiny_model import make_folder
 
 from minipaged import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from minipaged.bench.ranks import measure, table
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.ranks import starting
 from minipaged.execution.ranks.errors import RankError
@@ -562,3 +563,18 @@ def test_who_was_away_for_a_step_is_told_its_table_again():
     for sequences in ([sequence(1, [7], 0, [5])], [sequence(2, [7], 0, [6])], [sequence(1, [8], 1, [5])]):
         plan = StepPlan(0, sequences=sequences)
         assert reader.read(writer.write(plan)) == plan
+
+
+def test_what_the_bench_measures(folder):
+    rows = measure(folder, 2, [1, 3], 2, 1)
+    assert [(row["batch"], row["way"]) for row in rows] == [
+        (batch, way) for batch in (1, 3) for way in ("one process", "shared memory", "gloo")
+    ]
+    for row in rows:
+        assert row["step_ms"] > 0 and (row["way"] != "one process" or row["times"] == 1)
+    layers, hidden, vocabulary = 2, 32, 64  # rank 0's share
+    for row in rows[1:3]:
+        assert row["sums"] == 2 * layers + 1 + 1  # the embedding's; and the logits, gathered
+        assert row["brought"] == 4 * ((2 * layers + 1) * hidden + vocabulary)
+        assert row["order"] == 4 * (4 + 8 + 1) and row["difference"] < 1e-4
+    assert len(table(rows)) == 7

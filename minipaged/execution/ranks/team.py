@@ -19,6 +19,7 @@ AS_SUCH: dict[str, type[Exception]] = {  # what is wrong with what the caller ga
 }
 SECONDS_TO_START = 120.0  # a rank that imports and reads may be silent for so long
 SECONDS_TO_END = 3.0
+SILENCES_IN_A_SUM = 6  # all say that they live, and one does not come to a sum: it may compute, but not for so long
 
 
 @dataclass
@@ -91,6 +92,12 @@ class Team:
             raise self._kind(self.failure)
         if self._closing:
             raise RankError("the ranks were ended")
+
+    def check_wait(self, waited: float) -> None:
+        """The same, in the middle of a sum for which others have been waited for so many seconds."""
+        self.check()
+        if waited > SILENCES_IN_A_SUM * self.silence:
+            self.fail(f"the ranks are out of step: in {waited:.0f} seconds a sum wasn't brought by all")
 
     def order(self, order: bytes) -> None:
         for member in self.members:
