@@ -31,6 +31,7 @@ from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.ranks import starting
 from minipaged.execution.ranks.errors import RankError
 from minipaged.execution.ranks.orders import OrderReader, OrderWriter
+from minipaged.execution.ranks.steps import StepThread
 from minipaged.models import ModelError
 from minipaged.requests.sampling_params import PromptTargets
 from minipaged.scheduling.plan import ScheduledSequence, StepPlan
@@ -202,6 +203,41 @@ def test_ctrl_c_in_the_middle_of_steps_breaks_off_none_of_them(folder, pair, req
     assert broken > 0
 
 
+def test_who_is_broken_off_leaves_when_the_step_is_over():
+    steps, seen = StepThread(), []
+
+    def work():
+        time.sleep(0.3)
+        seen.append("done")
+
+    def check():
+        if not seen:
+            seen.append("asked")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.do(partial(time.sleep, 1e-3), lambda: None)
+        steps.do(work, lambda: time.sleep(0.05) or check())
+    assert seen == ["asked", "done"]
+    steps.end()
+
+
+def test_what_has_not_begun_when_it_is_broken_off_is_never_done():
+    steps, seen, held = StepThread(), [], threading.Event()
+    first = threading.Thread(target=steps.do, args=(held.wait, lambda: None))
+    first.start()
+
+    def check():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.do(lambda: seen.append("never"), check)
+    held.set()
+    first.join()
+    assert steps.do(lambda: seen.append("later"), lambda: None) is None and seen == ["later"]
+    steps.end()
+
+
 # ---- a rank that dies -----------------------------------------------------------------------------------------------
 
 
@@ -277,20 +313,23 @@ def test_an_error_before_anybody_was_told_ends_nobody(pair, monkeypatch):
 
 
 def test_rank_0_stopped_for_a_while_is_no_ranks_fault(folder):
-    """Ctrl-Z: nobody listened meanwhile, so nobody was silent."""
+    """Nobody listened meanwhile, so nobody was silent; a machine that sleeps stops all of them."""
     script = f"""
         import time
         from minipaged import LLM
         with LLM({folder!r}, tensor_parallel_size=2, rank_timeout=1, block_size=4, num_blocks=60) as llm:
-            print("up", flush=True)
+            print(*[member.pid for member in llm.executor._ranks.team.members], flush=True)
             input()
             print(len(llm.generate([[1, 2, 3]])), flush=True)
     """
     with running(script) as process:
-        assert process.stdout.readline() == "up\n"
+        other = int(process.stdout.readline())
+        os.kill(other, signal.SIGSTOP)
         process.send_signal(signal.SIGSTOP)
         time.sleep(2.5)
         process.send_signal(signal.SIGCONT)
+        time.sleep(0.1)
+        os.kill(other, signal.SIGCONT)
         assert process.communicate("go\n", timeout=20)[0] == "1\n"
 
 
