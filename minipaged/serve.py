@@ -13,7 +13,7 @@ from rich.console import Console
 
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
 from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
-from minipaged.terminal.loading import load
+from minipaged.terminal.loading import end_as_rank, load
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.async_llm import AsyncLLM
@@ -89,6 +89,7 @@ def _seconds(text: str) -> float:
 
 def _serve(args: argparse.Namespace) -> None:
     options, interrupts = engine_options(args), _interrupts()
+    end_as_rank(args.model, options)
     try:
         from minipaged.server.running import PortTaken, address, bind
     except ModuleNotFoundError as error:

@@ -406,6 +406,31 @@ def test_closed_in_the_middle_of_a_step(folder):
     assert not asking.is_alive() and "closed" in raised[0] and gone_within(3, others)
 
 
+@pytest.mark.parametrize("seconds", [0.02, 0.5])
+def test_broken_off_while_it_loads(folder, seconds):
+    timer = threading.Timer(seconds, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(20):
+            LLM(folder, tensor_parallel_size=2, **ROOM).close()
+    timer.join()
+    assert until(lambda: len(children()) <= 1, 5)
+
+
+def test_a_process_that_was_forked_from_rank_0_has_no_ranks(pair):
+    forked = os.fork()
+    if not forked:
+        try:
+            pair.generate([[1, 2]])
+        except RankError as error:
+            pair.close()
+            os._exit(0 if "forked" in str(error) else 2)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
+    assert pair.generate([[1, 2]], GREEDY)[0].finished
+
+
 # ---- what is refused, and how it is said ----------------------------------------------------------------------------
 
 
@@ -542,12 +567,18 @@ def test_torchrun_on_one_machine(folder, script, wanted):
     assert said == f"{wanted}\n0 goes on\n"
 
 
-def test_torchrun_on_two_machines(folder, script, wanted):
+def test_torchrun_on_two_machines_whose_command_reads_its_prompt(folder):
+    """Rank 0 alone reads it."""
+    with LLM(folder, **ROOM) as alone:
+        text = alone.generate(["Hello"], SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].text
     where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    first = torchrun(*where, "--node-rank", "0", script, folder, "ask")
-    second = torchrun(*where, "--node-rank", "1", script, folder, "ask")
+    what = ["-m", "minipaged.generate", "--model", folder, "--raw", "--max-tokens", "8", "--tensor-parallel-size", "2"]
+    first = torchrun(*where, "--node-rank", "0", *what)
+    second = torchrun(*where, "--node-rank", "1", *what)
     with started(first) as one, started(second) as two:
-        assert one.communicate(timeout=60)[0] == f"{wanted}\n0 goes on\n"
+        two.stdin.close()
+        two.stdin = None
+        assert one.communicate("Hello", timeout=60)[0] == text + "\n"
         assert two.communicate(timeout=20)[0] == "" and (one.returncode, two.returncode) == (0, 0)
 
 

@@ -150,7 +150,7 @@ class Executor:
         return self._ranks.execute(plan, self.runner.execute) if self._ranks else self.runner.execute(plan)
 
     def check_health(self) -> None:
-        """RuntimeError, of which kind so ever, if nothing can be executed any more."""
+        """RuntimeError if nothing can be executed any more."""
         if self._ranks:
             self._ranks.check()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -79,6 +80,7 @@ class Team:
     def __init__(self, members: list[Member], silence: float):
         self.members, self.silence = members, silence
         self.failure: str | None = None
+        self._process = os.getpid()
         self._kind: type[Exception] = RankError  # of the failure
         self._closing = False
         self._news = threading.Condition()
@@ -92,6 +94,13 @@ class Team:
             raise self._kind(self.failure)
         if self._closing:
             raise RankError("the ranks were ended")
+        if not self.is_ours:
+            raise RankError("the ranks belong to the process that started them, and this one was forked from it")
+
+    @property
+    def is_ours(self) -> bool:
+        """Not so in a process that was forked from the one that made this."""
+        return self._process == os.getpid()
 
     def check_wait(self, waited: float) -> None:
         """The same, in the middle of a sum for which others have been waited for so many seconds."""
