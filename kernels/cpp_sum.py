@@ -20,10 +20,11 @@ class SharedSum:
     """One of `size` ranks that call the same methods with tensors of the same shapes, in the same order.
 
     memory: theirs, see memory_size; all zeros when the first of them comes.
-    check: called every few milliseconds while others are waited for. If it raises, there are no more sums.
+    check: called every few milliseconds while others are waited for, with the seconds that this sum has waited. If it
+    raises, there are no more sums.
     """
 
-    def __init__(self, library: CDLL, memory: mmap.mmap, rank: int, size: int, check: Callable[[], None]):
+    def __init__(self, library: CDLL, memory: mmap.mmap, rank: int, size: int, check: Callable[[float], None]):
         self.library, self.rank, self.size, self.check = library, rank, size, check
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._address = self._memory.data_ptr()
@@ -39,9 +40,7 @@ class SharedSum:
         for begin in range(0, x.numel(), step):
             at, n = x.data_ptr() + begin * x.itemsize, min(step, x.numel() - begin)
             self._bring(at, n * x.itemsize)
-            self.library.ranks_add(
-                self._address, self.size, SLOT, self._number, at, n, x.dtype == torch.bfloat16
-            )  # fmt: skip
+            self.library.ranks_add(self._address, self.size, SLOT, self._number, at, n, x.dtype == torch.bfloat16)
         return x
 
     def gather(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -53,18 +52,18 @@ class SharedSum:
             self._bring(x.data_ptr() + begin, _left(x, begin))
             for rank, part in enumerate(parts):
                 if rank != self.rank == 0 and _left(part, begin):
-                    to = part.data_ptr() + begin
-                    self.library.ranks_copy(
-                        self._address, self.size, SLOT, self._number, rank, to, _left(part, begin)
-                    )  # fmt: skip
+                    to, size = part.data_ptr() + begin, _left(part, begin)
+                    self.library.ranks_copy(self._address, self.size, SLOT, self._number, rank, to, size)
         return torch.cat(parts, 1) if self.rank == 0 else x
 
     def _bring(self, address: int, size: int) -> None:
         """Bring a piece, and wait for those of the others."""
         self._number += 1
+        waits = 0  # counted, since a clock runs on while this process is stopped
         self.library.ranks_bring(self._address, self.rank, self.size, SLOT, self._number, address, size)
         while not self.library.ranks_wait(self._address, self.size, self._number, PATIENCE):
-            self.check()
+            waits += 1
+            self.check(waits * PATIENCE / 1e6)
 
 
 def _left(part: Tensor, begin: int) -> int:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
 from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, engine_options
-from minipaged.terminal.loading import load
+from minipaged.terminal.loading import end_as_rank, load
 from minipaged.terminal.server_flags import LIMITS, add_address, add_limits
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
@@ -65,6 +65,7 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     options, interrupts = engine_options(args), _interrupts()
+    end_as_rank(args.model, options)
     try:
         from minipaged.server.running import PortTaken, address, bind
     except ModuleNotFoundError as error:

@@ -26,10 +26,12 @@ from test_interrupts import Caller
 from tiny_model import make_folder
 
 from minipaged import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from minipaged.bench.ranks import measure, table
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.ranks import starting
 from minipaged.execution.ranks.errors import RankError
 from minipaged.execution.ranks.orders import OrderReader, OrderWriter
+from minipaged.execution.ranks.steps import StepThread
 from minipaged.models import ModelError
 from minipaged.requests.sampling_params import PromptTargets
 from minipaged.scheduling.plan import ScheduledSequence, StepPlan
@@ -201,6 +203,41 @@ def test_ctrl_c_in_the_middle_of_steps_breaks_off_none_of_them(folder, pair, req
     assert broken > 0
 
 
+def test_who_is_broken_off_leaves_when_the_step_is_over():
+    steps, seen = StepThread(), []
+
+    def work():
+        time.sleep(0.3)
+        seen.append("done")
+
+    def check():
+        if not seen:
+            seen.append("asked")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.do(partial(time.sleep, 1e-3), lambda: None)
+        steps.do(work, lambda: time.sleep(0.05) or check())
+    assert seen == ["asked", "done"]
+    steps.end()
+
+
+def test_what_has_not_begun_when_it_is_broken_off_is_never_done():
+    steps, seen, held = StepThread(), [], threading.Event()
+    first = threading.Thread(target=steps.do, args=(held.wait, lambda: None))
+    first.start()
+
+    def check():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.do(lambda: seen.append("never"), check)
+    held.set()
+    first.join()
+    assert steps.do(lambda: seen.append("later"), lambda: None) is None and seen == ["later"]
+    steps.end()
+
+
 # ---- a rank that dies -----------------------------------------------------------------------------------------------
 
 
@@ -276,20 +313,23 @@ def test_an_error_before_anybody_was_told_ends_nobody(pair, monkeypatch):
 
 
 def test_rank_0_stopped_for_a_while_is_no_ranks_fault(folder):
-    """Ctrl-Z: nobody listened meanwhile, so nobody was silent."""
+    """Nobody listened meanwhile, so nobody was silent; a machine that sleeps stops all of them."""
     script = f"""
         import time
         from minipaged import LLM
         with LLM({folder!r}, tensor_parallel_size=2, rank_timeout=1, block_size=4, num_blocks=60) as llm:
-            print("up", flush=True)
+            print(*[member.pid for member in llm.executor._ranks.team.members], flush=True)
             input()
             print(len(llm.generate([[1, 2, 3]])), flush=True)
     """
     with running(script) as process:
-        assert process.stdout.readline() == "up\n"
+        other = int(process.stdout.readline())
+        os.kill(other, signal.SIGSTOP)
         process.send_signal(signal.SIGSTOP)
         time.sleep(2.5)
         process.send_signal(signal.SIGCONT)
+        time.sleep(0.1)
+        os.kill(other, signal.SIGCONT)
         assert process.communicate("go\n", timeout=20)[0] == "1\n"
 
 
@@ -364,6 +404,31 @@ def test_closed_in_the_middle_of_a_step(folder):
     llm.close()
     asking.join(10)
     assert not asking.is_alive() and "closed" in raised[0] and gone_within(3, others)
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.5])
+def test_broken_off_while_it_loads(folder, seconds):
+    timer = threading.Timer(seconds, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(20):
+            LLM(folder, tensor_parallel_size=2, **ROOM).close()
+    timer.join()
+    assert until(lambda: len(children()) <= 1, 5)
+
+
+def test_a_process_that_was_forked_from_rank_0_has_no_ranks(pair):
+    forked = os.fork()
+    if not forked:
+        try:
+            pair.generate([[1, 2]])
+        except RankError as error:
+            pair.close()
+            os._exit(0 if "forked" in str(error) else 2)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
+    assert pair.generate([[1, 2]], GREEDY)[0].finished
 
 
 # ---- what is refused, and how it is said ----------------------------------------------------------------------------
@@ -502,12 +567,18 @@ def test_torchrun_on_one_machine(folder, script, wanted):
     assert said == f"{wanted}\n0 goes on\n"
 
 
-def test_torchrun_on_two_machines(folder, script, wanted):
+def test_torchrun_on_two_machines_whose_command_reads_its_prompt(folder):
+    """Rank 0 alone reads it."""
+    with LLM(folder, **ROOM) as alone:
+        text = alone.generate(["Hello"], SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].text
     where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    first = torchrun(*where, "--node-rank", "0", script, folder, "ask")
-    second = torchrun(*where, "--node-rank", "1", script, folder, "ask")
+    what = ["-m", "minipaged.generate", "--model", folder, "--raw", "--max-tokens", "8", "--tensor-parallel-size", "2"]
+    first = torchrun(*where, "--node-rank", "0", *what)
+    second = torchrun(*where, "--node-rank", "1", *what)
     with started(first) as one, started(second) as two:
-        assert one.communicate(timeout=60)[0] == f"{wanted}\n0 goes on\n"
+        two.stdin.close()
+        two.stdin = None
+        assert one.communicate("Hello", timeout=60)[0] == text + "\n"
         assert two.communicate(timeout=20)[0] == "" and (one.returncode, two.returncode) == (0, 0)
 
 
@@ -562,3 +633,18 @@ def test_who_was_away_for_a_step_is_told_its_table_again():
     for sequences in ([sequence(1, [7], 0, [5])], [sequence(2, [7], 0, [6])], [sequence(1, [8], 1, [5])]):
         plan = StepPlan(0, sequences=sequences)
         assert reader.read(writer.write(plan)) == plan
+
+
+def test_what_the_bench_measures(folder):
+    rows = measure(folder, 2, [1, 3], 2, 1)
+    assert [(row["batch"], row["way"]) for row in rows] == [
+        (batch, way) for batch in (1, 3) for way in ("one process", "shared memory", "gloo")
+    ]
+    for row in rows:
+        assert row["step_ms"] > 0 and (row["way"] != "one process" or row["times"] == 1)
+    layers, hidden, vocabulary = 2, 32, 64  # rank 0's share
+    for row in rows[1:3]:
+        assert row["sums"] == 2 * layers + 1 + 1  # the embedding's; and the logits, gathered
+        assert row["brought"] == 4 * ((2 * layers + 1) * hidden + vocabulary)
+        assert row["order"] == 4 * (4 + 8 + 1) and row["difference"] < 1e-4
+    assert len(table(rows)) == 7

@@ -32,7 +32,7 @@ SPARE = 64  # tokens: those of whoever was first, until the last one has begun
 NOTES = """\
 step: milliseconds of a decode step, the median. times: beside one process, as long; the median of turns.
 sums: how many in a step, of them gathered logits included; their milliseconds, in which a rank also waits for the
-others; and the bytes that each rank brings. order: bytes that each other rank is told of a step."""
+others; and the bytes that rank 0 brings. order: bytes that each other rank is told of a step."""
 
 
 @dataclass

@@ -175,7 +175,7 @@ class Executor:
         return self.connector.carry_on(plan, output) if self.connector else output
 
     def check_health(self) -> None:
-        """RuntimeError, of which kind so ever, if nothing can be executed any more."""
+        """RuntimeError if nothing can be executed any more."""
         if self._ranks:
             self._ranks.check()
 

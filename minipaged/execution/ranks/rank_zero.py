@@ -8,6 +8,7 @@ import torch
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.pool_size import Room, free_memory
 from minipaged.execution.ranks import torchrun
+from minipaged.execution.ranks.environment import torchrun_has_started
 from minipaged.execution.ranks.orders import OrderWriter
 from minipaged.execution.ranks.starting import start_here
 from minipaged.execution.ranks.steps import StepThread
@@ -34,7 +35,7 @@ class RankZero:
         if args.model == "smollm2":
             fetch_smollm2()  # once, not by each of them
         told = {name: getattr(args, name) for name in TOLD} | {"block_size": int(args.block_size), "device": device}
-        all_are_here = torchrun.has_started(size)
+        all_are_here = torchrun_has_started(size)
         self._steps, self._orders = StepThread(), OrderWriter()
         try:
             if all_are_here:
@@ -95,7 +96,9 @@ class RankZero:
         self.team.check()
 
     def close(self) -> None:
-        """End all. Doing it twice does no harm."""
+        """End all. Doing it twice does no harm, nor doing it in a process that was forked from this one."""
+        if not self.team.is_ours:
+            return
         self._steps.end()
         self.team.close()
         self.ranks = Ranks()  # the memory that was shared goes, too

@@ -45,7 +45,7 @@ def start_here(
             for member in members:
                 team.say(member, rank=member.rank, size=size, threads=threads, args=args, port=port)
             if memory >= 0:
-                return team, SharedRanks(memory, 0, size, team.check)
+                return team, SharedRanks(memory, 0, size, team.check_wait)
             assert store is not None
             return team, DistributedRanks(store, 0, size, device)
         except BaseException:

@@ -25,9 +25,12 @@ LONGEST = timedelta(hours=1)  # for a sum between machines: who dies is noticed 
 
 
 class SharedRanks(Ranks):
-    """memory: a file of `shared_memory` that all ranks have open; it goes when the last of them goes."""
+    """memory: a file of `shared_memory` that all ranks have open; it goes when the last of them goes.
 
-    def __init__(self, memory: int, rank: int, size: int, check: Callable[[], None]):
+    check: see SharedSum.
+    """
+
+    def __init__(self, memory: int, rank: int, size: int, check: Callable[[float], None]):
         self.rank, self.size = rank, size
         self._shared = cpp_sum.SharedSum(_library(), mmap.mmap(memory, 0), rank, size, check)
 

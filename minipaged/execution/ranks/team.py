@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -19,6 +20,7 @@ AS_SUCH: dict[str, type[Exception]] = {  # what is wrong with what the caller ga
 }
 SECONDS_TO_START = 120.0  # a rank that imports and reads may be silent for so long
 SECONDS_TO_END = 3.0
+SILENCES_IN_A_SUM = 6  # all say that they live, and one does not come to a sum: it may compute, but not for so long
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Team:
     def __init__(self, members: list[Member], silence: float):
         self.members, self.silence = members, silence
         self.failure: str | None = None
+        self._process = os.getpid()
         self._kind: type[Exception] = RankError  # of the failure
         self._closing = False
         self._news = threading.Condition()
@@ -91,6 +94,19 @@ class Team:
             raise self._kind(self.failure)
         if self._closing:
             raise RankError("the ranks were ended")
+        if not self.is_ours:
+            raise RankError("the ranks belong to the process that started them, and this one was forked from it")
+
+    @property
+    def is_ours(self) -> bool:
+        """Not so in a process that was forked from the one that made this."""
+        return self._process == os.getpid()
+
+    def check_wait(self, waited: float) -> None:
+        """The same, in the middle of a sum for which others have been waited for so many seconds."""
+        self.check()
+        if waited > SILENCES_IN_A_SUM * self.silence:
+            self.fail(f"the ranks are out of step: in {waited:.0f} seconds a sum wasn't brought by all")
 
     def order(self, order: bytes) -> None:
         for member in self.members:

@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from datetime import timedelta
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, NoReturn
@@ -29,17 +30,6 @@ from minipaged.execution.ranks.team import Member, Team
 from minipaged.models import Ranks
 
 SECONDS_TO_MEET = 300
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def has_started(size: int) -> bool:
-    """Whether this process is one of several that torchrun has started. ValueError if they aren't `size`."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1" or not all(name in os.environ for name in VARIABLES):
-        return False
-    if world != str(size):
-        raise ValueError(f"tensor_parallel_size={size}: torchrun has started {world} processes; it must be as many")
-    return True
 
 
 def meet(size: int, silence: float, device: str, args: dict[str, Any]) -> tuple[Team, Ranks]:
@@ -93,7 +83,10 @@ def _be_a_rank(store: dist.Store, rank: int, size: int, device: str) -> NoReturn
     answer_challenge(link.connection, found["key"].encode())
     deliver_challenge(link.connection, found["key"].encode())
     link.say(rank=rank, pid=os.getpid(), host=socket.gethostname())
-    sys.exit(worker.serve(link, lambda told: DistributedRanks(store, rank, size, device)))
+    status = worker.serve(link, lambda told: DistributedRanks(store, rank, size, device))
+    if threading.current_thread() is not threading.main_thread():
+        os._exit(status)  # where sys.exit would end only the thread
+    sys.exit(status)
 
 
 def _linked(connected: socket.socket) -> Link:

@@ -123,7 +123,7 @@ def _local_ranks(told: dict[str, Any], memory: int) -> "Ranks":
     from minipaged.execution.ranks.sums import DistributedRanks, SharedRanks
 
     if memory >= 0:
-        return SharedRanks(memory, told["rank"], told["size"], check=lambda: None)
+        return SharedRanks(memory, told["rank"], told["size"], check=lambda waited: None)
     if told["args"]["device"] == "cuda":
         torch.cuda.set_device(told["rank"])
     store = torch.distributed.TCPStore("127.0.0.1", told["port"], is_master=False)
