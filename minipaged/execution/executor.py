@@ -79,7 +79,7 @@ class Executor:
             *([self.connector.new_pool] if self.connector else []),
         )  # fmt: skip
         if self.connector:
-            self.connector.register_kv_caches(self.runner.cache, self.runner.backend.move_blocks)
+            self.connector.register_kv_caches(self.runner.cache)
 
     def speculation(self) -> Speculation | None:
         """How many tokens are guessed, for the scheduler, which also asks those who need no tensors for it."""
