@@ -83,7 +83,7 @@ class Executor:
         if self._ranks:
             self._ranks.wait_until_ready()
         if self.connector:
-            self.connector.register_kv_caches(self.runner.cache, self.runner.backend.move_blocks)
+            self.connector.register_kv_caches(self.runner.cache)
 
     def _choose_sizes(self, own: int, most: int) -> None:
         """Of both pools. own: bytes that a block takes in this process. most: blocks that can ever be used."""

@@ -79,8 +79,8 @@ class SharedMemoryConnector(KVConnector):
             os.close(files[0])
         with warnings.catch_warnings():  # that it must not be written to
             warnings.simplefilter("ignore")
-            pool = torch.frombuffer(mapped, dtype=torch.uint8).view(self._pool.dtype)
-        here = self._pool.shape
+            pool = torch.frombuffer(mapped, dtype=torch.uint8)
+        here = self._pool.view(torch.uint8).shape
         pool = pool.view(*here[:3], -1, *here[4:])
         if len(blocks) != len(incoming.load.blocks) or not all(0 <= block < pool.shape[3] for block in blocks):
             raise Lost("an answer with other blocks than were asked for")

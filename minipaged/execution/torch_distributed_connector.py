@@ -54,7 +54,7 @@ class TorchDistributedConnector(KVConnector):
             count = min(size, wanted - begin)
             part = torch.empty((*shape[:3], count, *shape[4:]), dtype=self._pool.dtype)
             group.recv([part.view(torch.uint8).flatten()], PRODUCER, 0).wait(timeout)
-            incoming.put(part, list(range(count)))
+            incoming.put(part, range(count))
 
 
 def _give(pool: Tensor, timeout: timedelta, sock: socket.socket, blocks: list[int]) -> None:

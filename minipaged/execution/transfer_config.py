@@ -13,7 +13,7 @@ CONNECTORS = ("SharedMemoryConnector", "TorchDistributedConnector")
 ROLES = ("kv_producer", "kv_consumer", "kv_both")
 POLICIES = ("recompute", "fail")
 MIB = 1 << 20
-EXTRA = {"lease_seconds": LEASE_SECONDS, "timeout_seconds": 10.0, "bytes_per_step": 64.0 * MIB}
+EXTRA = {"lease_seconds": LEASE_SECONDS, "timeout_seconds": 10.0, "bytes_per_step": 32.0 * MIB}
 
 
 @dataclass(frozen=True)
