@@ -62,7 +62,7 @@ class Case:
     beginning: int = 2
     burst: float = 1.0
     fixed: bool = False
-    warm: float = 200.0  # seconds until what happens counts
+    warm: float = 150.0  # seconds until what happens counts
     counted: float = 100.0
     seed: int = 0
 

@@ -80,7 +80,7 @@ def measured(study: Study) -> dict[str, Any]:
     if study.settings.quick:
         plan = [one for one in plan if one[2]["replicas"] <= MIDDLE]
     cases = [(place, case) for place, (_, _, options) in enumerate(plan) for case in seeded(options, study)]
-    cases.sort(key=lambda one: -one[1].replicas)  # the longest first
+    cases.sort(key=lambda one: one[1].replicas)  # the longest last
     answers: dict[int, list[Answer]] = {}
     results = study.each("Routing", answered, [(case, trace, study.settings.folder) for _, case in cases])
     for (place, _), answer in zip(cases, results, strict=True):
@@ -190,7 +190,7 @@ def made(by: Mapping[str, Any]) -> str:
 NOTES = [
     "The trace is that of conversations (Mooncake, FAST 2025). A replica gets one request a second: so many copies of "
     "the trace come as are needed for that, each of other people, each beginning elsewhere in it; only the first block "
-    "that all prompts have in common is the same. 200 s warm up, 100 s count. Of fewer than 32 replicas several runs "
+    "that all prompts have in common is the same. 150 s warm up, 100 s count. Of fewer than 32 replicas several runs "
     "are averaged. The router's policies are the package's own (server/routing.py) with its defaults; its loads are "
     "mean prompts, and the hash is of two blocks.",
     f"A replica keeps {POOLS['host'] / 1e9:.0f} GB of keys and values, on its H100 and in an eighth of a host's 2 TB "
