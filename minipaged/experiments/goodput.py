@@ -134,14 +134,9 @@ def _drawn(load: str, count: int, seed: int) -> list[tuple[float, int, int]]:
 
 @dataclass(frozen=True)
 class Found:
-    """For each of the limits: requests a second for each GPU; 0 if they are never kept.
-
-    odd: so many of them were kept at a higher rate too, that was tried for others: the search takes it that they
-    are not.
-    """
+    """For each of the limits: requests a second for each GPU, the highest of `runs` that were tried; 0: never kept."""
 
     rates: list[float]
-    odd: int
     runs: int
 
 
@@ -170,9 +165,7 @@ def _search(trial: Trial, limits: Sequence[Limits]) -> Found:
             shares[step, one] = one.kept(runs[step])
             low, high = (step, high) if shares[step, one] >= SHARE else (low, step)
         found.append(low)
-    odd = sum(any(one.kept(asks) >= SHARE for step, asks in runs.items() if step > low)
-              for one, low in zip(limits, found, strict=True))  # fmt: skip
-    return Found([SLOWEST * RATIO**step if step >= 0 else 0.0 for step in found], odd, len(runs))
+    return Found([SLOWEST * RATIO**step if step >= 0 else 0.0 for step in found], len(runs))
 
 
 def read_lengths(path: Path) -> list[tuple[int, int]]:

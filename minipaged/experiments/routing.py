@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class Case:
     beginning: int = 2
     burst: float = 1.0
     fixed: bool = False
-    warm: float = 200.0  # seconds until what happens counts
-    counted: float = 200.0
+    warm: float = 150.0  # seconds until what happens counts
+    counted: float = 100.0
     seed: int = 0
 
 
@@ -80,6 +81,7 @@ class Answer:
     p99: float
     busy: float  # share of the time in which a replica computes prompts, mean
     requests: int
+    seconds: float  # that a processor needed for all this
 
 
 # --- the trace ------------------------------------------------------------------------------------------------------
@@ -232,6 +234,7 @@ MACHINE = Machine(SERVERS["llama"])
 
 def run(case: Case, trace: Sequence[Prompt], machine: Machine = MACHINE) -> Answer:
     """Let all requests come. The load of a request, for the policies, is its prompt, in mean prompts."""
+    started = time.process_time()
     capacity = int(POOLS[case.pool]) // (PIECE * machine.server.kv_bytes)
     policy = POLICIES[case.policy](case, capacity)
     everything = Blocks(NO_END)
@@ -254,7 +257,7 @@ def run(case: Case, trace: Sequence[Prompt], machine: Machine = MACHINE) -> Answ
         found, begins, first, end = replicas[chosen].answer(one)
         heappush(under_way, (end, chosen, load))
         tally.add(one, chosen, found, begins, first)
-    return tally.answer(case)
+    return tally.answer(case, time.process_time() - started)
 
 
 class Tally:
@@ -272,12 +275,12 @@ class Tally:
             self._waits.append(first - one.when)
             self._busy[replica] = self._busy.get(replica, 0.0) + first - begins
 
-    def answer(self, case: Case) -> Answer:
+    def answer(self, case: Case, seconds: float) -> Answer:
         waits, count, busy = sorted(self._waits), len(self._waits), self._busy.values()
         if not count:
             raise ValueError(f"no request comes from second {case.warm:g} on")
         usual = sum(busy) / case.replicas
         return Answer(
             self._found / self._tokens, max(busy) / usual, waits[count // 2], waits[min(count - 1, count * 99 // 100)],
-            usual / case.counted, count,
+            usual / case.counted, count, seconds,
         )  # fmt: skip

@@ -14,14 +14,15 @@ from typing import Any
 
 from minipaged.experiments.cluster import Layout
 from minipaged.experiments.figures.splits import HEADER, Best, Curves, cells, draw, label, pays, table, varied
-from minipaged.experiments.goodput import LENGTHS, RATIO, SHARE, SLOWEST, Found, Limits, Trial, search
+from minipaged.experiments.goodput import KINDS, LENGTHS, RATIO, SHARE, SLOWEST, Found, Limits, Trial, search
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.machine import Machine
 from minipaged.experiments.report import Report, Table
 from minipaged.experiments.study import Study
 
 GPUS = 4
-SECONDS, COUNT = 20.0, 1000  # so long requests come, and at least so many
+# Requests come for at least 20 s, and there are at least 1,000, or 3 million tokens of prompts if that is less.
+SECONDS, COUNT, TOKENS = 20.0, 1000, 3_000_000
 SYSTEMS: dict[str, list[Layout]] = {
     "whole": [Layout(together=GPUS, budget=2**17, chunked=False)],
     "chunks": [Layout(together=GPUS, budget=budget) for budget in (256, 512, 1024)],
@@ -79,7 +80,7 @@ Case = tuple[str, Machine, Sequence[Limits]]  # a load on a machine, and what it
 
 
 def measure(
-    study: Study, title: str, cases: Mapping[Any, Case], systems: Sequence[str] = (*SYSTEMS,), num_seeds: int = 2
+    study: Study, title: str, cases: Mapping[Any, Case], systems: Sequence[str] = (*SYSTEMS,), num_seeds: int = 1
 ) -> dict[Any, Curves]:
     """case -> Curves."""
     seeds = range(study.seed, study.seed + (1 if study.settings.quick else num_seeds))
@@ -98,7 +99,8 @@ def measure(
 def trial(study: Study, case: Case, layout: Layout, seed: int) -> tuple[Any, ...]:
     """What `search` wants."""
     load, machine, limits = case
-    length = study.seconds(SECONDS), int(study.seconds(COUNT))  # of a quick look: a fifteenth
+    count = min(COUNT, TOKENS // round(KINDS[load].prompt)) if load in KINDS else COUNT
+    length = study.seconds(SECONDS), int(study.seconds(count))  # of a quick look: a fifteenth
     return Trial(load, layout, machine, seed, *length), tuple(limits), study.settings.folder
 
 
@@ -152,7 +154,7 @@ def constants(study: Study) -> tuple[Table, dict[str, Any]]:
         f"TTFT {ttft / 2:g} s": (VARIED, MACHINE, [Limits(ttft / 2, FIXED)]),
         f"TTFT {ttft * 4:g} s": (VARIED, MACHINE, [Limits(ttft * 4, FIXED)]),
     }
-    found = measure(study, "Goodput, constants", cases, num_seeds=1)
+    found = measure(study, "Goodput, constants", cases)
     rows = [[name, *(cells(curves, 0))] for name, curves in found.items()]
     title = f"Constants turned: {VARIED}, TTFT {ttft:g} s, TPOT {1e3 * FIXED:g} ms"
     data = {name: {system: bests[0].rates for system, bests in curves.items()} for name, curves in found.items()}
@@ -166,9 +168,9 @@ def said(load: str, curves: Curves) -> str:
 NOTES = [
     f"Goodput: the highest rate at which {SHARE:.0%} of requests have both their first token and the mean time of each "
     "that follows within the limits, by the number of GPUs (DistServe, OSDI 2024). Poisson arrivals for at least "
-    f"{SECONDS:g} s and {COUNT:,} requests, of which the first and last tenth don't count. Means over seeds (three; "
-    "two where the prompt or the link is varied, one for the constants); the picture has their range. Rates are told "
-    f"apart by {100 * RATIO - 100:.0f} %. 0: not even {SLOWEST:g} a second.",
+    f"{SECONDS:g} s, and at least {COUNT:,} requests or {TOKENS / 1e6:g} million tokens of prompts; the first and last "
+    "tenth of them don't count. By TPOT limit: means over three seeds, and their range in the picture; the rest: one. "
+    f"Rates are told apart by {100 * RATIO - 100:.0f} %. 0: not even {SLOWEST:g} a second.",
     "DistServe's chatbot had TTFT 0.25 s and TPOT 0.1 s (recalled), on A100s. An H100 and a model of 8B keep that with "
     "ease, so TPOT is tightened from there. TTFT is eight times what a mean prompt takes alone or more, so that there "
     "is time to wait for others.",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from minipaged.experiments.report import Report, Table
 from minipaged.experiments.routing import MACHINE, POOLS, Answer, Case, Prompt, read_blocks, run
+from minipaged.experiments.runs import recalled
 from minipaged.experiments.study import Study
 from minipaged.teaching import plots
 
@@ -27,9 +27,9 @@ CALLED = {
     "round_robin": "round robin", "least_loaded": "least loaded", "prefix": "prefix affinity",
     "consistent_hash": "consistent hash", "shared": "one endless cache",
 }  # fmt: skip
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000)
 MIDDLE = 64  # replicas, where something else is varied
-REQUESTS = 64  # replicas' worth of them are measured where there are fewer replicas: with several seeds
+REQUESTS = 32  # replicas' worth of them are measured where there are fewer replicas: with several seeds
 VALUES = {"found": "found in memory (%)", "balance": "busiest by mean", "p50": "p50 TTFT (s)", "p99": "p99 TTFT (s)"}
 FORMS = {"found": "{:.1f}", "balance": "{:.2f}", "p50": "{:.2f}", "p99": "{:.2f}"}
 Row = dict[str, float]  # the fields of an Answer, means over seeds
@@ -72,7 +72,7 @@ def routing(study: Study) -> Report:
 
 
 def measured(study: Study) -> dict[str, Any]:
-    trace, seconds = study.settings.trace, 0.0
+    trace = study.settings.trace
     assert trace is not None
     plan = [(name, policy, options | {"policy": policy}) for name, options in situations().items() for policy in CALLED]
     plan += [(f"hash of {n}", "consistent_hash", {"replicas": MIDDLE, "policy": "consistent_hash", "beginning": n})
@@ -80,20 +80,19 @@ def measured(study: Study) -> dict[str, Any]:
     if study.settings.quick:
         plan = [one for one in plan if one[2]["replicas"] <= MIDDLE]
     cases = [(place, case) for place, (_, _, options) in enumerate(plan) for case in seeded(options, study)]
-    cases.sort(key=lambda one: -one[1].replicas)  # the longest first
+    cases.sort(key=lambda one: one[1].replicas)  # the longest last
     answers: dict[int, list[Answer]] = {}
-    results = study.each("Routing", answered, [(case, trace) for _, case in cases])
-    for (place, _), (answer, took) in zip(cases, results, strict=True):
+    results = study.each("Routing", answered, [(case, trace, study.settings.folder) for _, case in cases])
+    for (place, _), answer in zip(cases, results, strict=True):
         answers.setdefault(place, []).append(answer)
-        seconds += took
     rows: Rows = {}
     for place, (name, policy, _) in enumerate(plan):
         rows.setdefault(name, {})[policy] = averaged(answers[place])
     content = trace.read_bytes()
     made = {
-        "by": "python -m minipaged.experiments routing --trace " + trace.name + " --quick" * study.settings.quick,
-        "requests": len(content.splitlines()),
-        "sha256": hashlib.sha256(content).hexdigest(), "seconds": round(seconds), "machine": MACHINE.server.name,
+        "by": f"python -m minipaged.experiments routing --trace {trace.name}" + " --quick" * study.settings.quick,
+        "requests": len(content.splitlines()), "sha256": hashlib.sha256(content).hexdigest(),
+        "machine": MACHINE.server.name, "seconds": round(sum(one.seconds for one in results)),
     }  # fmt: skip
     return {"made": made, "rows": rows}
 
@@ -105,10 +104,9 @@ def seeded(options: dict[str, Any], study: Study) -> list[Case]:
     return [Case(**options, **short, seed=study.seed + seed) for seed in range(count)]
 
 
-def answered(case: Case, path: Path) -> tuple[Answer, float]:
-    """And the seconds that a processor needed for it."""
-    trace, start = _trace(path), time.process_time()
-    return run(case, trace), time.process_time() - start
+def answered(case: Case, path: Path, folder: Path | None) -> Answer:
+    """From the folder if it is there."""
+    return recalled(folder, f"{case} ".encode() + path.read_bytes(), lambda: run(case, _trace(path)), Answer)
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +115,7 @@ def _trace(path: Path) -> list[Prompt]:
 
 
 def averaged(answers: Sequence[Answer]) -> Row:
-    row = {name: mean(getattr(one, name) for one in answers) for name in vars(answers[0])}
+    row = {name: mean(getattr(one, name) for one in answers) for name in (*VALUES, "busy", "requests")}
     return {name: round(value, 5) for name, value in row.items()}
 
 
@@ -192,7 +190,7 @@ def made(by: Mapping[str, Any]) -> str:
 NOTES = [
     "The trace is that of conversations (Mooncake, FAST 2025). A replica gets one request a second: so many copies of "
     "the trace come as are needed for that, each of other people, each beginning elsewhere in it; only the first block "
-    "that all prompts have in common is the same. 200 s warm up, 200 s count. Of fewer than 64 replicas several runs "
+    "that all prompts have in common is the same. 150 s warm up, 100 s count. Of fewer than 32 replicas several runs "
     "are averaged. The router's policies are the package's own (server/routing.py) with its defaults; its loads are "
     "mean prompts, and the hash is of two blocks.",
     f"A replica keeps {POOLS['host'] / 1e9:.0f} GB of keys and values, on its H100 and in an eighth of a host's 2 TB "

@@ -140,7 +140,7 @@ def panel(axes: Axes, xs: Sequence[float], curves: Curves) -> None:
             for edge in span:
                 if edge not in (xs[0], xs[-1]):
                     axes.axvline(edge, color=plots.GREY, linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", ylim=(0, top))
+    axes.set(xscale="log", ylim=(0, top or 1))
     axes.set_xticks(list(xs), [f"{x:g}" for x in xs], rotation=45)
     axes.minorticks_off()
     if xs[0] > xs[-1]:
