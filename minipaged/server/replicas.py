@@ -6,6 +6,7 @@ it: the router talks HTTP to the servers.
 
 import asyncio
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -74,14 +75,18 @@ def node_address() -> str:
 
 @contextlib.contextmanager
 def ray_running(address: str | None) -> Iterator[None]:
-    """Ray: that of a cluster, or a small one of our own, of which nothing is left at the end. BadInput, CommandFailed if not."""
+    """Ray: that of a cluster, or a small one of our own, of which nothing is left at the end.
+
+    BadInput, CommandFailed if there is none.
+    """
     if importlib.util.find_spec("ray") is None:
         raise BadInput(INSTALL)
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     import ray
 
     # A path of its own, which must be short: sockets have their names in it.
-    folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    short = "/tmp" if os.path.isdir("/tmp") else None
+    folder = None if address else tempfile.mkdtemp(prefix=f"ray-{os.getpid()}-", dir=short)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 80 << 20, "_temp_dir": folder}
     try:
         given = {} if address else own
@@ -91,6 +96,9 @@ def ray_running(address: str | None) -> Iterator[None]:
             if address:
                 raise BadInput(f"--ray-address {address}: no Ray can be had there: {_first_line(error)}") from None
             raise CommandFailed(f"Ray does not start: {_first_line(error)}") from None
+        with contextlib.suppress(Exception):  # of a death it says much; what is to be said of it we say, in a line
+            logs = importlib.import_module("ray._private.ray_logging")
+            logs.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         yield
     finally:
         ray.shutdown()
