@@ -4,17 +4,20 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 from contextlib import closing
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from minipaged.server.routing import POLICIES, make_policy
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
-from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, engine_options
+from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
 from minipaged.terminal.loading import end_as_rank, load
 from minipaged.terminal.server_flags import LIMITS, add_address, add_limits
+from minipaged.terminal.watch import waiting
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.async_llm import AsyncLLM
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: as --model)")
     add_address(parser, 8000)
     _add_manners(parser.add_argument_group("manners"))
+    _add_replicas(parser.add_argument_group("replicas"))
     add_memory(parser.add_argument_group("memory and scheduling"))
     add_speculation(parser.add_argument_group("speculation"))
     add("--debug", action="store_true", help="poison freed memory, and check all page tables at every step")
@@ -63,8 +67,22 @@ def _add_manners(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-page", dest="page", action="store_false", help="show none at /")
 
 
+def _add_replicas(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, words: str, **how: Any) -> None:
+        group.add_argument(flag, help=words, **how)
+
+    add("--replicas", "so many engines on Ray, each a process with its share of the cores, and a router in front of "
+        "them; all flags are for each of them", type=count, metavar="N")  # fmt: skip
+    add("--routing", "which of them gets a request: see --policy of minipaged.route (default: prefix)",
+        choices=POLICIES, default="prefix", metavar="NAME")  # fmt: skip
+    add("--ray-address", "of a cluster: auto on one of its machines; the model must be found on each of them, and so "
+        "must this package (default: a Ray of its own, on this machine)", metavar="HOST:PORT")  # fmt: skip
+
+
 def _serve(args: argparse.Namespace) -> None:
     options, interrupts = engine_options(args), _interrupts()
+    if args.ray_address and not args.replicas:
+        raise BadInput("--ray-address: only with --replicas N")
     end_as_rank(args.model, options)
     try:
         from minipaged.server.running import PortTaken, address, bind
@@ -77,6 +95,9 @@ def _serve(args: argparse.Namespace) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with closing(listening):
+        if args.replicas:
+            _serve_replicas(args, options, listening)
+            return
         llm: AsyncLLM = load("AsyncLLM", args.model, options, Console(stderr=True, highlight=False))
         try:
             from minipaged.server.app import create_app
@@ -90,6 +111,22 @@ def _serve(args: argparse.Namespace) -> None:
             serve(app, listening)
         finally:
             llm.shutdown()
+
+
+def _serve_replicas(args: argparse.Namespace, options: dict[str, Any], listening: socket.socket) -> None:
+    from minipaged.server.replicas import Crew, ray_running
+    from minipaged.server.router import create_router
+    from minipaged.server.running import address, serve
+
+    config, console = _config(args), Console(stderr=True, highlight=False)
+    with ray_running(args.ray_address):
+        crew = Crew(make_policy(args.routing), args.replicas, args.model, options, config, not args.ray_address)
+        with waiting(console, f"loading {args.model}, {args.replicas} times"):
+            crew.start()
+        each = f"{crew.threads} thread{'s' if crew.threads > 1 else ''}"
+        print(f"{args.replicas} replicas of {each} each, by {args.routing}; OpenAI's API at /v1", file=sys.stderr)
+        print(f"{args.model} is served at {address(listening)}", file=sys.stderr, flush=True)
+        serve(create_router(crew, config), listening)
 
 
 def _told(llm: "AsyncLLM", page: bool) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import aiohttp
 
@@ -55,13 +55,16 @@ class Replica:
 
 
 class Fleet:
-    """Some replicas, among whom a policy chooses. pause: seconds between two questions. hang: see above, seconds."""
+    """Some replicas, among whom a policy chooses.
 
-    def __init__(self, policy: Policy, urls: Iterable[str] = (), pause: float = 1.0, hang: float = 10.0):
-        self.policy, self._pause, self._hang = policy, pause, hang
+    size: how many there should be. pause: seconds between two questions. hang: see above, seconds.
+    """
+
+    def __init__(self, policy: Policy, urls: Sequence[str] = (), pause: float = 1.0, hang: float = 10.0):
+        self.policy, self.size, self._pause, self._hang = policy, len(urls), pause, hang
         self.replicas: dict[str, Replica] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._urls = list(urls)
+        self._urls = urls
         self.num_retries = self.num_broken = 0  # requests sent elsewhere; streams that broke off
 
     async def open(self) -> None:

@@ -135,4 +135,4 @@ async def forward(fleet: Fleet, asked: Asked) -> tuple[Talk, bytes, AsyncGenerat
         return refused[-1]
     if lost:
         raise ApiError(502, f"{lost} replicas were lost before they answered: {why}")
-    raise ApiError(503, f"none of {len(fleet.replicas)} replicas can be reached: come again", retry_after=1)
+    raise ApiError(503, f"none of {fleet.size} replicas can be reached: come again", retry_after=1)

@@ -143,12 +143,13 @@ class Door:
              "why": replica.why} | ({"role": role} if role else {})
             for role, fleet in self._lobby.fleets.items() for url, replica in fleet.replicas.items()
         ]  # fmt: skip
-        return {"live": sum(one["lives"] for one in replicas), "replicas": replicas}
+        size = sum(fleet.size for fleet in self._lobby.fleets.values())
+        return {"live": sum(one["lives"] for one in replicas), "of": size, "replicas": replicas}
 
     async def page(self, http: Request) -> Response:
         """Where the replicas are."""
         state = self._state()
-        lines = [f"{state['live']} of {len(state['replicas'])} replicas live. Each has a page, at its address:", ""]
+        lines = [f"{state['live']} of {state['of']} replicas live. Each has a page, at its address:", ""]
         for one in state["replicas"]:
             said = f"{one['outstanding']} under way" if one["lives"] else one["why"]
             lines.append(f"{one['url']}  {one.get('role', '')}  {said}")
