@@ -44,7 +44,8 @@ class Executor:
     def __init__(self, args: EngineArgs):
         self._args = args
         self._ranks = start_ranks(args)
-        self._finalizer = weakref.finalize(self, self._ranks.close) if self._ranks else None
+        if self._ranks:
+            weakref.finalize(self, self._ranks.close)  # whoever forgets to
         try:
             self._open()
         except BaseException:
@@ -156,8 +157,8 @@ class Executor:
 
     def close(self) -> None:
         """Give the memory of weights, keys and values back. Doing it twice does no harm."""
-        if self._finalizer:
-            self._finalizer()
+        if self._ranks:
+            self._ranks.close()
         self.__dict__.pop("runner", None)
 
 
