@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from cpp_builds import library
+from cpp_builds import again_under_sanitizers, library
 
 from kernels.cpp_build import load
 from kernels.cpp_sum import SLOT, SharedSum, memory_size
@@ -158,3 +158,7 @@ def test_python_goes_on_meanwhile(cpp):
 def test_too_little_memory_is_refused(cpp):
     with shared(cpp, 2) as file, pytest.raises(ValueError, match="3 ranks share"):
         SharedSum(cpp, mmap.mmap(file.fileno(), 0), 0, 3, alive)
+
+
+def test_sums_under_sanitizers(request):
+    again_under_sanitizers(__file__, request)

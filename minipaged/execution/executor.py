@@ -51,7 +51,8 @@ class Executor:
         self._args = args
         self.connector: KVConnector | None = None
         self._ranks = start_ranks(args)
-        self._finalizer = weakref.finalize(self, self._ranks.close) if self._ranks else None
+        if self._ranks:
+            weakref.finalize(self, self._ranks.close)  # whoever forgets to
         try:
             self._open()
         except BaseException:
@@ -181,8 +182,8 @@ class Executor:
 
     def close(self) -> None:
         """Give the memory of weights, keys and values back. Doing it twice does no harm."""
-        if self._finalizer:
-            self._finalizer()
+        if self._ranks:
+            self._ranks.close()
         if self.connector:
             self.connector.close()
         self.__dict__.pop("runner", None)

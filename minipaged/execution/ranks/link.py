@@ -25,9 +25,14 @@ class Link:
         ours, theirs = socket.socketpair()
         return cls(Connection(ours.detach())), theirs
 
-    def send(self, kind: bytes, body: bytes = b"") -> None:
-        with self._speaking:
+    def send(self, kind: bytes, body: bytes = b"", patience: float = -1) -> None:
+        """patience: seconds to wait for another thread, whom nobody may listen to; then OSError. -1: for ever."""
+        if not self._speaking.acquire(timeout=patience):
+            raise TimeoutError
+        try:
             self.connection.send_bytes(kind + body)
+        finally:
+            self._speaking.release()
 
     def say(self, **what: Any) -> None:
         self.send(SAYS, json.dumps(what).encode())

@@ -64,7 +64,7 @@ def _memory(size: int, notice: Callable[[str], None]) -> int:
         return -1
 
 
-def _store() -> tuple[dist.Store, int]:
+def _store() -> "tuple[dist.Store, int]":
     """Where gloo's ranks find each other: on a free port that only this machine can reach."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -62,7 +62,7 @@ def _library() -> CDLL:
 class DistributedRanks(Ranks):
     """Over gloo on CPUs, and nccl on GPUs (not tested on several of them). store: where they find each other."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, device: str):
+    def __init__(self, store: "dist.Store", rank: int, size: int, device: str):
         self.rank, self.size = rank, size
         self._group: Any
         store = dist.PrefixStore("sums", store)

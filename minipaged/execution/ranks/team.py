@@ -16,7 +16,7 @@ from minipaged.execution.ranks.link import BEAT_SECONDS, END, ORDER, SAYS, Link
 from minipaged.models import ModelError
 
 AS_SUCH: dict[str, type[Exception]] = {  # what is wrong with what the caller gave reaches the caller, while it loads
-    kind.__name__: kind for kind in (ModelError, ValueError, OSError, FileNotFoundError, MemoryError)
+    kind.__name__: kind for kind in (ModelError, ValueError, OSError, MemoryError)
 }
 SECONDS_TO_START = 120.0  # a rank that imports and reads may be silent for so long
 SECONDS_TO_END = 3.0
@@ -82,7 +82,7 @@ class Team:
         self.failure: str | None = None
         self._process = os.getpid()
         self._kind: type[Exception] = RankError  # of the failure
-        self._closing = False
+        self._closing = self._closed = False
         self._news = threading.Condition()
         self._wake, self._woken = Pipe()
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -153,16 +153,16 @@ class Team:
         self.fail(otherwise)
 
     def close(self) -> None:
-        """Let them end, and see to it that they do. Doing it twice does no harm."""
+        """Let them end, and see to it that they do. Doing it twice does no harm; broken off, it may be done again."""
+        if self._closed:
+            return
         with self._news:
-            if self._closing:
-                return
             self._closing = True
             self._news.notify_all()
         if self.failure is None:
             for member in self.members:
                 with contextlib.suppress(OSError):
-                    member.link.send(END)
+                    member.link.send(END, patience=BEAT_SECONDS)
         self._wake.close()
         if threading.current_thread() is not self._watcher:
             self._watcher.join()
@@ -172,6 +172,7 @@ class Team:
             if member.complaints is not None:
                 member.complaints.close()
         self._woken.close()
+        self._closed = True
 
     def _end_all(self, patience: float) -> None:
         """Those elsewhere see their links break. Those that were started here are killed if they don't end."""
@@ -209,17 +210,19 @@ class Team:
         if kind == SAYS:
             said = json.loads(body)
             if "failed" in said:
-                self._complain(member, said["kind"], said["failed"])
+                self._complain(member, said["kinds"], said["failed"])
                 return
             with self._news:
                 member.said.append(said)
                 self._news.notify_all()
 
-    def _complain(self, member: Member, kind: str, text: str) -> None:
-        if kind in AS_SUCH and not member.ready:
-            self.fail(f"rank {member.rank}: {text}", AS_SUCH[kind])
+    def _complain(self, member: Member, kinds: list[str], text: str) -> None:
+        """kinds: the names of the error's class, and of those that it is one of."""
+        kind = next((AS_SUCH[name] for name in kinds if name in AS_SUCH), None)
+        if kind is not None and not member.ready:
+            self.fail(f"rank {member.rank}: {text}", kind)
         else:
-            self.fail(f"{member} failed: {kind}: {text}")
+            self.fail(f"{member} failed: {kinds[0]}: {text}")
 
     def _suffer(self, member: Member, passed: float) -> None:
         member.silent += passed

@@ -55,7 +55,7 @@ def meet(size: int, silence: float, device: str, args: dict[str, Any]) -> tuple[
         raise
 
 
-def _wait_for_all(store: dist.Store, size: int) -> list[Member]:
+def _wait_for_all(store: "dist.Store", size: int) -> list[Member]:
     """ValueError if somebody does not come."""
     key = secrets.token_hex(16)
     near = os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1")
@@ -77,7 +77,7 @@ def _wait_for_all(store: dist.Store, size: int) -> list[Member]:
     return sorted(members, key=lambda member: member.rank)
 
 
-def _be_a_rank(store: dist.Store, rank: int, size: int, device: str) -> NoReturn:
+def _be_a_rank(store: "dist.Store", rank: int, size: int, device: str) -> NoReturn:
     found = json.loads(store.get("link"))
     link = _linked(socket.create_connection((os.environ["MASTER_ADDR"], found["port"])))
     answer_challenge(link.connection, found["key"].encode())

@@ -53,9 +53,9 @@ def serve(link: Link, make_ranks: Callable[[dict[str, Any]], "Ranks"], parent: i
     except BaseException as error:
         if isinstance(error, SumBroken):  # others may know better why: the first reason that rank 0 hears counts
             time.sleep(SECONDS_FOR_A_REASON)
-        kind, text = type(error).__name__, " ".join(str(error).split()) or "no more is known"
+        kinds, text = [kind.__name__ for kind in type(error).__mro__], " ".join(str(error).split())
         with contextlib.suppress(OSError):
-            link.say(failed=f"{text:.2000}", kind=kind)
+            link.say(failed=f"{text or 'no more is known':.2000}", kinds=kinds)
         return 1
 
 
