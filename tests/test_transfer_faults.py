@@ -145,6 +145,22 @@ def test_aborted_when_it_is_kept_and_while_it_is_loading(folder):
         wait_until_empty(producer)
 
 
+def test_what_was_dropped_is_never_written(folder):
+    """Its blocks are somebody else's by now."""
+    extra = {"kv_connector_extra_config": {"bytes_per_step": 1}}
+    stack, (producer, consumer) = in_process(folder, consumer=dict(num_blocks=50, prefix_cache="none"), **extra)
+    with stack:
+        other = [*reversed(PROMPT)]
+        wanted = alone(folder, [(other, GREEDY)])
+        for steps in (2, 6, 12):
+            [first] = producer.generate(PROMPT, FIRST)
+            consumer.add_request(PROMPT, second_half(GREEDY, first.kv_transfer_params), "a")
+            for _ in range(steps):
+                consumer.step()
+            consumer.abort("a")
+            assert [told(consumer.generate(other, GREEDY)[0])] == wanted
+
+
 def test_a_liar_at_the_door_harms_nobody(folder):
     """Names that nobody has, blocks that nobody has, no JSON, nothing at all; and the pool can only be read."""
     stack, (producer, consumer) = in_process(folder, kv_connector_extra_config={"timeout_seconds": 0.3})
