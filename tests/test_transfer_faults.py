@@ -308,3 +308,29 @@ def test_nobody_is_there(folder, where, error):
     with LLM(folder, **options) as consumer:
         [end] = consumer.generate(PROMPT, second_half(GREEDY, WHERE | where))
         assert error in end.error
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_of_this_machine_is_not_answered(folder):
+    """Linux's own namespace of sockets has no permissions: whoever knows the name can connect."""
+    stack, (producer, _) = in_process(folder)
+    with stack:
+        [first] = producer.generate(PROMPT, FIRST)
+        for user, answered in ((0, b"y"), (65534, b"n")):
+            ours, theirs = os.pipe()
+            if not (child := os.fork()):
+                said = b""
+                try:
+                    os.setuid(user)
+                    sock = socket.socket(socket.AF_UNIX)
+                    sock.settimeout(5)
+                    sock.connect("\0" + first.kv_transfer_params["remote_host"][1:])
+                    transfer_link.send(sock, {"hello": {}})
+                    said = sock.recv(1)
+                finally:
+                    os.write(theirs, b"y" if said else b"n")
+                    os._exit(0)
+            assert os.read(ours, 1) == answered
+            os.waitpid(child, 0)
+            os.close(ours)
+            os.close(theirs)
