@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from tiny_model import make_folder
 
-from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged import LLM, BeamSearchParams, SamplingParams, serve
 from minipaged.execution import transfer_link
 from tests.transfers import (
     AWAY,
@@ -334,3 +334,13 @@ def test_another_user_of_this_machine_is_not_answered(folder):
             os.waitpid(child, 0)
             os.close(ours)
             os.close(theirs)
+
+
+@pytest.mark.parametrize(("given", "error"), [
+    ("{", "--kv-transfer-config: is no JSON"),
+    ('{"kv_role": "x"}', "kv_transfer_config: kv_connector='': must be one of SharedMemoryConnector"),
+    ('{"kv_rool": "x"}', "kv_transfer_config has no key 'kv_rool'; did you mean 'kv_role'?"),
+])  # fmt: skip
+def test_the_flag_is_checked_before_anything_is_loaded(given, error, capsys):
+    assert serve.main(["--kv-transfer-config", given]) == 2
+    assert error in capsys.readouterr().err
