@@ -14,6 +14,7 @@
     cpp.py               the backend for a CPU,
     cpp_packed.py          its products with small numbers,
     huge_pages.py          where its weights lie,
+    cpp_sum.py             its sums over several processes,
     cpp_build.py           how its C++ is built,
     cpu/                   and the C++ (begin with vectors.h)
     bench/               python -m kernels.bench: how fast they are

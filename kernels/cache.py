@@ -72,15 +72,16 @@ def poison(cache: Tensor, blocks: list[int] | None = None) -> None:
 def new_cache(
     layers: int, num_blocks: int, block_size: int, kv_heads: int, head_size: int,
     dtype: torch.dtype, device: torch.device | str = "cpu", pinned: bool = False,
-    memory: Callable[[int], Tensor | None] = lambda num_bytes: None,
+    memory: Callable[[int], Tensor | None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Keys and values of N blocks for all layers: [L, 2, G, N, B, D], or [..., D + 4] in eight bits; not initialised.
 
     A slot is never read before it is written, so the system need not give memory to blocks that are never used.
     Heads stand outside blocks, so that for one head a block is B D numbers in one piece.
-    pinned: CPU memory that a GPU can reach by itself, to swap to. memory: who gives so many bytes, instead of PyTorch.
+    pinned: CPU memory that a GPU can reach by itself, to swap to. memory: who gives so many bytes;
+    None, or if it gives none: PyTorch does.
     """
     shape = (layers, 2, kv_heads, num_blocks, block_size, slot_size(head_size, dtype))
-    if (given := memory(math.prod(shape) * dtype.itemsize)) is not None:
+    if memory is not None and (given := memory(math.prod(shape) * dtype.itemsize)) is not None:
         return given.view(dtype).view(shape)
     return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)

@@ -89,4 +89,9 @@ def load(path: Path) -> ctypes.CDLL:
     library.cpu_pack.argtypes = [p, n, n, i, p, i]
     library.cpu_packed_linear.argtypes = library.cpu_packed_linear_int8.argtypes = [p, p, p, p, n, i, i]
     library.cpu_packed_rows.argtypes = [p, p, n, p]
+    library.ranks_memory.argtypes, library.ranks_memory.restype = [n, n], n
+    library.ranks_bring.argtypes = [p, n, n, n, n, p, n]
+    library.ranks_wait.argtypes = [p, n, n, n]
+    library.ranks_add.argtypes = [p, n, n, n, p, n, i]
+    library.ranks_copy.argtypes = [p, n, n, n, n, p, n]
     return library

@@ -15,6 +15,7 @@ All formats that are read here are cases of it:
 The arithmetic is exact up to the last rounding: a code times a scale of half precision fits into a float.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -117,6 +118,40 @@ class Packed:
     def rows(self, which: Tensor | slice) -> "Packed":
         """Some rows, in this order."""
         return replace(replace(self, order=None)._each(lambda tensor: tensor[which]), order=self.order)
+
+    def columns(self, begin: int, end: int) -> "Packed | Tensor":
+        """Columns begin to end of W (of its rows, where it lies across), a copy: the same numbers to the last bit.
+
+        Where the cut goes through groups they become smaller ones, and through outer ones these are multiplied out.
+        Floats if the columns stand in an order in which what is left of the groups isn't all of one size.
+        """
+        if self.order is not None:
+            return self._scattered_columns(self.order, begin, end)
+        if self.outer is not None and (begin % OUTER or end % OUTER):
+            return replace(self, scale=self.scales(), minimum=self.minima(), outer=None).columns(begin, end)
+        size = self.group_size
+        in_one = begin // size == (end - 1) // size
+        finer = end - begin if in_one else math.gcd(size, begin, end)
+        groups = torch.arange(begin, end, finer, device=self.device) // size
+        outer = self.outer
+        if outer is not None:
+            which = slice(begin // OUTER, end // OUTER)
+            outer = outer[0][:, which].clone(), None if outer[1] is None else outer[1][:, which].clone()
+        return replace(self._groups(groups), codes=self.codes[:, begin:end].contiguous(), outer=outer)
+
+    def _scattered_columns(self, order: Tensor, begin: int, end: int) -> "Packed | Tensor":
+        kept = ((order >= begin) & (order < end)).nonzero().flatten()
+        groups, counts = (kept // self.group_size).unique_consecutive(return_counts=True)
+        if not (counts == counts[0]).all():
+            weight = replace(self, across=False).dequantize()[:, begin:end]
+            return weight.t() if self.across else weight.contiguous()
+        return replace(self._groups(groups), codes=self.codes[:, kept], order=order[kept] - begin)
+
+    def _groups(self, which: Tensor) -> "Packed":
+        """With the scales of these groups instead of all; codes must follow."""
+        zero = self.zero if isinstance(self.zero, int) else self.zero[:, which]
+        minimum = None if self.minimum is None else self.minimum[:, which]
+        return replace(self, scale=self.scale[:, which], zero=zero, minimum=minimum)
 
     def __getitem__(self, which: Tensor) -> Tensor:
         """Some rows in floats, of any shape [...] -> [..., in]: an embedding."""

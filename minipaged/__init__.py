@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minipaged.async_llm import AsyncLLM
+    from minipaged.execution.ranks.errors import RankError
     from minipaged.llm import LLM
     from minipaged.requests.beam_search_params import BeamSearchParams
     from minipaged.requests.request import RequestRefused
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from minipaged.text.outputs import CompletionOutput, RequestOutput
 
 __all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "RequestOutputKind"]
-__all__ += ["RequestRefused", "SamplingParams", "StructuredOutputsParams"]
+__all__ += ["RankError", "RequestRefused", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
     "LLM": "llm",
@@ -27,6 +28,7 @@ _HOMES = {
     "BeamSearchParams": "requests.beam_search_params",
     "CompletionOutput": "text.outputs",
     "Logprob": "requests.sampling_params",
+    "RankError": "execution.ranks.errors",
     "RequestOutput": "text.outputs",
     "RequestOutputKind": "requests.sampling_params",
     "SamplingParams": "requests.sampling_params",

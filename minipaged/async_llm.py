@@ -85,6 +85,7 @@ class AsyncLLM:
 
     def submit(self, requests: list[Request]) -> Stream:
         """Let prepared requests (`LLMEngine.prepare`) wait, all or none. Who stops reading has to close the stream."""
+        self._must_compute()
         stream = Stream(requests, self._abort)
         self.waiting.update({request: len(request.prompt_token_ids) for request in requests})
         try:
@@ -144,10 +145,17 @@ class AsyncLLM:
             raise EngineDeadError("the engine was shut down")
 
     async def check_health(self) -> None:
-        """EngineDeadError if the last step failed, or if the engine was shut down."""
-        self.must_live()
+        """EngineDeadError if the last step failed, or the next one must fail, or if the engine was shut down."""
+        self._must_compute()
         if self._failures:
             raise EngineDeadError(f"the last step failed: {self._error!r}")
+
+    def _must_compute(self) -> None:
+        self.must_live()
+        try:
+            self.engine.check_health()
+        except RuntimeError as error:
+            raise EngineDeadError(str(error)) from error
 
     def shutdown(self) -> None:
         """End all requests and the thread, and give the memory back. Who waits gets EngineDeadError."""

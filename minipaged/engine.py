@@ -180,6 +180,10 @@ class LLMEngine:
         """The sums since the beginning, as of the last step. Whoever asks, in whatever thread, waits for none."""
         return self._totals
 
+    def check_health(self) -> None:
+        """RuntimeError if nothing can be computed any more. Whoever asks, in whatever thread, waits for nothing."""
+        self.executor.check_health()
+
     def close(self) -> None:
         """End all requests, and give the memory back. Nothing can be asked afterwards."""
         with self._lock:
@@ -319,6 +323,7 @@ class LLMEngine:
                 self._make_whole()
                 if name in self._requests:
                     raise ValueError(f"request_id {name!r} is in use")
+                self.check_health()
                 adding = True
                 self._say_what_beams_do_without(request)
                 self._unfinished = self._start_over

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from minipaged.terminal.command import FAILED, INTERRUPTED, BadInput, CommandFailed, run
 from minipaged.terminal.engine_flags import engine_options
-from minipaged.terminal.loading import load
+from minipaged.terminal.loading import end_as_rank, load
 from minipaged.terminal.options import HINTS, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.terminal.report import Results, show_account, show_prefixes
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             try:
                 args = parse(argv)
+                end_as_rank(args.model, engine_options(args))
                 return _generate(args, read_jobs(args), stack)
             except NoPrompt:
                 if argv:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.terminal.command import EPILOG, BadInput, Parser, run
+from minipaged.terminal.engine_flags import RANKS_HELP, count
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not to say that a flag is wrong
     from minipaged.quantization.progress import Shown
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stride", type=int, metavar="N",
         help="from a window's beginning to the next one's; what overlaps is only read (default: a token)")  # fmt: skip
     add("--limit-tokens", type=int, metavar="N", help="only the text's first (default: all)")
+    add("--tensor-parallel-size", type=count, default=1, metavar="N", help=RANKS_HELP)
     add("--json", type=Path, metavar="FILE", help="write the rows there, too")
     return parser
 
@@ -121,7 +124,9 @@ def _measure(
     from minipaged.quantization.perplexity import score
 
     stride = min(args.stride or context - 1, context - 1)
-    with opened(args.model, WAYS[name], grid, context, shown.doing(f"{name}: layers")) as (llm, bits):
+    way = WAYS[name]
+    way = replace(way, options=way.options | {"tensor_parallel_size": args.tensor_parallel_size})
+    with opened(args.model, way, grid, context, shown.doing(f"{name}: layers")) as (llm, bits):
         began = time.monotonic()
         found = score(llm, text, context, stride, args.limit_tokens, shown.doing(f"{name}: windows"))
         return {

@@ -4,16 +4,20 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 from contextlib import closing
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from minipaged.server.routing import POLICIES, make_policy
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
 from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
-from minipaged.terminal.loading import load
+from minipaged.terminal.loading import end_as_rank, load
+from minipaged.terminal.server_flags import LIMITS, add_address, add_limits
+from minipaged.terminal.watch import waiting
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.async_llm import AsyncLLM
@@ -44,9 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("given", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: smollm2)")
     model.add_argument("--model", help="the same")
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: as --model)")
-    add("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (default: 127.0.0.1)")
-    add("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    add_address(parser, 8000)
     _add_manners(parser.add_argument_group("manners"))
+    _add_replicas(parser.add_argument_group("replicas"))
     add_memory(parser.add_argument_group("memory and scheduling"))
     add_speculation(parser.add_argument_group("speculation"))
     add("--debug", action="store_true", help="poison freed memory, and check all page tables at every step")
@@ -54,41 +58,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_manners(group: argparse._ArgumentGroup) -> None:
-    def limit(flag: str, kind: type, default: float, words: str) -> None:
-        least = count if kind is int else _seconds
-        group.add_argument(flag, type=least, default=default, metavar="N", help=f"{words} (default: {default})")
-
     keys = "who asks must have it; may be repeated (default: MINIPAGED_API_KEY, if that is set)"
     group.add_argument("--api-key", action="append", metavar="KEY", help=keys)
     origins = "pages from there may ask, too (CORS); * for all; may be repeated (default: none)"
     group.add_argument("--allowed-origin", action="append", metavar="URL", help=origins)
-    limit("--max-body-bytes", int, 4 * 1024 * 1024, "the longest body of a request")
-    limit("--max-queued-requests", int, 1024, "who comes when so many wait gets 429")
-    limit("--max-queued-tokens", int, 1024 * 1024, "the same, in tokens of prompts")
-    limit("--max-queue-seconds", float, 300, "who waited so long gets 503")
-    limit("--drain-seconds", float, 30, "how long those under way have to end")
+    add_limits(group, *LIMITS)
     group.add_argument("--log-text", action="store_true", help="log what is asked and answered, too")
     group.add_argument("--no-page", dest="page", action="store_false", help="show none at /")
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, not {text!r}")
-    return int(text)
+def _add_replicas(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, words: str, **how: Any) -> None:
+        group.add_argument(flag, help=words, **how)
 
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < 1e7:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
-    return seconds
+    add("--replicas", "so many engines on Ray, each a process with its share of the cores, and a router in front of "
+        "them; all flags are for each of them", type=count, metavar="N")  # fmt: skip
+    add("--routing", "which of them gets a request: see --policy of minipaged.route (default: prefix)",
+        choices=POLICIES, default="prefix", metavar="NAME")  # fmt: skip
+    add("--ray-address", "of a cluster: auto on one of its machines; the model must be found on each of them, and so "
+        "must this package (default: a Ray of its own, on this machine)", metavar="HOST:PORT")  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> None:
     options, interrupts = engine_options(args), _interrupts()
+    if args.ray_address and not args.replicas:
+        raise BadInput("--ray-address: only with --replicas N")
+    end_as_rank(args.model, options)
     try:
         from minipaged.server.running import PortTaken, address, bind
     except ModuleNotFoundError as error:
@@ -100,6 +95,9 @@ def _serve(args: argparse.Namespace) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with closing(listening):
+        if args.replicas:
+            _serve_replicas(args, options, listening)
+            return
         llm: AsyncLLM = load("AsyncLLM", args.model, options, Console(stderr=True, highlight=False))
         try:
             from minipaged.server.app import create_app
@@ -113,6 +111,22 @@ def _serve(args: argparse.Namespace) -> None:
             serve(app, listening)
         finally:
             llm.shutdown()
+
+
+def _serve_replicas(args: argparse.Namespace, options: dict[str, Any], listening: socket.socket) -> None:
+    from minipaged.server.replicas import Crew, ray_running
+    from minipaged.server.router import create_router
+    from minipaged.server.running import address, serve
+
+    config, console = _config(args), Console(stderr=True, highlight=False)
+    with ray_running(args.ray_address):
+        crew = Crew(make_policy(args.routing), args.replicas, args.model, options, config, not args.ray_address)
+        with waiting(console, f"loading {args.model}, {args.replicas} times"):
+            crew.start()
+        each = f"{crew.threads} thread{'s' if crew.threads > 1 else ''}"
+        print(f"{args.replicas} replicas of {each} each, by {args.routing}; OpenAI's API at /v1", file=sys.stderr)
+        print(f"{args.model} is served at {address(listening)}", file=sys.stderr, flush=True)
+        serve(create_router(crew, config), listening)
 
 
 def _told(llm: "AsyncLLM", page: bool) -> str:

@@ -24,3 +24,5 @@ def pytest_addoption(parser):
     parser.addoption("--sanitize", action="store_true", help="build C++ with sanitizers (LD_PRELOAD must hold libasan)")
     parser.addoption("--transfer-examples", type=int, default=25, help="times that one of two engines is killed (25)")
     parser.addoption("--server-examples", type=int, default=15, help="bodies for each route of the server (15)")
+    parser.addoption("--rank-examples", type=int, default=6, help="kills and stops of processes at random moments (6)")
+    parser.addoption("--router-examples", type=int, default=1, help="times that a server is killed below a router (1)")

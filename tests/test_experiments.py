@@ -503,7 +503,7 @@ def test_every_request_is_done_once_and_none_before_it_can_be(name, num_slots):
 
 @given(st.floats(1e-4, 50), st.floats(1e-3, 0.1), st.just(0.0) | st.floats(1e-9, 1e-4))
 def test_until_is_the_first_that_is_enough(seconds, first, growth):
-    k, whole = simulation._until(seconds, first, growth), lambda k: k * first + growth * k * (k - 1) / 2
+    k, whole = simulation.until(seconds, first, growth), lambda k: k * first + growth * k * (k - 1) / 2
     assert k >= 1 and whole(k) >= seconds * (1 - 1e-6)
     assert k == 1 or whole(k - 1) < seconds * (1 + 1e-6)
 

@@ -245,7 +245,7 @@ def test_a_bad_trace_is_named_by_its_line(capsys, tmp_path):
     assert code == 2 and "line 2: prompt must be a number of tokens from 1 on, not 0" in err
     trace.write_text(LINE)
     code, out, err = run_main(capsys, "fig18", "--trace", trace, "--out", tmp_path / "out")
-    assert code == 2 and "--trace is for fig2, fig12, fig13, not for fig18" in err
+    assert code == 2 and "--trace is for fig2, fig12, fig13, goodput, routing, not for fig18" in err
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def weights(monkeypatch):
     for name in ("llama", "gpt2"):
         model_class = sys.modules["minipaged.models"].ARCHITECTURES[name]
 
-        def catch(self, config, weights, backend):
+        def catch(self, config, weights, backend, ranks):
             caught.clear()
             caught.update({n: floats(w, torch.float32) if isinstance(w, Packed) else w for n, w in weights.items()})
 

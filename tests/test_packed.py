@@ -24,14 +24,14 @@ def backend(request):
     return lambda products="exact": cpp.CppBackend(torch.float32, library, products=products)
 
 
-def blocks(kind: str, out: int, into: int, seed: int = 0) -> np.ndarray:
-    """Random bytes in the layout of a GGUF type; fp16 scales are finite, and about 0.01."""
+def blocks(kind: str, out: int, into: int, seed: int = 0, scale: float = 0.01) -> np.ndarray:
+    """Random bytes in the layout of a GGUF type; fp16 scales are finite, and about `scale`."""
     rng = np.random.default_rng(seed)
     size = TYPES[kind][0]
     rows = rng.integers(0, 256, (out, into // (256 if "K" in kind else 32), size), dtype=np.uint8)
     places = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2]}
     for at in places.get(kind, [208]):
-        scales = rng.normal(0, 0.01, rows.shape[:2]).astype(np.float16)
+        scales = rng.normal(0, scale, rows.shape[:2]).astype(np.float16)
         rows[..., at : at + 2] = scales[..., None].view(np.uint8)
     return rows.reshape(out, -1)
 

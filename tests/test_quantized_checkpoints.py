@@ -38,7 +38,7 @@ AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]  # which of its eight columns each four b
 
 def words(codes, bits):
     """Codes [rows, n] as one long number a row, lowest first, cut into int32."""
-    rows = [sum(int(code) << bits * i for i, code in enumerate(row)) for row in codes]
+    rows = [sum(code << bits * i for i, code in enumerate(row)) for row in codes.tolist()]
     size = -(-codes.shape[1] * bits // 32) * 4
     data = b"".join(row.to_bytes(size, "little") for row in rows)
     return torch.from_numpy(np.frombuffer(data, np.int32).reshape(len(rows), -1).copy())

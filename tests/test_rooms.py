@@ -29,13 +29,14 @@ MAY_IMPORT |= {
     "async_llm": ENGINE,
     "server": ENGINE | {"async_llm", "terminal"},
     "serve": ENGINE | {"async_llm", "terminal", "server"},
+    "route": {"terminal", "server"},
     "train_head": ENGINE | {"llm", "terminal", "training"},
     "quantize": ENGINE | {"terminal", "quantization"},
     "perplexity": ENGINE | {"terminal", "quantization"},
     "trace": {"terminal"},
     "bench": ENGINE | {"llm"},
     "teaching": {"memory"},
-    "experiments": ENGINE | {"llm", "teaching", "bench"},
+    "experiments": ENGINE | {"llm", "teaching", "bench", "server"},  # of the server its policies of routing
 }
 NO_TENSORS = ("memory", "requests", "scheduling")  # nor what they import
 TENSORS = {"torch", "numpy", "triton", "einops"}
@@ -146,5 +147,5 @@ def test_every_room_says_what_it_is_for():
             assert "?" in words.splitlines()[0], f"{file}: a room has a question"
             assert "owns:" in words and "does not own:" in words
     loose = {f.name for f in (ROOT / "minipaged").glob("*.py")}
-    doors = {"llm", "async_llm", "engine", "serve", "generate", "trace", "train_head", "quantize", "perplexity"}
-    assert loose == {"__init__.py", *(f"{name}.py" for name in doors)}
+    doors = "llm async_llm engine serve route generate trace train_head quantize perplexity"
+    assert loose == {"__init__.py", *(f"{name}.py" for name in doors.split())}

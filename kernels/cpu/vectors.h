@@ -6,6 +6,7 @@
 //   packed.h       weights in small numbers: packed.cpp, exact products; packed_int8.cpp, with activations rounded, too
 //   attention.cpp  tiles over keys and values, read through the page table, with an online softmax
 //   rest.cpp       norm, rope and cache write, gated activation
+//   ranks.cpp      sums over several processes, through memory that they share
 //
 // Plain functions on plain memory: cpp.py builds these files once and calls them through ctypes.
 

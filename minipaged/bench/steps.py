@@ -23,7 +23,7 @@ from kernels.cache import codes, is_quantized, raw, scales, slot_size
 from kernels.cpp import CppBackend
 from kernels.reference import quantize
 from minipaged import cache_folder
-from minipaged.execution.executor import KV_DTYPES
+from minipaged.execution.loading import KV_DTYPES
 from minipaged.models import Loaded, load
 
 # Name -> how the weights are loaded, how they are multiplied by, and what the cache holds.

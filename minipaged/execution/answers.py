@@ -119,19 +119,26 @@ def _find_candidates(logits: Tensor, wanted: list[ScheduledSequence], output: St
             output.candidates[s.seq_id] = row[: s.num_candidates]
 
 
-def _tell_prompt_logprobs(
-    model: Model, sequences: list[ScheduledSequence], hidden: Tensor, output: StepOutput
-) -> None:
-    """Logprobs of tokens of prompts, from the rows of hidden [T, E] before them, in pieces of bounded size."""
-    wanted: list[tuple[int, int, int, int]] = []  # whose, row, how many best tokens, token
+Target = tuple[int, int, int, int]  # whose, row of hidden, how many best tokens, token
+
+
+def prompt_pieces(sequences: list[ScheduledSequence]) -> list[list[Target]]:
+    """What is wanted of prompts, in pieces: the logits of a piece are made at a time."""
+    wanted: list[Target] = []
     begin = 0
     for s in sequences:
         if t := s.targets:
             row = begin + t.start - 1 - s.start
             wanted += [(s.seq_id, row + i, t.num_best, token) for i, token in enumerate(t.token_ids)]
         begin += len(s.token_ids)
-    for at in range(0, len(wanted), PIECE):
-        piece = wanted[at : at + PIECE]
+    return [wanted[at : at + PIECE] for at in range(0, len(wanted), PIECE)]
+
+
+def _tell_prompt_logprobs(
+    model: Model, sequences: list[ScheduledSequence], hidden: Tensor, output: StepOutput
+) -> None:
+    """Logprobs of tokens of prompts, from the rows of hidden [T, E] before them."""
+    for piece in prompt_pieces(sequences):
         logits = model.logits(hidden[[row for _, row, _, _ in piece]])
         found = top_logprobs(logits, [(i, k, token) for i, (_, _, k, token) in enumerate(piece)])
         for (seq_id, *_), logprobs in zip(piece, found, strict=True):

@@ -57,6 +57,10 @@ class EngineArgs:
     prefix_cache: "none", "hash" or "radix": how blocks are found again, see memory/prefix_cache.py.
     max_num_batched_tokens: see `Scheduler`; by default BUDGET, and a token for each sequence at the least.
     max_num_seqs, chunked_prefill, schedule, preemption, watermark: see `Scheduler`.
+    tensor_parallel_size: processes that compute the model together, each its part: see execution/ranks. Under torchrun
+    it must be as many as torchrun has started: rank 0 gets an engine; the others never leave `LLM(...)`, and end when
+    rank 0's is closed. With more than one there are no CUDA graphs.
+    rank_timeout: seconds after which a rank that is not heard from has failed.
     speculative_config: who guesses tokens that the model checks, such as {"method": "ngram"}: see SpeculativeConfig.
     kv_transfer_config: how blocks go to other engines, or come from them: see KVTransferConfig.
     max_logprobs: the most logprobs that a request may ask for, for each token; -1: as many as there are tokens.
@@ -85,6 +89,8 @@ class EngineArgs:
     schedule: str = "fcfs"
     preemption: str = "auto"
     watermark: float = 0.01
+    tensor_parallel_size: int = 1
+    rank_timeout: float = 10.0
     speculative_config: SpeculativeConfig | None = None
     kv_transfer_config: KVTransferConfig | None = None
     max_logprobs: int = 20
@@ -123,7 +129,7 @@ class EngineArgs:
             self._transfers_must_fit()
         for name, low in _INTEGERS.items():
             value = getattr(self, name)
-            optional = name not in ("block_size", "max_num_seqs", "max_logprobs")
+            optional = name not in ("block_size", "max_num_seqs", "max_logprobs", "tensor_parallel_size")
             if not (optional and value is None) and not (_is_int(value) and value >= low):
                 raise ValueError(f"{name}={value!r}: must be {'None or ' * optional}an integer of at least {low}")
         for name, choices in _CHOICES.items():
@@ -137,6 +143,8 @@ class EngineArgs:
         share = self.gpu_memory_utilization
         if share is not None and (not _is_number(share) or not 0 < share <= 1):
             raise ValueError(f"gpu_memory_utilization={share!r}: must be None or a number above 0, at most 1")
+        if not _is_number(self.rank_timeout) or not 1 <= self.rank_timeout < 1e7:
+            raise ValueError(f"rank_timeout={self.rank_timeout!r}: must be a number of seconds, at least 1")
         if self.num_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("give num_blocks or kv_cache_memory, not both")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -153,7 +161,7 @@ class EngineArgs:
                 f"kv_transfer_config: not with the speculative_config {guesses.method!r}, which has keys and values of "
                 "its own; ngram goes with it"
             )
-        if getattr(self, "tensor_parallel_size", 1) > 1:
+        if self.tensor_parallel_size > 1:
             raise ValueError("kv_transfer_config: not with tensor_parallel_size > 1: no rank has whole blocks")
 
     def budget(self, device: str) -> int:
@@ -163,7 +171,7 @@ class EngineArgs:
 
 _INTEGERS = {
     "block_size": 1, "num_blocks": 1, "kv_cache_memory": 1, "num_cpu_blocks": 0, "max_model_len": 1,
-    "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_logprobs": -1, "seed": 0,
+    "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_logprobs": -1, "seed": 0, "tensor_parallel_size": 1,
 }  # fmt: skip
 _CHOICES = {
     "dtype": DTYPES, "quantization": QUANTIZATIONS, "products": PRODUCTS, "kv_cache_dtype": KV_CACHE_DTYPES,

@@ -1,29 +1,31 @@
 """Who carries plans out. The engine asks an executor, and does not know how many processes or devices stand behind it.
 
-Today it is one runner in this process.
+It is one runner in this process; with tensor_parallel_size it is one in each of several, see ranks/.
 """
 
 import math
 import os
+import weakref
 
 import torch
 
 import kernels
-from minipaged import cache_folder
 from minipaged.decoding.ngram import NgramProposer
 from minipaged.execution.draft_proposer import DraftProposer, check_draft
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.flat_batch import FlatBatches
 from minipaged.execution.head_proposer import HeadProposer
-from minipaged.execution.pool_size import choose_num_blocks, choose_num_cpu_blocks
+from minipaged.execution.loading import open_model
+from minipaged.execution.pool_size import Room, choose_num_blocks, choose_num_cpu_blocks
 from minipaged.execution.proposer import Proposer
-from minipaged.execution.runner import ModelRunner, kv_bytes_per_token, resolve
+from minipaged.execution.ranks.rank_zero import start_ranks
+from minipaged.execution.runner import ModelRunner, kv_bytes_per_token
 from minipaged.execution.shared_memory_connector import SharedMemoryConnector
 from minipaged.execution.stats import Times
 from minipaged.execution.torch_distributed_connector import TorchDistributedConnector
 from minipaged.execution.transfer import KVConnector
-from minipaged.models import Loaded, ModelConfig, load
-from minipaged.models.head import Head, head_of, load_head
+from minipaged.models import Loaded, Model, ModelConfig, load, load_ends
+from minipaged.models.head import Ends, Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.speculation import Speculation
 from minipaged.scheduling.transfer import Transfers
@@ -33,7 +35,6 @@ from minipaged.scheduling.transfer import Transfers
 FREE_ROWS = {("cpu", torch.float32): 16.0, ("cpu", torch.bfloat16): 40.0}
 FREE_ROWS_PACKED = 8.0  # less is read, and floats are made of it for each further row once
 FREE_ROWS_OF_A_GPU = 256.0
-KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # the others are the model's
 CONNECTORS = {kind.__name__: kind for kind in (SharedMemoryConnector, TorchDistributedConnector)}
 PASS = 0.02  # of a step: what a proposer's pass costs besides reading its weights
 
@@ -48,38 +49,58 @@ class Executor:
 
     def __init__(self, args: EngineArgs):
         self._args = args
-        self._dtype, self.device = resolve(args.dtype, args.device)
-        backend = kernels.load(args.kernels, self.device, self._dtype, cache_folder(), products=args.products)
-        loaded = load(args.model, self._dtype, self.device, backend=backend, quantization=args.quantization)
+        self.connector: KVConnector | None = None
+        self._ranks = start_ranks(args)
+        self._finalizer = weakref.finalize(self, self._ranks.close) if self._ranks else None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        args = self._args
+        opened = open_model(args, self._ranks.ranks) if self._ranks else open_model(args)
+        loaded, self._dtype, self.device = opened.loaded, opened.dtype, opened.device
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self.max_model_len = min(args.max_model_len or self.config.max_model_len, self.config.max_model_len)
         guesser = self._load_guesser(loaded)
-        kv_dtype = KV_DTYPES.get(args.kv_cache_dtype, self._dtype)
-        if reason := backend.why_no_cache(kv_dtype):
-            raise ValueError(f"kv_cache_dtype={args.kv_cache_dtype!r}: {reason}")
-        own, extra = kv_bytes_per_token(self.config, kv_dtype), _bytes_per_token(guesser, self.config, self._dtype)
-        self.block_bytes = args.block_size * (own + extra)
+        own = opened.block_bytes + args.block_size * _bytes_per_token(guesser, self.config, self._dtype)
         self.guess_cost = PASS + _num_weights(guesser) / _num_weights(loaded) if guesser else 0.0
-        self.free_rows = FREE_ROWS.get((self.device, backend.dtype), FREE_ROWS_OF_A_GPU)
+        self.free_rows = FREE_ROWS.get((self.device, loaded.model.backend.dtype), FREE_ROWS_OF_A_GPU)
         if self.device == "cpu" and loaded.model.packed:
             self.free_rows = FREE_ROWS_PACKED
         longest = -(-self.max_model_len // args.block_size)  # blocks of a page table
-        self.num_blocks = choose_num_blocks(
-            args.num_blocks, args.kv_cache_memory, self.block_bytes, longest * args.max_num_seqs, self.device,
-            args.gpu_memory_utilization,
+        self._choose_sizes(own, longest * args.max_num_seqs)
+        self.connector = self._connector()
+        replays = args.cuda_graphs and self.device == "cuda" and loaded.model.backend.name == "triton"
+        self.runner = ModelRunner(
+            loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, opened.kv_dtype, self.device,
+            args.debug, (args.max_num_seqs, longest) if replays and not self._ranks else None,
+            self._proposer(guesser), self._ranks.tell if self._ranks else None,
+            self.connector.new_pool if self.connector else None,
+        )  # fmt: skip
+        if self._ranks:
+            self._ranks.wait_until_ready()
+        if self.connector:
+            self.connector.register_kv_caches(self.runner.cache)
+
+    def _choose_sizes(self, own: int, most: int) -> None:
+        """Of both pools. own: bytes that a block takes in this process. most: blocks that can ever be used."""
+        args = self._args
+        rooms = self._ranks.rooms(self.device, own) if self._ranks else [Room(own)]
+        self.block_bytes = sum(room.block_bytes for room in rooms)
+        self.num_blocks = min(
+            choose_num_blocks(
+                args.num_blocks, room.share_of(args.kv_cache_memory, self.block_bytes), room.block_bytes, most,
+                self.device, args.gpu_memory_utilization, room.free,
+            ) for room in rooms
         )  # fmt: skip
         self.num_cpu_blocks = choose_num_cpu_blocks(
             args.num_cpu_blocks, self.num_blocks, self.block_bytes, self.device, args.preemption
         )
-        self.connector = self._connector()
-        replays = args.cuda_graphs and self.device == "cuda" and backend.name == "triton"
-        self.runner = ModelRunner(
-            loaded.model, self.num_blocks, args.block_size, self.num_cpu_blocks, kv_dtype, self.device, args.debug,
-            (args.max_num_seqs, longest) if replays else None, self._proposer(guesser),
-            *([self.connector.new_pool] if self.connector else []),
-        )  # fmt: skip
-        if self.connector:
-            self.connector.register_kv_caches(self.runner.cache)
+        if self._ranks:
+            self._ranks.make_pools(self.num_blocks, self.num_cpu_blocks)
 
     def speculation(self) -> Speculation | None:
         """How many tokens are guessed, for the scheduler, which also asks those who need no tensors for it."""
@@ -110,11 +131,18 @@ class Executor:
         if config is None or config.method == "ngram":
             return None
         if config.method == "head":
-            return load_head(config.model or head_of(self._args.model), loaded.model, loaded.model.backend)
+            return load_head(config.model or head_of(self._args.model), self._ends(loaded), loaded.model.backend)
         assert config.model is not None
         draft = load(config.model, self._dtype, self.device, backend=loaded.model.backend)
         check_draft(config.model, draft, self.tokenizer, self.max_model_len)
         return draft
+
+    def _ends(self, loaded: Loaded) -> Model | Ends:
+        """What a head guesses with: rank 0 guesses alone, so it has both ends of the model whole."""
+        if self._ranks is None:
+            return loaded.model
+        args = self._args
+        return load_ends(args.model, self._dtype, self.device, loaded.model.backend, args.quantization)
 
     def _proposer(self, guesser: Loaded | Head | None) -> Proposer | None:
         config = self._args.speculative_config
@@ -144,11 +172,18 @@ class Executor:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Compute a step. Whatever it raises, nobody may rely on the contents of memory afterwards."""
-        output = self.runner.execute(plan)
+        output = self._ranks.execute(plan, self.runner.execute) if self._ranks else self.runner.execute(plan)
         return self.connector.carry_on(plan, output) if self.connector else output
+
+    def check_health(self) -> None:
+        """RuntimeError if nothing can be executed any more."""
+        if self._ranks:
+            self._ranks.check()
 
     def close(self) -> None:
         """Give the memory of weights, keys and values back. Doing it twice does no harm."""
+        if self._finalizer:
+            self._finalizer()
         if self.connector:
             self.connector.close()
         self.__dict__.pop("runner", None)

@@ -5,12 +5,13 @@ stands in the plan.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import kernels
-from minipaged.execution.answers import answer, wanted_logits
+from minipaged.execution.answers import answer, prompt_pieces, wanted_logits
 from minipaged.execution.decode_graphs import DecodeGraphs
 from minipaged.execution.flat_batch import FlatBatches
 from minipaged.execution.masks import MaskMaker
@@ -57,7 +58,9 @@ class ModelRunner:
     dtype: of keys and values: int8 and float8_e4m3fn too, see kernels/cache.py.
     debug: fill freed blocks with NaN, so that a stale read shows in the output, and check every table.
     replay: (sequences, blocks of a page table) at the most in decode steps that are replayed as CUDA graphs.
-    proposer: who guesses where the plan leaves that to us. memory: what the pool is made of, see `kernels.new_cache`.
+    proposer: who guesses where the plan leaves that to us.
+    tell: is called with what is to be computed, guesses included, before it is: other ranks do the same.
+    memory: what the pool is made of, see `kernels.new_cache`.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class ModelRunner:
         debug: bool = False,
         replay: tuple[int, int] | None = None,
         proposer: Proposer | None = None,
-        memory: Callable[[int], Tensor | None] = lambda num_bytes: None,
+        tell: Callable[[StepPlan], None] | None = None,
+        memory: Callable[[int], Tensor | None] | None = None,
     ):
         self.model, self.backend = model, model.backend
         self.device = device
@@ -91,6 +95,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs(model, self.cache, *replay) if replay else None
         if self.graphs:
             self.graphs.record_all()
+        self.tell = tell or (lambda plan: None)
         self.masks = MaskMaker()
         self.batches = FlatBatches(num_blocks, block_size, device, debug)
 
@@ -100,11 +105,13 @@ class ModelRunner:
         self.timer.begin()
         self._move_memory(plan)
         if not plan.sequences:
+            self.tell(plan)
             return StepOutput()
         self.timer.end("prepare")
         guesses = self.proposer.propose(plan.sequences) if self.proposer else Guesses()
         self.timer.end("draft")
         sequences = guesses.appended(plan.sequences)
+        self.tell(replace(plan, sequences=sequences))
         masks = self.masks.start(sequences)
         input_ids, positions, batch = self.batches.of(sequences)
         self.timer.end("prepare")
@@ -120,6 +127,17 @@ class ModelRunner:
             self.proposer.follow(sequences, (input_ids, positions, batch), hidden, output)
             self.timer.end("draft")
         return output
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan) -> None:
+        """Do what `execute` does, as far as rank 0 needs it: for ranks that are told a plan, and draw nothing."""
+        self._move_memory(plan)
+        if plan.sequences:
+            input_ids, positions, batch = self.batches.of(plan.sequences)
+            hidden = self.model(input_ids, positions, self.cache, batch)
+            wanted_logits(self.model, plan.sequences, hidden)
+            for piece in prompt_pieces(plan.sequences):
+                self.model.logits(hidden[[row for _, row, _, _ in piece]])
 
     def _move_memory(self, plan: StepPlan) -> None:
         """The order matters: out before freed blocks are poisoned or reused, in and copies before new tokens."""

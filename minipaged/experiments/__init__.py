@@ -11,6 +11,9 @@ with, and a cost model instead of a GPU; and the same comparison live, on the re
     runs.py          a simulation as data; its cache; the search for the rate at which a system gives up
     study.py         all runs of a figure, on all processors
     paper.py         the paper's numbers
+    serving.py       an engine of today (machine.py: its costs), cluster.py: many under one clock
+    goodput.py       how much they take within limits
+    routing.py       many replicas, the router's policies, and a trace; routing.json: what came of it
     figures/         the figures
     report.py        tables and pictures
     live.py          the comparison on the real model (live_systems.py, live_client.py, live_report.py)

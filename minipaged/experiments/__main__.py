@@ -15,12 +15,17 @@ from pathlib import Path
 from rich.console import Console
 
 from minipaged import cache_folder
-from minipaged.experiments.figures import FIGURES
+from minipaged.experiments.figures import FIGURES, STUDIES
+from minipaged.experiments.goodput import read_lengths
 from minipaged.experiments.loads import TraceError, read_trace
 from minipaged.experiments.report import Report
+from minipaged.experiments.routing import read_blocks
 from minipaged.experiments.study import Settings, Study, progress
 
 WITH_TRACE = ("fig2", "fig12", "fig13")  # of which a user's own requests can be asked
+READERS: dict[str, Callable[[Path], object]] = {
+    **dict.fromkeys(WITH_TRACE, read_trace), "goodput": read_lengths, "routing": read_blocks,
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,21 +34,28 @@ def parser() -> argparse.ArgumentParser:
         description="Redo the evaluation of the PagedAttention paper: a simulation with the package's own scheduler\n"
         "and memory, Orca and FasterTransformer beside it, and a cost model instead of a GPU.\n"
         "`live` compares static batches, contiguous memory and paging on the real model instead.",
-        epilog="Figures: " + ", ".join(FIGURES) + ".\n"
-        "Not in the paper: llama (a model and a GPU of today), today (an 8-bit cache and 4-bit weights).\n"
-        "Each writes NAME.txt, .json, .png and .svg. What was computed once is kept in the cache folder.\n"
+        epilog="Figures: " + ", ".join(FIGURES) + ",\n"
+        "and with many engines: " + ", ".join(STUDIES) + ".\n"
+        "Not in the paper: llama (a model and a GPU of today), today (an 8-bit cache and\n"
+        "4-bit weights), goodput (prompts and answers on GPUs of their own), routing\n"
+        "(which of 1 to 1,000 replicas gets a request; without --trace it draws what was\n"
+        "computed before).\n"
+        "Each writes NAME.txt, .json, .png and .svg. What was computed once is kept in the\n"
+        "cache folder.\n"
         "Exit status: 0 fine, 1 a process died, 2 bad input, 130 interrupted by Ctrl-C.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = flags.add_argument
-    add("figures", nargs="*", metavar="FIGURE", help="which ones (default: all but live)")
+    add("figures", nargs="*", metavar="FIGURE",
+        help=f"which ones (default: all but live, {', '.join(STUDIES)})")  # fmt: skip
     add("--quick", action="store_true",
         help="a look, in a minute: traces of a fifteenth, in which overload has no time to show")  # fmt: skip
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where files go (default: results)")
     add("--trace", type=Path, metavar="FILE",
         help=f"requests of your own for {', '.join(WITH_TRACE)}: one JSON object a line, "
-        '{"prompt": 161, "output": 338}, and "arrival" in seconds if they come at given times')  # fmt: skip
+        '{"prompt": 161, "output": 338}, and "arrival" in seconds if they come at given times; for goodput an '
+        "Azure LLM inference trace (CSV), for routing a Mooncake trace (JSON with hash_ids)")  # fmt: skip
     add("--seed", type=_at_least(0), metavar="N", help="of the drawn loads (default: 0; live: 1)")
     add("--jobs", type=_at_least(1), default=_processors(), metavar="N",
         help="processes (default: one for each processor)")
@@ -68,13 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser()
     args = flags.parse_args(arguments)
     names = args.figures or list(WITH_TRACE if args.trace else FIGURES)
-    if unknown := [name for name in names if name not in (*FIGURES, "live")]:
-        flags.error(f"no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}, and live")
+    if unknown := [name for name in names if name not in (*FIGURES, *STUDIES, "live")]:
+        flags.error(f"no figure {', '.join(unknown)}; there are {', '.join((*FIGURES, *STUDIES))}, and live")
     if args.trace:
-        if useless := [name for name in names if name not in WITH_TRACE]:
-            flags.error(f"--trace is for {', '.join(WITH_TRACE)}, not for {', '.join(useless)}")
+        if useless := [name for name in names if name not in READERS]:
+            flags.error(f"--trace is for {', '.join(READERS)}, not for {', '.join(useless)}")
         try:
-            read_trace(args.trace)
+            for reader in {READERS[name] for name in names}:
+                reader(args.trace)
         except (OSError, TraceError) as error:
             flags.error(f"--trace: {error}")
     try:
@@ -111,7 +124,7 @@ def run(names: list[str], settings: Settings, out: Path) -> None:
     with Study(settings) as study:
         for name in dict.fromkeys(names):
             start = time.perf_counter()
-            report = FIGURES[name](study) if name in FIGURES else live(settings)
+            report = (FIGURES | STUDIES)[name](study) if name != "live" else live(settings)
             report.title += " (quick)" if settings.quick else ""
             report.show(console)
             files = report.write(out)

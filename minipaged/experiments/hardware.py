@@ -158,6 +158,7 @@ SERVERS = {
     "175b": Server("OPT-175B", A100_80, 8, 96, 96, 96, 128, 346e9, 264 * GIB),
     # Not in the paper: a model of today. Of 80 GB nine tenths are used, 16.1 GB of them by the weights.
     "llama": Server("Llama-3-8B", H100, 1, 32, 32, 8, 128, 16.1e9, int(0.9 * 80e9 - 16.1e9)),
+    "13b-h100": Server("OPT-13B", H100, 1, 40, 40, 40, 128, 26e9, int(0.9 * 80e9 - 26e9)),
 }
 # Nor these: the paper's smallest server, with numbers of today.
 SERVERS["13b-kv8"] = eight_bit_cache(SERVERS["13b"])

@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Generator, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from minipaged.experiments.beams import PagedBeams
 from minipaged.experiments.hardware import SERVERS
@@ -22,6 +23,7 @@ from minipaged.experiments.paged import Paged
 from minipaged.experiments.simulation import Outcome, simulate
 from minipaged.experiments.systems import FasterTransformer, Orca, System
 
+Kept = TypeVar("Kept")
 SYSTEMS = {  # who is compared, in the paper's order; ours is the package itself
     "ft": "FasterTransformer",
     "max": "Orca (Max)",
@@ -89,36 +91,43 @@ class Result:
 
 def execute(run: Run, folder: Path | None) -> Result:
     """The result of a run: from the folder if it is there, else computed and put there."""
-    file = folder / f"{_key(run)}.json" if folder else None
-    if file and (known := _read(file)):
+
+    def compute() -> Result:
+        system = run.build()
+        return Result.of(simulate(system, run.jobs(), SERVERS[run.server]), system)
+
+    trace = b"" if run.load in NAMES else Path(run.load).read_bytes()
+    return recalled(folder, str(run).encode() + trace, compute, Result)
+
+
+def recalled(folder: Path | None, inputs: bytes, compute: Callable[[], Kept], kind: type[Kept]) -> Kept:
+    """What `compute` returns, a flat dataclass: from the folder if it is there for these inputs, else put there."""
+    key = hashlib.sha256(f"{_source()} ".encode() + inputs).hexdigest()[:32] if folder else ""
+    file = folder / f"{key}.json" if folder else None
+    if file and (known := _read(file, kind)):
         return known
-    system = run.build()
-    result = Result.of(simulate(system, run.jobs(), SERVERS[run.server]), system)
+    result = compute()
     if file:
         scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(asdict(result)))
+        scratch.write_text(json.dumps(vars(result)))
         scratch.replace(file)  # whole or not at all, whoever else is writing
     return result
 
 
-def _read(file: Path) -> Result | None:
+def _read(file: Path, kind: type[Kept]) -> Kept | None:
     """None if it isn't there, or is damaged: then it is written again."""
     try:
-        return Result(**json.loads(file.read_text()))
+        return kind(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _key(run: Run) -> str:
-    trace = b"" if run.load in NAMES else Path(run.load).read_bytes()
-    return hashlib.sha256(f"{_source()} {run}".encode() + trace).hexdigest()[:32]
 
 
 @cache
 def _source() -> str:
     """A hash of all code that a simulation can depend on."""
     root = Path(__file__).parents[1]
-    files = [file for pattern in ("*.py", "memory/*.py", "experiments/*.py") for file in sorted(root.glob(pattern))]
+    rooms = ("memory", "requests", "scheduling", "experiments")
+    files = [file for name in rooms for file in sorted((root / name).glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -79,7 +79,7 @@ def simulate(system: System, jobs: list[Job], server: Server) -> Outcome:
         first = durations.first(work, system.num_running)
         moving, growth, k = durations.moving(work), durations.growth(work), work.iterations
         if k > 1 and coming < len(jobs) and not system.num_waiting:
-            k = min(k, _until(jobs[coming].arrival - now - moving, first, growth))  # it may join then
+            k = min(k, until(jobs[coming].arrival - now - moving, first, growth))  # it may join then
         seconds = moving + k * first + growth * k * (k - 1) / 2
         if now <= last:
             meter.add(system.account(), system.num_running, work.stored * (k - 1) / 2, seconds)
@@ -92,7 +92,7 @@ def simulate(system: System, jobs: list[Job], server: Server) -> Outcome:
     return outcome
 
 
-def _until(seconds: float, first: float, growth: float) -> int:
+def until(seconds: float, first: float, growth: float) -> int:
     """The first k for which k iterations take at least so long: k first + growth k (k - 1) / 2 >= seconds."""
     half, seconds = growth / 2, max(0.0, seconds)
     if half == 0:

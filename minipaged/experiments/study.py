@@ -47,7 +47,7 @@ class Study:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
         for worker in multiprocessing.active_children():  # what they were at is of no use any more
             worker.terminate()
 

@@ -1,9 +1,10 @@
 """What does the model compute, and where do its weights come from?
 
-Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); then how they
-are loaded: checkpoint.py (a folder) with folder_tokenizer.py and sentencepiece_file.py, gguf_header.py,
-gguf_blocks.py, gguf.py, fetch.py; quantized/, how other people's tools keep weights in few bits; and weights.py,
-what becomes of all of them on their way to the model. Models go by name:
+Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); split.py and
+ranks.py, how several ranks compute one together; then how they are loaded: checkpoint.py (a folder) with
+folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf_blocks.py, gguf.py, fetch.py; quantized/, how other
+people's tools keep weights in few bits; and weights.py, what becomes of all of them on their way to the model. Models
+go by name:
 ``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
@@ -26,14 +27,19 @@ from minipaged.models.config import ModelConfig, ModelError
 from minipaged.models.fetch import INSTEAD, fetch_from_hub, fetch_smollm2
 from minipaged.models.fields import Fields
 from minipaged.models.gpt2 import GPT2
+from minipaged.models.head import Ends
 from minipaged.models.llama import Llama
+from minipaged.models.ranks import ALONE, Ranks
+from minipaged.models.split import Split
 from minipaged.models.weights import CACHE_SCALES, Checkpoint, Progress, read_weights
 from minipaged.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minipaged.models.gguf import GGUFCheckpoint
 
-__all__ = ["Loaded", "ModelConfig", "ModelError", "Tokenizer", "load", "load_model", "open_checkpoint"]
+__all__ = [
+    "Loaded", "ModelConfig", "ModelError", "Ranks", "Tokenizer", "load", "load_ends", "load_model", "open_checkpoint",
+]  # fmt: skip
 
 Model = Llama | GPT2
 
@@ -45,7 +51,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Loaded:
     """A model with all that it takes to run it."""
 
-    config: ModelConfig
+    config: ModelConfig  # of the whole model, also where this is one rank of several: see `load`
     model: Model
     tokenizer: Tokenizer
     generation_defaults: dict[str, Any]  # generation_config.json; only its end-of-text tokens are applied
@@ -58,6 +64,7 @@ def load(
     progress: Progress | None = None,
     backend: kernels.Backend | None = None,
     quantization: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -66,12 +73,14 @@ def load(
     backend: who computes; by default `kernels.load("auto", device, dtype)`.
     quantization: "auto": small numbers stay what they are in the file, where the backend has products for them; "none":
     all become floats; "int8", "int4": matrices are rounded to 8 or 4 bits now, see `kernels.packed.quantize`.
+    ranks: those that compute it together, each with its part of the weights. `config` is that of the whole model,
+    `model.config` this rank's own; its vocab_size is the whole one's.
     Raises ModelError for anything that is wrong with the name, the files or their contents.
     """
     checkpoint = open_checkpoint(name_or_path)
     tokenizer = checkpoint.tokenizer()
     _add_end_of_text(checkpoint.config, tokenizer)
-    config, model = load_model(checkpoint, dtype, device, progress, backend, quantization)
+    config, model = load_model(checkpoint, dtype, device, progress, backend, quantization, ranks)
     tokenizer.eos_token_ids = config.eos_token_ids
     _give_back_memory()
     return Loaded(config, model, tokenizer, checkpoint.generation_config)
@@ -121,11 +130,42 @@ def load_model(
     progress: Progress | None = None,
     backend: kernels.Backend | None = None,
     quantization: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> tuple[ModelConfig, Model]:
-    """The model alone. All names and shapes are checked before the first tensor is read."""
+    """The model alone, and the config of all of it. Names and shapes are checked before the first tensor is read."""
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
     config = ModelConfig.from_hf(checkpoint.config)
+    split = Split(config, ranks.rank, ranks.size)
+    wanted = {stored: name for stored, name in _find_tensors(checkpoint, config).items() if split.keeps(name)}
+    backend = backend or kernels.load("auto", device, dtype, cache_folder())
+    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend, split, quantization)
+    packed = any(isinstance(weight, kernels.Packed) for weight in weights.values())
+    model = ARCHITECTURES[config.architecture](split.local, weights, backend, ranks)
+    model.packed = packed
+    return config, model
+
+
+def load_ends(
+    name_or_path: str | Path, dtype: torch.dtype, device: str | torch.device, backend: kernels.Backend,
+    quantization: str = "auto",
+) -> Ends:  # fmt: skip
+    """The embedding and the output projection of a model, both whole: what a head needs beside one rank of several,
+    which has only a share of each. Arguments as of `load`.
+    """
+    checkpoint = open_checkpoint(name_or_path)
+    config = ModelConfig.from_hf(checkpoint.config)
+    found = {name: stored for stored, name in _find_tensors(checkpoint, config).items()}
+    names = ["transformer.wte.weight" if config.architecture == "gpt2" else "model.embed_tokens.weight"]
+    names += [] if config.tie_word_embeddings else ["lm_head.weight"]
+    wanted = {found[name]: name for name in names}
+    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), None, backend, Split(config), quantization)
+    head = backend.linear(weights[names[1]]) if names[1:] else None
+    return Ends(config, backend.dtype, backend.embedding(weights[names[0]]), head)
+
+
+def _find_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
+    """The tensors that the model takes: their names in the file, and its own. ModelError if any doesn't fit."""
     expected = ARCHITECTURES[config.architecture].tensor_shapes(config)
     names = checkpoint.names(expected)
     stored_as: dict[str, str] = {}
@@ -134,11 +174,5 @@ def load_model(
             raise ModelError(f"{checkpoint.path} has one tensor twice, as {other} and as {stored}: which one counts?")
     found = {name: checkpoint.shapes[stored] for stored, name in names.items()}
     optional = {name: shape for name, shape in found.items() if CACHE_SCALES.fullmatch(name) and shape in ((), (1,))}
-    check_tensors(expected | optional, found, checkpoint.path)
-    backend = backend or kernels.load("auto", device, dtype, cache_folder())
-    wanted = {stored: name for stored, name in names.items() if name in expected or name in optional}
-    weights = read_weights(checkpoint, wanted, dtype, torch.device(device), progress, backend, quantization)
-    packed = any(isinstance(weight, kernels.Packed) for weight in weights.values())
-    model = ARCHITECTURES[config.architecture](config, weights, backend)
-    model.packed = packed
-    return config, model
+    check_tensors(known := expected | optional, found, checkpoint.path)
+    return {stored: name for stored, name in names.items() if name in known}

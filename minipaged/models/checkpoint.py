@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from kernels.packed import Packed
 from minipaged.models.fields import Fields, ModelError
 from minipaged.models.folder_tokenizer import read_json, read_tokenizer
-from minipaged.models.quantized import Header, find_layers, read_method
+from minipaged.models.quantized import Header, Layer, find_layers, read_method
+from minipaged.models.split import Part, cut
 from minipaged.text.tokenizer import Tokenizer
 
 Shape = tuple[int, ...]
@@ -77,20 +78,29 @@ class FolderCheckpoint:
         known = {name.removeprefix("transformer."): name for name in expected}
         return {name: known.get(name.removeprefix("transformer."), name) for name in self.shapes}
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, part: Part | None = None) -> torch.Tensor:
         """Copied out of the file: another process may overwrite that while we run."""
-        return self._files[name].get_tensor(name).clone()
+        return _pieces(self._files[name], name, part) if part else self._files[name].get_tensor(name).clone()
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor | Packed:
-        """The tensor, a copy; a quantized one packed, or in floats if kernels.packed has no form for it."""
+    def _quantized(self, layer: Layer, part: Part | None) -> torch.Tensor | Packed:
+        """Read only as far as it is wanted, where the format lets us; else read whole, then cut."""
+        assert self.method is not None
+        places = part and self.method.places(layer, part.axis)
+        narrow = layer.cut(places, part.ranges) if part and places else None
+        if narrow:
+            return self.method.weight(narrow)
+        weight = self.method.weight(layer)
+        return cut(weight, part) if part else weight
+
+    def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> torch.Tensor | Packed:
+        """The tensor, or a part of it, a copy; a quantized one packed, or in floats if kernels.packed has no form."""
         if name in self.layers:
-            assert self.method is not None
-            weight = self.method.weight(self.layers[name])
+            weight = self._quantized(self.layers[name], part)
             return weight if isinstance(weight, Packed) else weight.to(dtype)
-        tensor = self._files[name].get_tensor(name)
+        tensor = _pieces(self._files[name], name, part) if part else self._files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ModelError(f"{self.path}: tensor {name} is {tensor.dtype}: quantized, which its config does not say")
-        return tensor.to(dtype, copy=True)
+        return tensor.to(dtype, copy=not part)
 
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self.path, self.config.get("model_type"))
@@ -99,6 +109,13 @@ class FolderCheckpoint:
 def _header(file: Any, name: str) -> Header:
     entry = file.get_slice(name)
     return Header(tuple(entry.get_shape()), entry.get_dtype())
+
+
+def _pieces(file: Any, name: str, part: Part) -> torch.Tensor:
+    """A part of a tensor, a copy: no more of the file is read."""
+    entry = file.get_slice(name)
+    pieces = [entry[(slice(None),) * part.axis + (slice(r.start, r.stop),)] for r in part.ranges]
+    return torch.cat(pieces, part.axis)
 
 
 def _weight_files(path: Path) -> list[Path]:

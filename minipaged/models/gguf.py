@@ -13,7 +13,8 @@ from kernels import Packed, Weight
 from minipaged.models.checkpoint import Shape
 from minipaged.models.config import ModelError
 from minipaged.models.gguf_blocks import take_apart
-from minipaged.models.gguf_header import read_gguf
+from minipaged.models.gguf_header import RawTensor, read_gguf
+from minipaged.models.split import Part, cut
 from minipaged.text.gguf_tokenizer import build_tokenizer
 from minipaged.text.tokenizer import Tokenizer, TokenizerError
 
@@ -101,7 +102,7 @@ class GGUFCheckpoint:
 
     def _llama3_scaling(self, theta: float) -> dict[str, Any]:
         """Llama 3.1's rope scaling. GGUF holds what comes out of it: a divisor for each frequency [D/2]."""
-        divisors = self._floats(LLAMA3_FACTORS, torch.float32)
+        divisors = self._floats(LLAMA3_FACTORS, self._tensors[LLAMA3_FACTORS], torch.float32)
         factor, original = float(divisors.max()), 8192
         wavelength = 2 * torch.pi * theta ** (torch.arange(divisors.numel()) / divisors.numel())
         smooth = ((original / wavelength - 1) / (4 - 1)).clamp(0, 1)
@@ -117,39 +118,44 @@ class GGUFCheckpoint:
         known = {table.get_name(name, (".weight", ".bias")): name for name in expected}
         return {name: known.get(name, name) for name in self.shapes if name != LLAMA3_FACTORS}
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Weight:
-        """The tensor, its rows in the order that Hugging Face has: packed if kernels may know its type, else floats."""
-        kind, _, rows = self._tensors[name]
-        packed = take_apart(kind.name, rows) if name != GPT2_POSITIONS else None
-        weight: Weight = self._floats(name, dtype) if packed is None else packed
+    def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Weight:
+        """The tensor, or a part of it, its rows in the order that Hugging Face has: packed if kernels may know its
+        type, else floats.
+        """
+        raw, rest = self._tensors[name], None
+        if part is not None:
+            raw, rest = raw.part(Part(1 - part.axis, part.ranges) if self._lies_across(name) else part)
+        packed = take_apart(raw.kind.name, raw.rows) if name != GPT2_POSITIONS else None
+        weight: Weight = self._floats(name, raw, dtype) if packed is None else packed
+        weight = cut(weight, rest) if rest else weight
         if packed is not None and not packed.is_finite():
             raise ModelError(f"{self.path}: tensor {name} has a scale that is infinite or no number")
         if self._lies_across(name):
             return weight.t()
         if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-            order = self._undo_permutation(torch.arange(weight.shape[0]), is_query=".attn_q." in name)
+            order = self._undo_permutation(torch.arange(weight.shape[0]), name)
             return weight.rows(order) if isinstance(weight, Packed) else weight[order]
         return weight
 
-    def _floats(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        kind, _, rows = self._tensors[name]
+    def _floats(self, name: str, raw: RawTensor, dtype: torch.dtype) -> torch.Tensor:
         try:
-            weights = gguf.dequantize(rows, kind)
+            weights = gguf.dequantize(raw.rows, raw.kind)
         except NotImplementedError as error:
-            raise ModelError(f"{self.path}: tensor {name} has type {kind.name}: can't be read") from error
+            raise ModelError(f"{self.path}: tensor {name} has type {raw.kind.name}: can't be read") from error
         return torch.from_numpy(weights if weights.flags.writeable else weights.copy()).to(dtype)
 
     def _lies_across(self, name: str) -> bool:
         """Whether Hugging Face has this matrix as [in, out]: the four of each of GPT-2's layers."""
         return self.architecture == "gpt2" and name.startswith("blk.") and len(self._tensors[name].shape) == 2
 
-    def _undo_permutation(self, tensor: torch.Tensor, is_query: bool) -> torch.Tensor:
+    def _undo_permutation(self, rows: torch.Tensor, name: str) -> torch.Tensor:
         """llama.cpp's rope turns the neighbours (0, 1), (2, 3), ...; Hugging Face's, and ours, (i, i + D/2).
-        Its converter reordered the rows of each head accordingly; this orders them back.
+        Its converter reordered the rows of each head accordingly; this orders them back, of whole heads.
         """
         heads = self.config["num_attention_heads"]
-        heads = heads if is_query else self.config["num_key_value_heads"] or heads
-        return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        heads = heads if ".attn_q." in name else self.config["num_key_value_heads"] or heads
+        half = self.shapes[name][0] // heads // 2
+        return rows.view(-1, half, 2).transpose(1, 2).flatten()
 
     def tokenizer(self) -> Tokenizer:
         try:

@@ -18,6 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from minipaged.models.config import ModelError
+from minipaged.models.split import Part
 
 # The value types, as struct has them.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -30,6 +31,21 @@ class RawTensor(NamedTuple):
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     rows: np.ndarray
+
+    def part(self, part: Part) -> tuple["RawTensor", Part | None]:
+        """As little of the file as holds this part, and what is to be cut out of that: blocks of a row are whole."""
+        if part.axis < len(self.shape) - 1:
+            rows = np.concatenate([self.rows[own.start : own.stop] for own in part.ranges])
+            return RawTensor(self.kind, (len(rows), *self.shape[1:]), rows), None
+        block, size = GGML_QUANT_SIZES[self.kind]
+        pieces, inner, read = [], [], 0
+        for own in part.ranges:
+            first, last = own.start // block, -(-own.stop // block)
+            pieces.append(self.rows[..., first * size : last * size])
+            inner.append(range(read + own.start - first * block, read + own.stop - first * block))
+            read += (last - first) * block
+        raw = RawTensor(self.kind, (*self.shape[:-1], read), np.concatenate(pieces, -1))
+        return raw, None if sum(map(len, inner)) == read else Part(part.axis, tuple(inner))
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:

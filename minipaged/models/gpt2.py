@@ -4,7 +4,6 @@ Symbols as in llama.py, with one kind of heads: T tokens in the batch, E hidden 
 H heads, D head size, F width of the MLP, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +12,22 @@ from torch.nn.functional import layer_norm
 
 import kernels
 from minipaged.models.config import ACTIVATIONS, ModelConfig
-
-
-def _take(weights: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
-    return weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias")
+from minipaged.models.ranks import ALONE, Linear, Ranks, row_parallel, vocab_parallel
 
 
 def _norm(weights: dict[str, Any], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weight, bias = _take(weights, name)
-    return weight.to(dtype), bias.to(dtype)
+    return weights.pop(f"{name}.weight").to(dtype), weights.pop(f"{name}.bias").to(dtype)
 
 
 class GPT2Layer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Any], backend: kernels.Backend):
-        def linear(name: str) -> Callable[..., Tensor]:
-            weight, bias = _take(weights, f"{prefix}.{name}")  # Hugging Face's Conv1D: [in, out]
-            return backend.linear(weight.t().contiguous(), bias)
+    def __init__(
+        self, config: ModelConfig, layer: int, weights: dict[str, Any], backend: kernels.Backend, ranks: Ranks
+    ):
+        def linear(name: str, bias: bool = True) -> Linear:
+            weight = weights.pop(f"{prefix}.{name}.weight")  # Hugging Face's Conv1D: [in, out]
+            return backend.linear(weight.t().contiguous(), weights.pop(f"{prefix}.{name}.bias") if bias else None)
 
         prefix = f"transformer.h.{layer}"
         self.config, self.backend, dtype = config, backend, backend.dtype
@@ -38,8 +35,9 @@ class GPT2Layer:
         self.activation = ACTIVATIONS[config.activation]
         self.attention_norm = _norm(weights, f"{prefix}.ln_1", dtype)
         self.mlp_norm = _norm(weights, f"{prefix}.ln_2", dtype)
-        self.qkv, self.out = linear("attn.c_attn"), linear("attn.c_proj")
-        self.up, self.down = linear("mlp.c_fc"), linear("mlp.c_proj")
+        first = ranks.rank == 0
+        self.qkv, self.out = linear("attn.c_attn"), row_parallel(linear("attn.c_proj", bias=first), ranks)
+        self.up, self.down = linear("mlp.c_fc"), row_parallel(linear("mlp.c_proj", bias=first), ranks)
 
     def __call__(self, x: Tensor, layer_cache: Tensor, batch: kernels.Batch) -> Tensor:
         """x [T, E], changed in place. Returns x."""
@@ -60,19 +58,23 @@ class GPT2:
     """A decoder of L layers between the embeddings (token + position) and a projection to the vocabulary.
 
     weights: the tensors of tensor_shapes(config); each is taken out of the dict as it is used.
+    ranks: those that compute it together; config and weights are this rank's own then, see split.py.
     """
 
     packed = False  # whether products are made with small numbers
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend):
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend, ranks: Ranks = ALONE
+    ):
         self.config, self.backend, self.dtype = config, backend, backend.dtype
         embedding = weights.pop("transformer.wte.weight")  # [V, E]
         self.position_embedding = weights.pop("transformer.wpe.weight")  # [max_model_len, E]
-        self.layers = [GPT2Layer(config, layer, weights, backend) for layer in range(config.num_layers)]
+        self.layers = [GPT2Layer(config, layer, weights, backend, ranks) for layer in range(config.num_layers)]
         self.norm = _norm(weights, "transformer.ln_f", self.dtype)
         tied = config.tie_word_embeddings
-        self.head = backend.linear(embedding if tied else weights.pop("lm_head.weight"))
-        self.embedding = backend.embedding(embedding, self.head if tied else None)
+        head = backend.linear(embedding if tied else weights.pop("lm_head.weight"))
+        embedding = backend.embedding(embedding, head if tied else None)
+        self.embedding, self.head = vocab_parallel(embedding, head, config.vocab_size, ranks)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
         """input_ids and positions [T], cache [L, 2, H, N, B, D] -> hidden [T, E], after the final norm."""
@@ -82,7 +84,7 @@ class GPT2:
         return layer_norm(x, x.shape[-1:], *self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, E], only the rows that are wanted -> [R, V], fp32."""
+        """hidden [R, E], only the rows that are wanted -> [R, V], fp32. Of several ranks only 0 has them."""
         return self.head(hidden).float()
 
     @staticmethod

@@ -11,6 +11,8 @@ Guesses are among V' frequent tokens only: the product with a whole vocabulary w
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,19 @@ NORMS = ("token_norm", "input_layernorm", "post_attention_layernorm", "norm")
 HEADS = Path(__file__).with_name("heads")  # those that come with the package
 
 
+@dataclass
+class Ends:
+    """What a head needs of a model, of which a whole model is the usual case.
+
+    embedding[ids] gives rows of E; head: the output projection, None if config.tie_word_embeddings.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    embedding: Any
+    head: Callable[..., Tensor] | None
+
+
 class Head:
     """Guesses the next hidden state, and from it the next token, of the model that it was trained for.
 
@@ -41,7 +56,7 @@ class Head:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], model: "Llama | GPT2", backend: kernels.Backend
+        self, config: ModelConfig, weights: dict[str, Tensor], model: "Llama | GPT2 | Ends", backend: kernels.Backend
     ):
         dtype = backend.dtype
         self.config, self.backend, self.embedding = config, backend, model.embedding
@@ -92,10 +107,11 @@ class Head:
         return self.fuse(torch.cat((hidden.to(tokens.dtype), tokens), 1))
 
 
-def output_rows(model: "Llama | GPT2", token_ids: Tensor, rows: int = 64) -> Tensor:
+def output_rows(model: "Llama | GPT2 | Ends", token_ids: Tensor, rows: int = 64) -> Tensor:
     """The weights [V', E] of the model's own projection to these tokens, be it packed or tied."""
     if model.config.tie_word_embeddings:
         return model.embedding[token_ids]
+    assert model.head is not None
     one_hot = torch.eye(model.config.hidden_size, dtype=model.dtype, device=token_ids.device)
     return torch.cat([model.head(part)[:, token_ids].t() for part in one_hot.split(rows)], 1)
 
@@ -131,8 +147,11 @@ def head_of(model_name: str) -> Path:
     return path
 
 
-def load_head(path: str | Path, model: "Llama | GPT2", backend: kernels.Backend) -> Head:
-    """The head in this file. ModelError if it is none, or one for another model."""
+def load_head(path: str | Path, model: "Llama | GPT2 | Ends", backend: kernels.Backend) -> Head:
+    """The head in this file. ModelError if it is none, or one for another model.
+
+    model: a whole one; beside one rank of several, what `minipaged.models.load_ends` gives.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             config = _config(file.metadata() or {}, path)

@@ -7,7 +7,6 @@ other tokens, and it finds them through the batch's page tables.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +14,17 @@ from torch import Tensor
 
 import kernels
 from minipaged.models.config import ModelConfig, ModelError
+from minipaged.models.ranks import ALONE, Linear, Ranks, row_parallel, vocab_parallel
 from minipaged.models.rope import Rope, RopeConfig
-
-Linear = Callable[..., Tensor]
 
 
 class LlamaLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)), for one of the L layers."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: dict[str, Any], backend: kernels.Backend):
+    def __init__(
+        self, config: ModelConfig, layer: int, weights: dict[str, Any], backend: kernels.Backend,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
         def take(name: str) -> Any:
             return weights.pop(f"model.layers.{layer}.{name}")
 
@@ -40,10 +41,10 @@ class LlamaLayer:
         self.attention_norm = norm("input_layernorm")
         self.kv_scales = kv_scales(weights, f"model.layers.{layer}.self_attn")
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias)
-        self.out = linear("self_attn.o_proj", bias=config.out_bias)
+        self.out = row_parallel(linear("self_attn.o_proj", bias=config.out_bias and ranks.rank == 0), ranks)
         self.mlp_norm = norm("post_attention_layernorm")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj", bias=config.mlp_bias)
-        self.down = linear("mlp.down_proj", bias=config.mlp_bias)
+        self.down = row_parallel(linear("mlp.down_proj", bias=config.mlp_bias and ranks.rank == 0), ranks)
         if config.qk_norm:
             self.q_norm, self.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
 
@@ -91,18 +92,22 @@ class Llama:
 
     weights: the tensors of tensor_shapes(config), matrices also as `kernels.Packed`. Each is taken out of the dict as
     it is used, so that no second copy of the model stays in memory.
+    ranks: those that compute it together; config and weights are this rank's own then, see split.py.
     """
 
     packed = False  # whether products are made with small numbers
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend):
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Any], backend: kernels.Backend, ranks: Ranks = ALONE
+    ):
         self.config, self.backend, self.dtype = config, backend, backend.dtype
         embedding = weights.pop("model.embed_tokens.weight")  # [V, E]
-        self.layers = [LlamaLayer(config, layer, weights, backend) for layer in range(config.num_layers)]
+        self.layers = [LlamaLayer(config, layer, weights, backend, ranks) for layer in range(config.num_layers)]
         self.norm = weights.pop("model.norm.weight").to(self.dtype)
         tied = config.tie_word_embeddings
-        self.head = backend.linear(embedding if tied else weights.pop("lm_head.weight"))
-        self.embedding = backend.embedding(embedding, self.head if tied else None)
+        head = backend.linear(embedding if tied else weights.pop("lm_head.weight"))
+        embedding = backend.embedding(embedding, head if tied else None)
+        self.embedding, self.head = vocab_parallel(embedding, head, config.vocab_size, ranks)
         self.rope = Rope(config.rope or RopeConfig(), config.head_size, self.norm.device)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cache: Tensor, batch: kernels.Batch) -> Tensor:
@@ -114,7 +119,7 @@ class Llama:
         return self.backend.rms_norm(x, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, E], only the rows that are wanted -> [R, V], fp32."""
+        """hidden [R, E], only the rows that are wanted -> [R, V], fp32. Of several ranks only 0 has them."""
         return self.head(hidden).float()
 
     @staticmethod

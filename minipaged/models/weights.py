@@ -13,6 +13,7 @@ import torch
 import kernels
 from kernels.packed import Packed, Weight, floats, quantize
 from minipaged.models.checkpoint import FolderCheckpoint
+from minipaged.models.split import Split, cut
 
 if TYPE_CHECKING:
     from minipaged.models.gguf import GGUFCheckpoint
@@ -26,18 +27,22 @@ CACHE_SCALES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_scale")  # of an
 
 def read_weights(
     checkpoint: Checkpoint, names: dict[str, str], dtype: torch.dtype, device: torch.device, progress: Progress | None,
-    backend: kernels.Backend, quantization: str = "auto",
+    backend: kernels.Backend, split: Split, quantization: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
-    """The tensors of these names in the file, by the model's names.
+    """The tensors of these names in the file, by the model's names: this rank's part of each.
 
     quantization: see `minipaged.models.load`. What isn't left as the file has it is said in one line.
     """
     weights: dict[str, Any] = {}
     whole: set[str] = set()  # why matrices became floats
     for stored, name in names.items():
-        weight = checkpoint.tensor(stored, torch.float32 if CACHE_SCALES.fullmatch(name) else dtype)
+        part = split.part(name)
+        later = part if quantization in BITS and split.adds_up(name) else None  # a code depends on its whole row
+        kept_as = torch.float32 if CACHE_SCALES.fullmatch(name) else dtype
+        weight = checkpoint.tensor(stored, kept_as, None if later else part)
         if quantization in BITS and is_matrix(name, weight):
             weight = _quantized(name, weight, BITS[quantization])
+            weight = cut(weight, later) if later else weight
         elif isinstance(weight, Packed) and (quantization == "none" or not backend.packs(weight)):
             weight = weight.dequantize(dtype)
             whole.add(f"kernels {backend.name!r} don't multiply from packed ones")
@@ -47,7 +52,7 @@ def read_weights(
         if progress:
             progress(len(weights), len(names))
     method = getattr(getattr(checkpoint, "method", None), "name", None)
-    if whole and method and quantization == "auto":
+    if whole and method and quantization == "auto" and split.rank == 0:
         kernels.say(f"{method} weights are turned into {SHORT[dtype]}: {', '.join(sorted(whole))}")
     return weights
 

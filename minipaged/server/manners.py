@@ -14,14 +14,16 @@ import time
 import uuid
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minipaged.async_llm import AsyncLLM
 from minipaged.server.config import ServerConfig
 from minipaged.server.errors import ApiError
 from minipaged.server.transport import ClientGone
+
+if TYPE_CHECKING:  # a router has these manners too, and no engine: it needs no PyTorch
+    from minipaged.async_llm import AsyncLLM
 
 log = logging.getLogger("minipaged.server")
 
@@ -44,15 +46,27 @@ class Visit:
     in_line: bool = False  # it counts as waiting, and the engine does not know of it yet
 
 
+class Host(Protocol):
+    """Whoever lets requests in. num_guests: those under way. closing: nobody is let in any more."""
+
+    config: ServerConfig
+    num_guests: int
+    closing: bool
+
+    def enter(self, visit: Visit) -> None: ...
+    def leave(self, visit: Visit) -> None: ...
+    def shutdown(self) -> None: ...
+
+
 @dataclass
 class House:
-    """What all requests have in common.
+    """What all requests to an engine have in common.
 
-    num_guests: those under way. num_coming: those that the engine doesn't know of yet.
-    closing: nobody is let in any more. under_way: of each id that a client knows, those of the engine's requests.
+    num_coming: those that the engine doesn't know of yet. under_way: of each id that a client knows, those of the
+    engine's requests.
     """
 
-    llm: AsyncLLM
+    llm: "AsyncLLM"
     config: ServerConfig
     num_guests: int = 0
     num_coming: int = 0
@@ -80,6 +94,10 @@ class House:
         self.known(visit)
         self.num_guests -= visit.is_guest
 
+    def shutdown(self) -> None:
+        """Who is still under way is told that it ends."""
+        self.llm.shutdown()
+
     def check_room(self, num_requests: int, num_tokens: int) -> None:
         """ApiError 429 if so many more would be too many."""
         most, tokens = self.config.max_queued_requests, sum(self.llm.waiting.values())
@@ -95,7 +113,7 @@ class House:
 class Manners:
     """An ASGI application around another one."""
 
-    def __init__(self, app: ASGIApp, house: House):
+    def __init__(self, app: ASGIApp, house: Host):
         self._app, self._house, self._config = app, house, house.config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

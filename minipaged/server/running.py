@@ -18,10 +18,10 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from minipaged.server.manners import House, log
+from minipaged.server.manners import Host, log
 from minipaged.terminal.command import INTERRUPTED
 
 MOST_HEADER_BYTES = 64 * 1024
@@ -63,9 +63,9 @@ def allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def serve(app: FastAPI, listening: socket.socket) -> None:
+def serve(app: Starlette, listening: socket.socket) -> None:
     """Until a signal comes. In the main thread. After a second signal, the process ends in here."""
-    house: House = app.state.house
+    house: Host = app.state.house
     allow_many_connections()
     sys.setswitchinterval(SWITCH)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # who takes nothing is cut off, even of what was written: Linux does it
@@ -82,7 +82,7 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, house: House):
+    def __init__(self, config: uvicorn.Config, house: Host):
         super().__init__(config)
         self._house = house
         self._draining: asyncio.Task[None] | None = None
@@ -105,7 +105,7 @@ class _Server(uvicorn.Server):
             log.info("ending: %d under way, %g s at the longest; a second signal ends at once", num, seconds)
         await self._empty(seconds)
         if self._house.num_guests:
-            await asyncio.to_thread(self._house.llm.shutdown)
+            await asyncio.to_thread(self._house.shutdown)
             await self._empty(1)
         self.should_exit = True
 

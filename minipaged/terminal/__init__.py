@@ -1,6 +1,7 @@
 """What a terminal gets to see: flags, prompts and reports of the command lines, and the drawings of the memory.
 
-Reading order: command.py (how all commands end), engine_flags.py and options.py (the flags), loading.py, prompts.py
-(what is asked), report.py (what is said), snapshot.py (one moment of the memory as plain data), draw.py (its picture,
-which the chapters use too), watch.py (the picture, live), trace.py and slots.py (a run in a file, redrawn).
+Reading order: command.py (how all commands end), engine_flags.py, server_flags.py and options.py (the flags),
+loading.py, prompts.py (what is asked), report.py (what is said), snapshot.py (one moment of the memory as plain data),
+draw.py (its picture, which the chapters use too), watch.py (the picture, live), trace.py and slots.py (a run in a file,
+redrawn).
 """

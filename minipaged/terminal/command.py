@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from minipaged.execution.ranks.errors import RankError
+
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
 EPILOG = "Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C, 1 anything else."
 
@@ -38,7 +40,7 @@ def run(name: str, work: Callable[[], int | None], interrupted: str = "interrupt
         return INTERRUPTED
     except BrokenPipeError:
         return ignore_closed_pipe()
-    except CommandFailed as error:
+    except (CommandFailed, RankError) as error:
         return _say(name, error, FAILED)
     except OSError as error:  # a full disk below standard output, say
         _say(name, error, FAILED)

@@ -15,7 +15,7 @@ from minipaged.terminal.command import BadInput
 OPTIONS = (  # of the engine, that there are flags for
     "dtype", "quantization", "products", "kv_cache_dtype", "device", "kernels", "block_size", "num_blocks",
     "kv_cache_memory", "max_model_len", "prefix_cache", "schedule", "max_num_seqs", "max_num_batched_tokens",
-    "chunked_prefill", "preemption", "debug", "kv_transfer_config",
+    "chunked_prefill", "preemption", "tensor_parallel_size", "kv_transfer_config", "debug",
 )  # fmt: skip
 MODEL_HELP = "smollm2, a folder in Hugging Face layout, a .gguf file or a hub id"
 PREFIX_CACHE_HELP = (
@@ -39,6 +39,10 @@ PRODUCTS_HELP = (
     "to 8 bits, too, which is faster on a CPU (default: exact)"
 )
 KV_CACHE_DTYPE_HELP = "keys and values in eight bits, for four times the blocks of fp32 (default: auto, as --dtype)"
+RANKS_HELP = (
+    "processes that compute the model together, each its part of every layer (default: 1). Started by torchrun, on one "
+    "machine or several, it must be as many as torchrun has started"
+)
 SPECULATE_HELP = (
     "have tokens guessed, which the model checks several at a time; the answers stay the same. ngram: what followed "
     "the same tokens before, for answers that repeat their prompt; draft: a smaller model with the same vocabulary; "
@@ -84,6 +88,7 @@ def add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", choices=devices, default="auto", help="auto: the GPU, if there is one")
     backends = ("auto", "torch", "triton", "cpp")
     group.add_argument("--kernels", choices=backends, default="auto", help=KERNELS_HELP)
+    group.add_argument("--tensor-parallel-size", type=count, default=1, metavar="N", help=RANKS_HELP)
     group.add_argument("--kv-transfer-config", type=parse_json, metavar="JSON", help=KV_TRANSFER_HELP)
 
 

@@ -7,8 +7,23 @@ from typing import Any
 
 from rich.console import Console
 
+from minipaged.execution.ranks.environment import is_another_rank
+from minipaged.execution.ranks.errors import RankError
 from minipaged.terminal.command import BadInput
 from minipaged.terminal.watch import waiting
+
+
+def end_as_rank(model: str, options: dict[str, Any]) -> None:
+    """If torchrun has started this process to be a rank of another one's engine: be that, until the process ends.
+
+    To be asked before a port is taken or standard input is read, which all ranks of a machine share.
+    """
+    try:
+        another = is_another_rank(options["tensor_parallel_size"])
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    if another:
+        load("LLM", model, options, Console(quiet=True))
 
 
 def load(kind: str, model: str, options: dict[str, Any], console: Console) -> Any:
@@ -25,6 +40,6 @@ def load(kind: str, model: str, options: dict[str, Any], console: Console) -> An
     except (ValueError, OSError, MemoryError) as error:
         raise BadInput(" ".join(str(error).split()) or "not enough memory") from error
     except RuntimeError as error:  # PyTorch's way to say that there is no memory
-        if "memory" not in str(error):
+        if "memory" not in str(error) or isinstance(error, RankError):
             raise
         raise BadInput("not enough memory: lower --num-blocks or --kv-cache-memory") from error

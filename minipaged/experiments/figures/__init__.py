@@ -1,8 +1,10 @@
 """The figures of the paper, each a function: what a Study computes -> Report."""
 
 from minipaged.experiments.figures.blocks import figure18, figure19
+from minipaged.experiments.figures.goodput import goodput
 from minipaged.experiments.figures.memory import figure2, figure13, table1
 from minipaged.experiments.figures.rates import figure12, figure17, llama
+from minipaged.experiments.figures.routing import routing
 from minipaged.experiments.figures.sharing import figure14, figure15, figure16
 from minipaged.experiments.figures.today import today
 
@@ -20,3 +22,4 @@ FIGURES = {
     "llama": llama,
     "today": today,
 }
+STUDIES = {"goodput": goodput, "routing": routing}  # of many engines; they take long, or need a trace

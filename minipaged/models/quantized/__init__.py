@@ -10,23 +10,20 @@ read), then one format after the other: gptq.py, awq.py, fp8.py, compressed_tens
     compressed-tensors   weight_packed or weight, weight_scale, ...            scale[o, g] * (q - z[o, g])
     FP8                  weight, weight_scale or weight_scale_inv              scale * q
 
-Each is a class with `shape`, which checks all that the files' headers say, and `weight`, which reads a layer: a
-kernels.packed.Packed, or floats where its groups are no equal pieces of a row. Activations are never quantized here:
+Each is a class with `shape`, which checks all that the files' headers say; `weight`, which reads a layer: a
+kernels.packed.Packed, or floats where its groups are no equal pieces of a row; and `places`, which says where in its
+tensors the outputs or inputs lie, so that some of them can be read alone. Activations are never quantized here:
 formats that do so, too (W8A8, FP8), are computed with their weights alone, which is nearer to the model they came from.
 """
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from minipaged.models.fields import ModelError
 from minipaged.models.quantized.config import Method, read_method
-from minipaged.models.quantized.layer import Header, Layer
+from minipaged.models.quantized.layer import Header, Layer, Read
 
 __all__ = ["Header", "Layer", "Method", "find_layers", "read_method"]
 
 
-def find_layers(method: Method, headers: dict[str, Header], read: Callable[[str], Tensor]) -> dict[str, Layer]:
+def find_layers(method: Method, headers: dict[str, Header], read: Read) -> dict[str, Layer]:
     """The quantized layers among a checkpoint's tensors, by name. ModelError if one has a plain weight as well.
 
     read: gives the tensor of a name.

@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kernels.packed import Packed
-from minipaged.models.quantized.layer import FLOATS, Layer, Shape, single
+from minipaged.models.quantized.layer import FLOATS, Layer, Places, Shape, single
 from minipaged.models.quantized.words import unpack
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each of eight columns in its word
@@ -40,6 +40,13 @@ class AWQ:
         layer.expect("scales", ((into // size, words * 8),), FLOATS)
         layer.expect("qzeros", ((into // size, words),), ("I32",))
         return words * 8, into
+
+    def places(self, layer: Layer, axis: int) -> Places | None:
+        """Where its tensors have that dimension of the weight."""
+        if axis == 0:
+            return {"qweight": (1, 8), "qzeros": (1, 8), "scales": (1, 1)}
+        groups = {} if self.group_size == -1 else dict.fromkeys(("qzeros", "scales"), (0, self.group_size))
+        return {"qweight": (0, 1)} | groups
 
     def weight(self, layer: Layer) -> Packed | Tensor:
         codes, zero = (_in_order(layer.tensor(part)) for part in ("qweight", "qzeros"))

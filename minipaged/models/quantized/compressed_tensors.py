@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels.packed import Packed
 from minipaged.models.fields import ModelError
 from minipaged.models.quantized.fp8 import blocks, in_blocks, numbers, of_rows
-from minipaged.models.quantized.layer import FLOATS, Layer, Shape
+from minipaged.models.quantized.layer import FLOATS, Layer, Places, Shape
 from minipaged.models.quantized.words import unpack
 
 STRATEGIES = ("tensor", "channel", "group", "block")
@@ -97,6 +97,21 @@ class CompressedTensors:
         if scheme.scattered:
             layer.expect("weight_g_idx", ((into,),), ("I32", "I64"))
         return shape
+
+    def places(self, layer: Layer, axis: int) -> Places | None:
+        """Where its tensors have that dimension of the weight. None if a tensor says which group each input is of."""
+        scheme = self.scheme(layer)
+        if scheme.scattered and axis == 1:
+            return None
+        in_word = 32 // scheme.bits if scheme.packed else 1
+        found = {"weight_packed": (axis, in_word if axis else 1)} if scheme.packed else {"weight": (axis, 1)}
+        steps = {"tensor": None, "channel": (1, None), "group": (1, scheme.group_size), "block": scheme.block}
+        of_scales = steps[scheme.strategy]
+        if of_scales and (step := of_scales[axis]):
+            found["weight_scale"] = axis, step
+            if not scheme.symmetric:
+                found["weight_zero_point"] = axis, step if axis else in_word
+        return found
 
     def weight(self, layer: Layer) -> Packed | Tensor:
         scheme, scale = self.scheme(layer), layer.scale("weight_scale")

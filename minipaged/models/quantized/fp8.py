@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.packed import Packed
-from minipaged.models.quantized.layer import FLOATS, Layer, Shape
+from minipaged.models.quantized.layer import FLOATS, Layer, Places, Shape
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class FP8:
         else:
             layer.expect(part, (blocks(shape, self.block),), FLOATS)
         return shape
+
+    def places(self, layer: Layer, axis: int) -> Places | None:
+        """Where its tensors have that dimension of the weight."""
+        part = self._scale(layer)
+        if self.block is not None:
+            return {"weight": (axis, 1), part: (axis, self.block[axis])}
+        for_rows = axis == 0 and layer.headers[part].shape[:1] not in ((), (1,))
+        return {"weight": (axis, 1)} | ({part: (0, 1)} if for_rows else {})
 
     def weight(self, layer: Layer) -> Packed | Tensor:
         weight, scale = numbers(layer), layer.scale(self._scale(layer))

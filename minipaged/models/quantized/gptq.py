@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kernels.packed import Packed
-from minipaged.models.quantized.layer import FLOATS, Layer, Shape
+from minipaged.models.quantized.layer import FLOATS, Layer, Places, Shape
 from minipaged.models.quantized.words import unpack
 
 
@@ -60,6 +60,19 @@ class GPTQ:
 
     def turned(self, layer: Layer) -> bool:
         return self.across and not layer.name.endswith("lm_head")
+
+    def places(self, layer: Layer, axis: int) -> Places | None:
+        """Where its tensors have that dimension of the weight. None if it is cut elsewhere: codes of three bits, and
+        inputs whose groups g_idx names.
+        """
+        outputs = axis == (1 if self.turned(layer) else 0)
+        if self.bits == 3 or "g_idx" in layer.headers and not outputs:
+            return None
+        codes = 32 // self.bits
+        if outputs:
+            return {"qweight": (1, 1), "qzeros": (1, codes), "scales": (1, 1)}
+        groups = {} if self.group_size == -1 else dict.fromkeys(("qzeros", "scales"), (0, self.group_size))
+        return {"qweight": (0, codes)} | groups
 
     def weight(self, layer: Layer) -> Packed | Tensor:
         codes = unpack(layer.tensor("qweight").t(), self.bits)  # [out, in]

@@ -1,7 +1,7 @@
 """The tensors of one quantized linear layer, and what is asked of all of them, whatever the format."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -9,8 +9,11 @@ from torch import Tensor
 
 from kernels.packed import Packed
 from minipaged.models.fields import ModelError
+from minipaged.models.split import Part
 
 Shape = tuple[int, ...]
+Read = Callable[[str, Part | None], Tensor]  # the tensor of a name, or some of it
+Places = dict[str, tuple[int, int]]  # part -> dimension, step
 FLOATS = ("F16", "BF16", "F32")  # as safetensors names dtypes
 
 
@@ -23,11 +26,27 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """name: of the layer, without the part. headers: of the parts that are there. read: gives a tensor by full name."""
+    """name: of the layer, without the part. headers: of the parts that are there. read: gives a tensor by full name.
+
+    cuts: of which parts of the layer only some is wanted, and what.
+    """
 
     name: str
     headers: dict[str, Header]
-    read: Callable[[str], Tensor]
+    read: Read
+    cuts: dict[str, Part] = field(default_factory=dict)
+
+    def cut(self, places: Places, ranges: tuple[range, ...]) -> "Layer | None":
+        """The layer with only these of its outputs, or inputs. None if they aren't whole steps along all its parts.
+
+        places: the dimension of each part along which these lie, and how many a step is.
+        """
+        if any(end % step for _, step in places.values() for own in ranges for end in (own.start, own.stop)):
+            return None
+        cuts = {}
+        for part, (axis, step) in places.items():
+            cuts[part] = Part(axis, tuple(range(own.start // step, own.stop // step) for own in ranges))
+        return replace(self, cuts=cuts)
 
     def error(self, part: str, what: str) -> ModelError:
         return ModelError(f"tensor {self.name}.{part} {what}")
@@ -53,7 +72,7 @@ class Layer:
             raise self.error(part, f"is {shape} and should be {' or '.join(map(str, shapes))}")
 
     def tensor(self, part: str) -> Tensor:
-        return self.read(f"{self.name}.{part}")
+        return self.read(f"{self.name}.{part}", self.cuts.get(part))
 
     def scale(self, part: str) -> Tensor:
         """A tensor of scales, all finite: one that is not would spoil every product with it."""

@@ -17,7 +17,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     >>> unpack(torch.tensor([0x76543210], dtype=torch.int32), 4).tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
     if bits == 8:
         return octets
     span = 8

@@ -1,0 +1,71 @@
+"""Disaggregation, seen from the router: one server computes the prompt, and another one goes on.
+
+A request is first sent to a server of prompts, for one token. Its answer says in `kv_transfer_params` where the keys
+and values are kept; that goes into the body for the second server, which takes them and answers. The names and the way
+are vLLM's (NIXL's). Without them the second server computes the prompt itself: so nothing depends on the first one.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from minipaged.server.fleet import Fleet
+from minipaged.server.forwarded import Asked, load_of, read_object
+from minipaged.server.proxy import Lost, Talk
+
+WANTED = {
+    "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
+    "remote_host": None, "remote_port": None,
+}  # fmt: skip
+OF_THE_ANSWER = {  # of more than one token, or of how they are told
+    "stream", "stream_options", "max_completion_tokens", "min_tokens", "n", "best_of", "logprobs", "top_logprobs",
+    "echo", "return_token_ids", "use_beam_search", "beam_width", "length_penalty", "early_stopping", "response_format",
+    "structured_outputs", "stop", "include_stop_str_in_output",
+}  # fmt: skip
+
+
+def prompt_only(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The body that has its prompt computed, and kept. None if that makes no sense.
+
+    Blocks are of one prompt; whoever tells log-probabilities of a prompt must compute all of it; and who says where
+    blocks are has a router of its own.
+
+    >>> prompt_only({"prompt": "a", "stream": True, "max_tokens": 9, "prompt_logprobs": 1}) is None
+    True
+    """
+    several = load_of({"prompt": body.get("prompt")}) > 1
+    if not body or several or body.get("prompt_logprobs") is not None or body.get("echo"):
+        return None
+    if body.get("kv_transfer_params"):
+        return None
+    kept = {name: value for name, value in body.items() if name not in OF_THE_ANSWER}
+    return kept | {"max_tokens": 1, "kv_transfer_params": WANTED}
+
+
+async def hand_over(fleet: Fleet, asked: Asked) -> Asked:
+    """What the second server is asked, after a first one of `fleet` has computed the prompt; the same, if none has."""
+    body = read_object(asked.body)
+    first = prompt_only(body)
+    if first is None:
+        return asked
+    params = await _compute(fleet, replace(asked, body=json.dumps(first).encode()))
+    if params is None:
+        return asked
+    return replace(asked, body=json.dumps(body | {"kv_transfer_params": params}).encode(), alone=asked.body)
+
+
+async def _compute(fleet: Fleet, asked: Asked) -> dict[str, Any] | None:
+    """Where the prompt's keys and values are. None if nobody has computed them: the second server can do it."""
+    tried: set[str] = set()
+    while (url := fleet.policy.choose(asked.pieces, asked.load, tried)) is not None:
+        tried.add(url)
+        talk = Talk(fleet, url, asked)
+        try:
+            said = b"".join([piece async for piece in talk.pieces()])
+        except Lost as error:
+            if error.sent:
+                return None
+            continue
+        params = read_object(said).get("kv_transfer_params") if talk.status == 200 else None
+        return params if isinstance(params, dict) else None
+    return None
