@@ -81,11 +81,11 @@ def test_all_mechanisms_go_with_it(folder, mechanism, monkeypatch):
     options = MECHANISMS[mechanism]
     same = {name: options[name] for name in ("dtype", "kv_cache_dtype") if name in options}
     rng = random.Random(mechanism)
-    asked = random_asked(rng, 16)
+    asked = random_asked(rng, 40 if "preemption" in options else 16)
     wanted = alone(folder, asked, **same)
     more = {"kv_connector_extra_config": {"bytes_per_step": 3000}}
     connector = CONNECTORS[rng.random() < 0.5]
-    stack, (producer, consumer) = in_process(folder, connector, {**same, "num_blocks": 400}, options, **more)
+    stack, (producer, consumer) = in_process(folder, connector, {**same, "num_blocks": 1000}, options, **more)
     with stack:
         firsts = producer.generate([prompt for prompt, _ in asked], FIRST)
         for (prompt, params), first in zip(asked, firsts, strict=True):
@@ -95,8 +95,7 @@ def test_all_mechanisms_go_with_it(folder, mechanism, monkeypatch):
         while consumer.has_unfinished_requests:
             ends |= {int(output.request_id): output for output in consumer.step() if output.finished}
         assert [told(ends[number]) for number in range(len(asked))] == wanted
-        loads = consumer.stats().transfers
-        assert loads.num_loads >= 5 and (not loads.num_failed_loads or consumer.memory.num_blocks < 60)
+        assert consumer.stats().transfers.num_loads >= 5  # a few may have to be computed here, after a preemption
         if "preemption" in options:
             assert consumer.stats().num_preemptions[options["preemption"]]
         wait_until_empty(producer)
@@ -180,7 +179,7 @@ def check_http(ports, start):
         status, right = post(ports[0], path, **prompt, max_tokens=9, temperature=0)
         assert status == 200 and "kv_transfer_params" not in right
         status, end = post(ports[1], path, **prompt, max_tokens=9, temperature=0, kv_transfer_params=where)
-        assert status == 200 and "kv_transfer_params" not in end
+        assert status == 200 and end["kv_transfer_params"] is None
         assert end["choices"] == right["choices"]
         for more, said in (
             ({"kv_transfer_params": start, "stream": True}, "kv_transfer_params: do_remote_decode is not for stream"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from tiny_model import make_folder
 
-from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged import LLM, BeamSearchParams, SamplingParams, serve
 from minipaged.execution import transfer_link
 from tests.transfers import (
     AWAY,
@@ -143,6 +143,22 @@ def test_aborted_when_it_is_kept_and_while_it_is_loading(folder):
         assert not consumer.stats().memory.used
         consumer.generate([1], GREEDY)
         wait_until_empty(producer)
+
+
+def test_what_was_dropped_is_never_written(folder):
+    """Its blocks are somebody else's by now."""
+    extra = {"kv_connector_extra_config": {"bytes_per_step": 1}}
+    stack, (producer, consumer) = in_process(folder, consumer=dict(num_blocks=50, prefix_cache="none"), **extra)
+    with stack:
+        other = [*reversed(PROMPT)]
+        wanted = alone(folder, [(other, GREEDY)])
+        for steps in (2, 6, 12):
+            [first] = producer.generate(PROMPT, FIRST)
+            consumer.add_request(PROMPT, second_half(GREEDY, first.kv_transfer_params), "a")
+            for _ in range(steps):
+                consumer.step()
+            consumer.abort("a")
+            assert [told(consumer.generate(other, GREEDY)[0])] == wanted
 
 
 def test_a_liar_at_the_door_harms_nobody(folder):
@@ -292,3 +308,39 @@ def test_nobody_is_there(folder, where, error):
     with LLM(folder, **options) as consumer:
         [end] = consumer.generate(PROMPT, second_half(GREEDY, WHERE | where))
         assert error in end.error
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_of_this_machine_is_not_answered(folder):
+    """Linux's own namespace of sockets has no permissions: whoever knows the name can connect."""
+    stack, (producer, _) = in_process(folder)
+    with stack:
+        [first] = producer.generate(PROMPT, FIRST)
+        for user, answered in ((0, b"y"), (65534, b"n")):
+            ours, theirs = os.pipe()
+            if not (child := os.fork()):
+                said = b""
+                try:
+                    os.setuid(user)
+                    sock = socket.socket(socket.AF_UNIX)
+                    sock.settimeout(5)
+                    sock.connect("\0" + first.kv_transfer_params["remote_host"][1:])
+                    transfer_link.send(sock, {"hello": {}})
+                    said = sock.recv(1)
+                finally:
+                    os.write(theirs, b"y" if said else b"n")
+                    os._exit(0)
+            assert os.read(ours, 1) == answered
+            os.waitpid(child, 0)
+            os.close(ours)
+            os.close(theirs)
+
+
+@pytest.mark.parametrize(("given", "error"), [
+    ("{", "--kv-transfer-config: is no JSON"),
+    ('{"kv_role": "x"}', "kv_transfer_config: kv_connector='': must be one of SharedMemoryConnector"),
+    ('{"kv_rool": "x"}', "kv_transfer_config has no key 'kv_rool'; did you mean 'kv_role'?"),
+])  # fmt: skip
+def test_the_flag_is_checked_before_anything_is_loaded(given, error, capsys):
+    assert serve.main(["--kv-transfer-config", given]) == 2
+    assert error in capsys.readouterr().err

@@ -74,6 +74,7 @@ BROKEN = {
     "failed ones go on as if all were there": (
         Transfers, "load_ended", lambda self, request, error, memory: RIGHT_ENDED(self, request, None, memory)
     ),
+    "what is being read is freed": (Exports, "take_ended", free_what_is_read),
     "what was kept is not freed": (Exports, "take_ended", never_free),
     "it is always good": (Exports, "unpin", lambda self, export, done: True),
     "memory is given up, and what is kept isn't": (Exports, "clear", lambda self: None),

@@ -122,8 +122,9 @@ class Executor:
             return None
         if config.kv_connector == "SharedMemoryConnector" and config.produces and self.device != "cpu":
             raise ValueError("SharedMemoryConnector: a GPU's pool is in no memory to share: TorchDistributedConnector")
-        model = {"model": os.path.basename(os.path.normpath(args.model)), "config": str(self.config)}
-        return CONNECTORS[config.kv_connector](config, model | {"quantization": args.quantization})
+        same = {"quantization": args.quantization, "products": args.products, "config": str(self.config)}
+        model = os.path.basename(os.path.normpath(args.model))
+        return CONNECTORS[config.kv_connector](config, {"model": model, **same})
 
     def _load_guesser(self, loaded: Loaded) -> Loaded | Head | None:
         """The draft model, or the head, that the engine was told of."""

@@ -8,6 +8,7 @@ went.
 import mmap
 import os
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -30,7 +31,11 @@ class SharedMemoryConnector(KVConnector):
     def listen(self) -> tuple[socket.socket, str, int]:
         token = secrets.token_hex(16)
         linux = sys.platform.startswith("linux")
-        name = PREFIX + token if linux else os.path.join(tempfile.mkdtemp(), token)
+        name = PREFIX + token
+        if not linux:
+            folder = tempfile.mkdtemp()
+            name = os.path.join(folder, token)
+            self._closers.append(partial(shutil.rmtree, folder, ignore_errors=True))
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.bind(_address(name))
         listening.listen(128)

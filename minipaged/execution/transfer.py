@@ -41,11 +41,15 @@ class Incoming:
 
     def run(self, fetch: Callable[["Incoming"], None]) -> None:
         """The thread's life."""
-        error = None
+        error, whose = None, self.load.source.remote_engine_id
         try:
             fetch(self)
-        except Exception as reason:
-            error = str(reason) or repr(reason)
+        except Lost as reason:
+            error = str(reason)
+        except TimeoutError:
+            error = f"engine {whose} did not answer in time"
+        except Exception as reason:  # what sockets and gloo say; and what an engine that lies may bring about
+            error = f"engine {whose}: {reason!r:.300}"
         with self._news:
             self.ended, self.error = True, error
             self._news.notify_all()

@@ -63,7 +63,7 @@ class Answer:
         for output in outputs:
             self._count(output)
         whole: dict[str, Any] = {"choices": choices, "usage": self.usage()}
-        if outputs and outputs[0].kv_transfer_params is not None:
+        if self.body.kv_transfer_params:
             whole["kv_transfer_params"] = outputs[0].kv_transfer_params
         if self.chat and self.body.prompt_logprobs is not None:
             whole["prompt_logprobs"] = logprobs.of_prompt(outputs[0].prompt_logprobs)

@@ -93,7 +93,8 @@ class Metrics:
     def _step(self, plan: StepPlan, output: StepOutput) -> None:
         """In the engine's thread. Between two tokens of a sequence there may be steps that it sat out, swapped out."""
         now, last, forked = time.monotonic(), self._last_token, self._last_fork
-        self._histograms["iteration_tokens_total"].observe(plan.num_tokens)
+        if plan.sequences:
+            self._histograms["iteration_tokens_total"].observe(plan.num_tokens)
         for part in plan.sequences:
             if part.draw or part.num_candidates:
                 before = last.get(part.seq_id) or forked.get(part.request_id)
