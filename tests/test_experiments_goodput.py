@@ -277,7 +277,7 @@ def test_a_bad_trace_is_named_by_its_line(content, words, tmp_path, capsys):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in dict(TPOT=(0.1, 0.02), LINKS=(450e9, 1e9), LENGTHS=(500, 2000), SECONDS=0.1, COUNT=8,
+    for name, value in dict(TPOT=(0.1, 0.02), LINKS=(450e9, 1e7), LENGTHS=(500, 2000), SECONDS=0.1, COUNT=8,
                             TTFT={"conversation": 0.5, "code": 0.5}).items():  # fmt: skip
         monkeypatch.setattr(figure, name, value)
 
