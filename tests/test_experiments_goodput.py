@@ -219,6 +219,18 @@ def test_a_run_that_is_given_up_changes_nothing(monkeypatch):
     assert search(trial, limits) == found and found.rates[0] > found.rates[1] > 0
 
 
+def test_a_run_is_hopeless_once_too_many_have_missed_a_limit():
+    jobs = [Job(float(i), 10, 3) for i in range(12)]
+    hopeless = Hopeless(Limits(0.5, 0.1), jobs[1:11])  # of ten one may
+
+    def told(place, first, last=0.0):
+        return hopeless(Ask(jobs[place], place + first, place + last if last else 0.0))
+
+    assert not told(1, 0.6) and not told(1, 0.6, 1.0) and not told(2, 0.4) and not told(2, 0.4, 0.5)
+    assert not told(0, 9.0) and not told(11, 9.0)  # these don't count
+    assert told(3, 0.4, 0.7) and hopeless.certain
+
+
 def test_a_search_is_kept_by_all_its_inputs(tmp_path, monkeypatch):
     trial, limits = Trial("code", Layout(together=1), MACHINE, 0, 0.1, 20), [Limits(0.3, 0.02)]
     first = search(trial, limits, tmp_path)
@@ -265,7 +277,7 @@ def test_a_bad_trace_is_named_by_its_line(content, words, tmp_path, capsys):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in dict(TPOT=(0.1, 0.02), LINKS=(450e9, 1e9), LENGTHS=(500, 2000), SECONDS=0.1, COUNT=8,
+    for name, value in dict(TPOT=(0.1, 0.02), LINKS=(450e9, 1e7), LENGTHS=(500, 2000), SECONDS=0.1, COUNT=8,
                             TTFT={"conversation": 0.5, "code": 0.5}).items():  # fmt: skip
         monkeypatch.setattr(figure, name, value)
 

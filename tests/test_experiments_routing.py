@@ -13,8 +13,10 @@ from minipaged.experiments import routing
 from minipaged.experiments.hardware import PCIE, SERVERS
 from minipaged.experiments.loads import TraceError
 from minipaged.experiments.machine import Machine
-from minipaged.experiments.routing import POLICIES, Blocks, Case, Prompt, Replica, read_blocks, run, scaled
+from minipaged.experiments.policies import POLICIES, HeapedLeastLoaded, HeapedPrefixAffinity
+from minipaged.experiments.routing import Blocks, Case, Prompt, Replica, read_blocks, run, scaled
 from minipaged.experiments.study import Settings, Study
+from minipaged.server.routing import LeastLoaded, PrefixAffinity
 
 figure = sys.modules["minipaged.experiments.figures.routing"]  # the package's own name is the function
 MACHINE = Machine(SERVERS["llama"], step=0.0, host=0.0)
@@ -204,6 +206,33 @@ def test_a_hash_of_what_all_have_in_common_sends_all_to_one():
     trace = conversations(300, 4)
     one, two = (run(Case("consistent_hash", 8, beginning=n, warm=60, counted=200), trace) for n in (1, 2))
     assert two.found > one.found and one.p50 > two.p50
+
+
+@pytest.mark.parametrize(
+    ("fast", "plain"), [(HeapedLeastLoaded(), LeastLoaded()), (HeapedPrefixAffinity(9), PrefixAffinity(9))],
+    ids=["least_loaded", "prefix"],
+)  # fmt: skip
+def test_the_heap_chooses_what_the_plain_policy_chooses(fast, plain):
+    rng, under_way = random.Random(4), []
+    for step in range(3000):
+        if step % 300 == 0:
+            for policy in (fast, plain):
+                policy.add(str(step // 300))
+        if step % 700 == 699:
+            for policy in (fast, plain):
+                policy.remove(str(step // 700))
+        if under_way and rng.random() < 0.45:
+            replica, load = under_way.pop(rng.randrange(len(under_way)))
+            for policy in (fast, plain):
+                policy.end(replica, load)
+        pieces, load = [0, rng.randrange(5), rng.randrange(3)], rng.choice((1, 1, 0.3, 2.5))
+        without = {plain.choose(pieces, load)} if rng.random() < 0.1 else ()
+        replica = plain.choose(pieces, load, without)
+        assert fast.choose(pieces, load, without) == replica
+        if replica is not None:
+            for policy in (fast, plain):
+                policy.begin(replica, pieces, load)
+            under_way.append((replica, load))
 
 
 # --- the figure -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ with, and a cost model instead of a GPU; and the same comparison live, on the re
     paper.py         the paper's numbers
     serving.py       an engine of today (machine.py: its costs), cluster.py: many under one clock
     goodput.py       how much they take within limits
-    routing.py       many replicas, the router's policies, and a trace; routing.json: what came of it
+    routing.py       many replicas, the router's policies (policies.py), and a trace; routing.json: what came of it
     figures/         the figures
     report.py        tables and pictures
     live.py          the comparison on the real model (live_systems.py, live_client.py, live_report.py)

@@ -66,7 +66,7 @@ KINDS = {
     "code": Kind(2048, 28, 0.9, 1.2),
     "long": Kind(8000, 200, 0.7, 0.7),
 }
-LENGTHS = (500, 1000, 2000, 4000, 8000)  # mean prompts; answers of 200
+LENGTHS = (500, 2000, 8000)  # mean prompts; answers of 200
 KINDS |= {str(length): Kind(length, 200, 0.5, 0.7) for length in LENGTHS}
 
 

@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, merge
 from itertools import takewhile
@@ -30,7 +30,7 @@ from typing import NamedTuple
 from minipaged.experiments.hardware import PCIE, SERVERS
 from minipaged.experiments.loads import TraceError
 from minipaged.experiments.machine import Machine
-from minipaged.server.routing import ConsistentHash, LeastLoaded, Policy, PrefixAffinity, RoundRobin
+from minipaged.experiments.policies import POLICIES
 
 PIECE = 512  # tokens of a block of the trace
 TICK = 3.0  # seconds: the trace tells times no nearer, and its requests are spread over them
@@ -222,13 +222,6 @@ class Replica:
 
 # --- many of them ---------------------------------------------------------------------------------------------------
 
-POLICIES: dict[str, Callable[[Case, int], Policy]] = {
-    "round_robin": lambda case, capacity: RoundRobin(),
-    "least_loaded": lambda case, capacity: LeastLoaded(),
-    "prefix": lambda case, capacity: PrefixAffinity(capacity),
-    "consistent_hash": lambda case, capacity: ConsistentHash(case.beginning),
-    "shared": lambda case, capacity: LeastLoaded(),  # and one cache without end for all: nobody finds more
-}
 MACHINE = Machine(SERVERS["llama"])
 
 
@@ -236,7 +229,7 @@ def run(case: Case, trace: Sequence[Prompt], machine: Machine = MACHINE) -> Answ
     """Let all requests come. The load of a request, for the policies, is its prompt, in mean prompts."""
     started = time.process_time()
     capacity = int(POOLS[case.pool]) // (PIECE * machine.server.kv_bytes)
-    policy = POLICIES[case.policy](case, capacity)
+    policy = POLICIES[case.policy](capacity, case.beginning)
     everything = Blocks(NO_END)
     replicas = {}
     for number in range(case.replicas):
