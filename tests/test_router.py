@@ -336,7 +336,8 @@ PLACE = {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id
 
 
 async def keeps_its_blocks(method, path, body, writer):
-    writer.write(plain(json.dumps({"choices": [], "kv_transfer_params": PLACE}).encode()))
+    said = {"id": "cmpl-7", "choices": [], "kv_transfer_params": PLACE}
+    writer.write(plain(json.dumps({} if path == "/abort" else said).encode()))
 
 
 def bodies_of(server):
@@ -396,6 +397,18 @@ def test_who_goes_on_after_another_one_may_have_taken_the_blocks_does_not_ask_fo
             router.wait_for(2)
         num_lost = len(second.asked)
         assert num_lost and sorted(map(len, bodies_of(third))) == [1] * num_lost + [2] * (2 - num_lost)
+
+
+@pytest.mark.parametrize("second", [refuses("400 Bad Request"), refuses("503 Service Unavailable"), dies_at_once])
+def test_what_nobody_comes_for_need_not_be_kept(second):
+    with (
+        standing_in(keeps_its_blocks, second) as [first, other],
+        routed([other.url], prefill=[first.url]) as router,
+    ):
+        assert run(ask(router.port, COMPLETE, {"prompt": "a"}))[0] in (400, 503, 502)
+        wait_for(lambda: len(first.asked) == 2)
+        assert (first.asked[1][1], bodies_of(first)[1]) == ("/abort", {"request_id": "cmpl-7"})
+        wait_for(lambda: router.prefill.policy.load == {first.url: 0})
 
 
 # --- processes that are killed ----------------------------------------------------------------------------------------

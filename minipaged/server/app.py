@@ -83,7 +83,8 @@ def _add_generation(app: FastAPI, house: House, metrics: Metrics) -> None:
     async def abort(body: AbortRequest) -> Response:
         """End requests, by the id that their answers have, or the body's request_id. Unknown ones are passed over."""
         names = [body.request_id] if isinstance(body.request_id, str) else body.request_id
-        await house.llm.abort([each for name in names for each in house.under_way.get(name, ())])
+        # One that has ended may have left blocks for another engine: nobody comes for them now.
+        await house.llm.abort([each for name in names for each in house.under_way.get(name, [name])])
         return JSONResponse({})
 
 

@@ -132,5 +132,7 @@ class Fleet:
 
 def reason(error: BaseException) -> str:
     """What went wrong, in a few words."""
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):
+        return "its connection was closed"
     number = getattr(getattr(error, "os_error", error), "errno", None)
     return os.strerror(number) if number else str(error) or type(error).__name__

@@ -5,8 +5,9 @@ and values are kept; that goes into the body for the second server, which takes 
 are vLLM's (NIXL's). Without them the second server computes the prompt itself: so nothing depends on the first one.
 """
 
+import contextlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minipaged.server.fleet import Fleet
@@ -42,30 +43,44 @@ def prompt_only(body: dict[str, Any]) -> dict[str, Any] | None:
     return kept | {"max_tokens": 1, "kv_transfer_params": WANTED}
 
 
-async def hand_over(fleet: Fleet, asked: Asked) -> Asked:
-    """What the second server is asked, after a first one of `fleet` has computed the prompt; the same, if none has."""
-    body = read_object(asked.body)
-    first = prompt_only(body)
+@dataclass(frozen=True)
+class Kept:
+    """A prompt that a server has computed and keeps: under the id of its answer, and where, as it says itself."""
+
+    url: str
+    id: str
+    params: dict[str, Any]
+
+
+async def compute(fleet: Fleet, asked: Asked) -> Kept | None:
+    """Has one of the fleet compute the prompt. None if that makes no sense, or none has: the second one can do it."""
+    first = prompt_only(read_object(asked.body))
     if first is None:
-        return asked
-    params = await _compute(fleet, replace(asked, body=json.dumps(first).encode()))
-    if params is None:
-        return asked
-    return replace(asked, body=json.dumps(body | {"kv_transfer_params": params}).encode(), alone=asked.body)
-
-
-async def _compute(fleet: Fleet, asked: Asked) -> dict[str, Any] | None:
-    """Where the prompt's keys and values are. None if nobody has computed them: the second server can do it."""
-    tried: set[str] = set()
+        return None
+    asked, tried = replace(asked, body=json.dumps(first).encode()), set[str]()
     while (url := fleet.policy.choose(asked.pieces, asked.load, tried)) is not None:
         tried.add(url)
         talk = Talk(fleet, url, asked)
         try:
-            said = b"".join([piece async for piece in talk.pieces()])
+            said = read_object(b"".join([piece async for piece in talk.pieces()]))
         except Lost as error:
             if error.sent:
                 return None
             continue
-        params = read_object(said).get("kv_transfer_params") if talk.status == 200 else None
-        return params if isinstance(params, dict) else None
+        params = said.get("kv_transfer_params") if talk.status == 200 else None
+        return Kept(url, str(said.get("id")), params) if isinstance(params, dict) else None
     return None
+
+
+def go_on(asked: Asked, kept: Kept) -> Asked:
+    """What the second server is asked."""
+    body = read_object(asked.body) | {"kv_transfer_params": kept.params}
+    return replace(asked, body=json.dumps(body).encode(), alone=asked.body)
+
+
+async def release(fleet: Fleet, asked: Asked, kept: Kept) -> None:
+    """Nobody comes for it: it need not be kept until its time is over."""
+    abort = replace(asked, target="/abort", body=json.dumps({"request_id": kept.id}).encode(), pieces=(), load=0)
+    with contextlib.suppress(Lost):
+        async for _ in Talk(fleet, kept.url, abort).pieces():
+            pass

@@ -105,14 +105,17 @@ def broken_off(why: str) -> bytes:
     return event(ApiError(502, said).body()) + DONE
 
 
-async def forward(fleet: Fleet, asked: Asked) -> tuple[Talk, bytes, AsyncGenerator[bytes, None]]:
-    """The talk that came about, its first bytes, and the others: whoever calls this closes them.
+Answering = tuple[Talk, bytes, AsyncGenerator[bytes, None]]  # a talk, its first bytes, and the others
+
+
+async def forward(fleet: Fleet, asked: Asked) -> Answering:
+    """The talk that came about; whoever calls this closes it.
 
     ApiError 502 if it was lost with several replicas, 503 if there are none.
     """
     tried: set[str] = set()
     lost, why = 0, ""
-    refused: list[tuple[Talk, bytes, AsyncGenerator[bytes, None]]] = []
+    refused: list[Answering] = []
     while lost < MOST_LOST and len(refused) < MOST_REFUSALS:
         url = fleet.policy.choose(asked.pieces, asked.load, tried)
         if url is None:

@@ -5,7 +5,7 @@ Whatever is asked goes to one of them; an abort goes to all; /health, /metrics a
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
@@ -20,9 +20,9 @@ from minipaged.server.config import ServerConfig
 from minipaged.server.errors import ApiError, error_object
 from minipaged.server.fleet import Fleet
 from minipaged.server.forwarded import asked_by
-from minipaged.server.handover import hand_over
+from minipaged.server.handover import compute, go_on, release
 from minipaged.server.manners import GENERATING, Manners, Visit
-from minipaged.server.proxy import Asked, Talk, forward
+from minipaged.server.proxy import Answering, Asked, Talk, forward
 from minipaged.server.routing import PIECE
 from minipaged.server.transport import ClientGone, EventStream, while_there
 
@@ -94,6 +94,7 @@ class Door:
 
     def __init__(self, lobby: Lobby, metrics: "Metrics"):
         self._lobby, self._fleet, self._metrics = lobby, lobby.fleet, metrics
+        self._releases: set[asyncio.Task[None]] = set()  # the event loop itself doesn't hold on to tasks
 
     async def forward(self, http: Request) -> Response:
         if not http.url.path.startswith(FORWARDED):
@@ -112,10 +113,23 @@ class Door:
         answer.headers.update(talk.headers)
         return answer
 
-    async def _answer(self, asked: Asked, path: str) -> tuple[Talk, bytes, AsyncGenerator[bytes, None]]:
-        if self._lobby.prefill and asked.method == "POST" and path in GENERATING:
-            asked = await hand_over(self._lobby.prefill, asked)
-        return await forward(self._fleet, asked)
+    async def _answer(self, asked: Asked, path: str) -> Answering:
+        first = self._lobby.prefill
+        if first is None or asked.method != "POST" or path not in GENERATING:
+            return await forward(self._fleet, asked)
+        kept = await compute(first, asked)
+        if kept is None:
+            return await forward(self._fleet, asked)
+        taken = False
+        try:
+            answering = await forward(self._fleet, go_on(asked, kept))
+            taken = answering[0].status == 200
+            return answering
+        finally:
+            if not taken:  # in a task of its own: the client may have gone, and this one with it
+                task = asyncio.create_task(release(first, asked, kept))
+                self._releases.add(task)
+                task.add_done_callback(self._releases.discard)
 
     async def abort(self, http: Request) -> Response:
         """By all: who has it is not known. The answer is that of one who takes it for a good question."""
