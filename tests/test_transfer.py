@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from raw_http import ask
 from served import serving
+from test_router import routed
 from tiny_model import make_folder
 
 from minipaged import AsyncLLM, BeamSearchParams, SamplingParams
@@ -193,3 +194,29 @@ def check_http(ports, start):
     two = {"prompt": ["a", "b"], "kv_transfer_params": start}
     status, error = post(ports[0], "/v1/completions", max_tokens=1, **two)
     assert status == 400 and error["error"]["message"].startswith("kv_transfer_params: they are of one prompt")
+
+
+def test_over_http_through_a_router(folder):
+    """Clients see one server, whole and in pieces; and the prompt was computed elsewhere."""
+    producer, consumer = (AsyncLLM(str(folder), **one) for one in pair(CONNECTORS[0]))
+    try:
+        apps = [create_app(llm, ServerConfig(model_names=("tiny",))) for llm in (producer, consumer)]
+        with serving(apps[0]) as there, serving(apps[1]) as here, routed([here], prefill=[there]) as router:
+            port = int(here.rsplit(":", 1)[1])
+            wishes = {"temperature": 0}, {"seed": 3, "n": 2}, {"stream": True, "temperature": 0}
+            for number, more in enumerate(wishes):
+                body = {"prompt": f"{number} once upon a time there was a fox", "max_tokens": 9, **more}
+                *_, routed_one = asyncio.run(ask(router.port, "/v1/completions", body))
+                *_, direct = asyncio.run(ask(port, "/v1/completions", body))
+                assert choices_of(routed_one) == choices_of(direct)
+        assert consumer.engine.stats().transfers.num_loads == producer.engine.stats().transfers.num_exports == 3
+    finally:
+        producer.shutdown()
+        consumer.shutdown()
+
+
+def choices_of(said):
+    if isinstance(said, dict):
+        return [(one["index"], one["text"], one["finish_reason"]) for one in said["choices"]]
+    pieces = [json.loads(line[6:]) for line in said.decode().splitlines() if line.startswith("data: {")]
+    return "".join(one["text"] for piece in pieces for one in piece["choices"])

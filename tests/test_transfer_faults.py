@@ -250,6 +250,8 @@ def test_a_bad_config_is_refused(folder, given, error):
 def test_who_has_keys_and_values_of_its_own_is_refused(folder):
     with pytest.raises(ValueError, match="not with the speculative_config 'draft'"):
         LLM(folder, kv_transfer_config=GOOD, speculative_config={"method": "draft", "model": str(folder)})
+    with pytest.raises(ValueError, match="kv_transfer_config: not with tensor_parallel_size > 1"):
+        LLM(folder, kv_transfer_config=GOOD, tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize(("given", "error"), [

@@ -13,6 +13,23 @@ OFTEN = {
 }  # fmt: skip
 
 
+def test_what_is_read_outlives_its_lease():
+    now = 0.0
+    exports = Exports(10, lambda: now)
+    name = exports.keep("r", 7, [4, 2], "d")
+    export, blocks = exports.pin(name, "d", 1, 1)
+    now = 11.0
+    assert blocks == [2] and exports.take_ended() == []
+    assert exports.unpin(export, False) and exports.take_ended() == [7]
+    assert exports.pin(name, "d", 0, 2) == "the blocks are not kept any more"
+    name = exports.keep("r", 8, [4, 2], "d")
+    export, _ = exports.pin(name, "d", 0, 2)
+    exports.end(name)
+    assert isinstance(exports.pin(name, "d", 0, 2), str) and exports.take_ended() == [] and not exports.has_ended()
+    exports.clear()
+    assert not exports.unpin(export, True)
+
+
 def test_random_schedules_of_several_engines():
     seen = Counter()
     for seed in range(100):
@@ -53,12 +70,6 @@ def all_of_it(self, request, num_found, block_size):
     return len(request.kv_transfer.remote_block_ids) * block_size - num_found
 
 
-def free_what_is_read(self):
-    ended = list(self._by_name.values())
-    self._by_name.clear()
-    return [export.seq_id for export in ended]
-
-
 def never_free(self):
     return []
 
@@ -74,7 +85,6 @@ BROKEN = {
     "failed ones go on as if all were there": (
         Transfers, "load_ended", lambda self, request, error, memory: RIGHT_ENDED(self, request, None, memory)
     ),
-    "what is being read is freed": (Exports, "take_ended", free_what_is_read),
     "what was kept is not freed": (Exports, "take_ended", never_free),
     "it is always good": (Exports, "unpin", lambda self, export, done: True),
     "memory is given up, and what is kept isn't": (Exports, "clear", lambda self: None),
