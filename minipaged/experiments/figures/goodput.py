@@ -168,11 +168,11 @@ def said(load: str, curves: Curves) -> str:
 
 
 NOTES = [
-    f"Goodput: the highest rate at which {100 * SHARE:.0f} % of requests have both their first token and the mean time of each "
-    "that follows within the limits, by the number of GPUs (DistServe, OSDI 2024). Poisson arrivals for at least "
-    f"{SECONDS:g} s, and at least {COUNT:,} requests or {TOKENS / 1e6:g} million tokens of prompts; the first and last "
-    "tenth of them don't count. By TPOT limit: means over three seeds, and their range in the picture; the rest: one. "
-    f"Rates are told apart by {100 * RATIO - 100:.0f} %. 0: not even {SLOWEST:g} a second.",
+    f"Goodput: the highest rate at which {100 * SHARE:.0f} % of requests have both their first token and the mean time "
+    "of each that follows within the limits, by the number of GPUs (DistServe, OSDI 2024). Poisson arrivals for at "
+    f"least {SECONDS:g} s, and at least {COUNT:,} requests or {TOKENS / 1e6:g} million tokens of prompts; the first "
+    "and last tenth of them don't count. By TPOT limit: means over three seeds, and their range in the picture; the "
+    f"rest: one. Rates are told apart by {100 * RATIO - 100:.0f} %. 0: not even {SLOWEST:g} a second.",
     "DistServe's chatbot had TTFT 0.25 s and TPOT 0.1 s (recalled), on A100s. An H100 and a model of 8B keep that with "
     "ease, so TPOT is tightened from there. TTFT is eight times what a mean prompt takes alone or more, so that there "
     "is time to wait for others.",
