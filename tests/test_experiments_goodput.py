@@ -278,7 +278,7 @@ def test_a_bad_trace_is_named_by_its_line(content, words, tmp_path, capsys):
 @pytest.fixture
 def small(monkeypatch):
     for name, value in dict(TPOT=(0.1, 0.02), LINKS=(450e9, 1e7), LENGTHS=(500, 2000), SECONDS=0.1, COUNT=8,
-                            TTFT={"conversation": 0.5, "code": 0.5}).items():  # fmt: skip
+                            TTFT={"conversation": 0.5, "code": 0.5, "long": 2}).items():  # fmt: skip
         monkeypatch.setattr(figure, name, value)
 
 
@@ -288,9 +288,9 @@ def test_the_figure(small, tmp_path):
     assert {file.suffix for file in report.write(tmp_path)} == {".txt", ".json", ".png", ".svg"}
     assert max(map(len, report.text().splitlines())) <= 110
     assert [table.title.split(":")[0] for table in report.tables] == [
-        "conversation", "code", "By mean prompt", "By link, conversation", "Constants turned",
+        "conversation", "code", "long", "By mean prompt", "By link, conversation", "Constants turned",
     ]  # fmt: skip
-    split = report.data["conversation by link, TPOT 20 ms"]["split"]
+    split = report.data["by link"]["split"]
     assert split[1]["rates"] < split[0]["rates"]  # a slow link
     text = report.text()
     assert "code: Splitting pays, by TPOT limit: against whole prompts" in text and "nan" not in text

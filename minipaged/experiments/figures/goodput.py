@@ -57,16 +57,14 @@ def goodput(study: Study) -> Report:
     if not trace:
         by_length, by_link, turned = lengths(study), links(study), constants(study)
         panels[f"by prompt, TPOT {1e3 * FIXED:g} ms"] = LENGTHS, "tokens of a mean prompt", by_length
-        panels[f"{VARIED} by link, TPOT {1e3 * FIXED:g} ms"] = [link / 1e9 for link in LINKS], "link (GB/s)", by_link
         unit = f"requests a second for each GPU, TPOT {1e3 * FIXED:g} ms"
         tables += [varied(f"By mean prompt: {unit}", [f"{n:,} tokens" for n in LENGTHS], by_length),
                    varied(f"By link, {VARIED}: {unit}", [f"{link / 1e9:g} GB/s" for link in LINKS], by_link),
                    turned[0]]  # fmt: skip
         notes += [pays("mean prompt", LENGTHS, by_length, "{:,.0f} tokens"),
                   pays("link", [link / 1e9 for link in LINKS], by_link, "{:.3g} GB/s")]  # fmt: skip
-        data |= turned[1]
-    data |= {title: {name: [{"layout": label(one.layout), "rates": one.rates} for one in bests]
-                     for name, bests in one.items()} for title, (_, _, one) in panels.items()}  # fmt: skip
+        data |= turned[1] | {"by link": rates(by_link)}
+    data |= {title: rates(one) for title, (_, _, one) in panels.items()}
     return Report(
         "goodput", f"Goodput: {MACHINE.server.name}, {GPUS} of them", data, tables, [*notes, *NOTES],
         lambda: draw(panels),
@@ -159,16 +157,22 @@ def constants(study: Study) -> tuple[Table, dict[str, Any]]:
     return Table(title, ["", *HEADER], rows), {"constants": data}
 
 
+def rates(curves: Curves) -> dict[str, Any]:
+    return {
+        system: [{"layout": label(one.layout), "rates": one.rates} for one in bests] for system, bests in curves.items()
+    }
+
+
 def said(load: str, curves: Curves) -> str:
     return f"{load}: " + pays("TPOT limit", [1e3 * tpot for tpot in TPOT], curves, "{:.3g} ms")
 
 
 NOTES = [
-    f"Goodput: the highest rate at which {SHARE:.0%} of requests have both their first token and the mean time of each "
-    "that follows within the limits, by the number of GPUs (DistServe, OSDI 2024). Poisson arrivals for at least "
-    f"{SECONDS:g} s, and at least {COUNT:,} requests or {TOKENS / 1e6:g} million tokens of prompts; the first and last "
-    "tenth of them don't count. By TPOT limit: means over three seeds, and their range in the picture; the rest: one. "
-    f"Rates are told apart by {100 * RATIO - 100:.0f} %. 0: not even {SLOWEST:g} a second.",
+    f"Goodput: the highest rate at which {100 * SHARE:.0f} % of requests have both their first token and the mean time "
+    "of each that follows within the limits, by the number of GPUs (DistServe, OSDI 2024). Poisson arrivals for at "
+    f"least {SECONDS:g} s, and at least {COUNT:,} requests or {TOKENS / 1e6:g} million tokens of prompts; the first "
+    "and last tenth of them don't count. By TPOT limit: means over three seeds, and their range in the picture; the "
+    f"rest: one. Rates are told apart by {100 * RATIO - 100:.0f} %. 0: not even {SLOWEST:g} a second.",
     "DistServe's chatbot had TTFT 0.25 s and TPOT 0.1 s (recalled), on A100s. An H100 and a model of 8B keep that with "
     "ease, so TPOT is tightened from there. TTFT is eight times what a mean prompt takes alone or more, so that there "
     "is time to wait for others.",

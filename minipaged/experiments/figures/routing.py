@@ -30,7 +30,7 @@ CALLED = {
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1000)
 MIDDLE = 64  # replicas, where something else is varied
 REQUESTS = 32  # replicas' worth of them are measured where there are fewer replicas: with several seeds
-VALUES = {"found": "found in memory (%)", "balance": "busiest by mean", "p50": "p50 TTFT (s)", "p99": "p99 TTFT (s)"}
+VALUES = {"found": "found in memory (%)", "balance": "busiest / mean", "p50": "TTFT p50 (s)", "p99": "TTFT p99 (s)"}
 FORMS = {"found": "{:.1f}", "balance": "{:.2f}", "p50": "{:.2f}", "p99": "{:.2f}"}
 Row = dict[str, float]  # the fields of an Answer, means over seeds
 Rows = dict[str, dict[str, Row]]  # situation -> policy -> what came of it
@@ -40,11 +40,11 @@ def situations() -> dict[str, dict[str, Any]]:
     """What is tried, with every policy: a name, and how it differs from a Case's defaults."""
     found: dict[str, dict[str, Any]] = {str(size): {"replicas": size} for size in SIZES}
     base = {"replicas": MIDDLE}
-    found["small pools"] = base | {"pool": "gpu"}
-    found["bursts"] = base | {"burst": 1 / 3}
-    found["half the load"] = base | {"rate": 0.5}
-    found["more load"] = base | {"rate": 1.4}
-    found |= {f"the trace, {size}": {"replicas": size, "fixed": True} for size in (4, 8, 16)}
+    found[f"{MIDDLE}, small pools"] = base | {"pool": "gpu"}
+    found[f"{MIDDLE}, bursts"] = base | {"burst": 1 / 3}
+    found[f"{MIDDLE}, half the load"] = base | {"rate": 0.5}
+    found[f"{MIDDLE}, more load"] = base | {"rate": 1.4}
+    found |= {f"{size}, the trace as it is": {"replicas": size, "fixed": True} for size in (4, 8, 16)}
     return found
 
 
@@ -56,7 +56,7 @@ def routing(study: Study) -> Report:
     data = measured(study) if study.settings.trace else json.loads(KEPT.read_text(encoding="utf-8"))
     rows: Rows = data["rows"]
     by_size = {name: one for name, one in rows.items() if name.isdecimal()}
-    others = {name: one for name, one in rows.items() if not name.isdecimal() and not name.startswith("hash of")}
+    others = {name: one for name, one in rows.items() if "," in name}
     tables = [sizes(by_size, value) for value in VALUES]
     tables += [compared(f"{MIDDLE}, as above", rows[str(MIDDLE)])] if str(MIDDLE) in rows else []
     tables += [compared(name, one) for name, one in others.items()]
@@ -152,6 +152,8 @@ def best(one: Mapping[str, Row]) -> str:
 def advice(rows: Rows) -> Table:
     cells = []
     for name, one in rows.items():
+        if name == "1":
+            continue  # there is nothing to choose
         policy, called = best(one), f"{int(name):,} replicas" if name.isdecimal() else name
         cells.append([called, CALLED[policy], *(shown(one[policy], value) for value in VALUES)])
     title = "Which to use: the lowest p50 of those within 10 % of the lowest p99"
@@ -169,13 +171,15 @@ def said(by_size: Rows) -> list[str]:
     found = f"Found with {most:,} replicas: {', '.join(words)}; {alone}."
     runs: list[tuple[str, list[str]]] = []
     for size, one in by_size.items():
+        if size == "1":
+            continue
         policy = best(one)
         if runs and runs[-1][0] == policy:
             runs[-1][1].append(size)
         else:
             runs.append((policy, [size]))
-    parts = [f"{CALLED[policy]} with {span(names)} replicas" for policy, names in runs if names != ["1"]]
-    return [found, f"By this rule: {'; '.join(parts)}."]
+    parts = [f"{CALLED[policy]} with {span(names)} replicas" for policy, names in runs]
+    return [found, f"Which to use when, by the last table: {'; '.join(parts)}."]
 
 
 def span(names: Sequence[str]) -> str:
@@ -198,7 +202,7 @@ NOTES = [
     "another; answers under way make its steps longer; what is found is copied over PCIe. One endless cache: least "
     "loaded, and everything that was ever computed is found by all: nobody can find more.",
     "Bursts: in every minute all requests come within 20 s. Half the load, more load: 0.5 and 1.4 requests a second "
-    f"for each replica. The trace, n: as it is, {12031 / 3540:.1f} requests a second in all, for n replicas.",
+    f"for each replica. The trace as it is: {12031 / 3540:.1f} requests a second in all.",
 ]
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minipaged.experiments.cluster import Layout
-from minipaged.experiments.goodput import Limits
+from minipaged.experiments.goodput import RATIO, Limits
 from minipaged.experiments.report import Table
 from minipaged.teaching import plots
 
@@ -77,17 +77,20 @@ def ratios(curves: Curves, other: str) -> list[float]:
 def spans(xs: Sequence[float], ratios: Sequence[float]) -> list[tuple[float, float]]:
     """From where to where the ratio is above 1, in the order of xs; between two both are straight in logarithms.
 
-    >>> spans([40.0, 10.0, 5.0], [0.5, 2.0, 1.5]), spans([4.0, 2.0], [2.0, 1.5]), spans([2.0, 1.0], [1.0, 0.5])
+    Where it is nowhere above RATIO, the two can't be told apart: that is left out.
+
+    >>> spans([40.0, 10.0, 5.0], [0.5, 2.0, 1.5]), spans([4.0, 2.0], [2.0, 1.5]), spans([2.0, 1.0], [1.05, 0.5])
     ([(20.0, 5.0)], [(4.0, 2.0)], [])
     """
     found: list[tuple[float, float]] = []
-    for place, ratio in enumerate(ratios):
-        if ratio <= 1:
-            continue
-        start, end = (_edge(xs, ratios, place, other) for other in (place - 1, place + 1))
-        if found and place and ratios[place - 1] > 1:
-            start = found.pop()[0]
-        found.append((start, end))
+    place = 0
+    while place < len(xs):
+        end = place
+        while end < len(xs) and ratios[end] > 1:
+            end += 1
+        if max(ratios[place:end], default=0.0) > RATIO:
+            found.append((_edge(xs, ratios, place, place - 1), _edge(xs, ratios, end - 1, end)))
+        place = end + 1
     return found
 
 
@@ -128,20 +131,25 @@ def draw(panels: Mapping[str, tuple[Sequence[float], str, Curves]]) -> Figure:
 
 
 def panel(axes: Axes, xs: Sequence[float], curves: Curves) -> None:
-    """Lines with the seeds' range; where splitting begins to pay against whole prompts, and against chunks."""
+    """Lines with the seeds' range; from where to where splitting pays against whole prompts, and against chunks."""
     for place, (system, bests) in enumerate(curves.items()):
         look: Any = dict(color=plots.COLORS[place], linestyle=plots.DASHES[place], marker=plots.MARKERS[place])
         axes.plot(xs, [one.rate for one in bests], label=CALLED[system], **look)
         low, high = ([pick(one.rates) for one in bests] for pick in (min, max))
         axes.fill_between(xs, low, high, color=plots.COLORS[place], alpha=0.15, linewidth=0)
     top = 1.08 * max(max(one.rates) for bests in curves.values() for one in bests)
-    for other in ("whole", "chunks"):
-        for span in spans(xs, ratios(curves, other)):
-            for edge in span:
-                if edge not in (xs[0], xs[-1]):
-                    axes.axvline(edge, color=plots.GREY, linewidth=0.8, linestyle=":")
+    for other, words in (("whole", "splitting pays \N{RIGHTWARDS ARROW}"), ("chunks", "against chunks, too")):
+        for start, end in spans(xs, ratios(curves, other)):
+            for edge in {start, end} - {xs[0], xs[-1]}:
+                axes.axvline(edge, color=plots.GREY, linewidth=0.9, linestyle=":")
+            if start != xs[0]:
+                axes.text(start, 0.03 * top, f" {words}", fontsize=8, color=plots.INK)
     axes.set(xscale="log", ylim=(0, top or 1))
     axes.set_xticks(list(xs), [f"{x:g}" for x in xs], rotation=45)
     axes.minorticks_off()
     if xs[0] > xs[-1]:
         axes.invert_xaxis()
+    else:
+        least = min((one.rate for bests in curves.values() for one in bests if one.rate), default=1)
+        axes.set_ylim(0.7 * least, 1.3 * (top or 1))  # longer prompts: rates fall over more than one order
+        plots.logarithmic(axes)
