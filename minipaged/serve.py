@@ -75,8 +75,9 @@ def _add_replicas(group: argparse._ArgumentGroup) -> None:
         "them; all flags are for each of them", type=count, metavar="N")  # fmt: skip
     add("--routing", "which of them gets a request: see --policy of minipaged.route (default: prefix)",
         choices=POLICIES, default="prefix", metavar="NAME")  # fmt: skip
-    add("--ray-address", "of a cluster: auto on one of its machines; the model must be found on each of them, and so "
-        "must this package (default: a Ray of its own, on this machine)", metavar="HOST:PORT")  # fmt: skip
+    add("--ray-address", "of a cluster, from one of its machines: after `ray start --head --port 6379` on one, and "
+        "`ray start --address HOST:6379` on the others, it is auto. Each must have this package, and the model by the "
+        "same name (default: a Ray of its own, on this machine)", metavar="HOST:PORT")  # fmt: skip
 
 
 def _serve(args: argparse.Namespace) -> None:

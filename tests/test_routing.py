@@ -137,7 +137,11 @@ def test_a_replica_s_memory_is_as_large_as_is_said_and_ends_go_before_beginnings
     queried, found = policy.queried, policy.found
     policy.begin("a", [1, 2, 3])
     assert (policy.queried - queried, policy.found - found) == (3, 2)
-    policy.remove("a")
+    policy.begin("b", [1, 2, 3, 4, 5, 6])  # longer than its memory: the beginning stays
+    found = policy.found
+    policy.begin("b", [1, 2, 3, 4])
+    assert policy.found - found == 4
+    policy.remove("a"), policy.remove("b")
     assert policy._holders == {}
 
 
