@@ -12,8 +12,10 @@ def children(parent: int | None = None) -> dict[int, str]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, its = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(its) == (parent or os.getpid()) and (state == "Z" or WORKER in (folder / "cmdline").read_text()):
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            state, its = rest.split()[:2]
+            known = name.startswith("python") if state == "Z" else WORKER in (folder / "cmdline").read_text()
+            if int(its) == (parent or os.getpid()) and known:
                 found[int(folder.name)] = state
         except OSError:
             pass

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,10 +42,15 @@ class RankZero:
             if all_are_here:
                 self.team, self.ranks = torchrun.meet(size, silence, device, told)
             else:
-                self.team, self.ranks = start_here(size, silence, device, self._share_threads(size), told)
+                share = self._share_threads(size)
+                self._steps.do(lambda: self._start_here(size, silence, device, share, told), lambda: None)
         except BaseException:
-            self._steps.end()
+            self.close()
             raise
+
+    def _start_here(self, size: int, silence: float, device: str, share: int, told: dict[str, Any]) -> None:
+        """In the step thread, where no Ctrl-C leaves a process that has begun and that nobody knows of."""
+        self.team, self.ranks = start_here(size, silence, device, share, told)
 
     def _share_threads(self, size: int) -> int:
         """How many each rank may use. The step thread is told; this one may use all of them, as before."""
@@ -97,8 +103,9 @@ class RankZero:
 
     def close(self) -> None:
         """End all. Doing it twice does no harm, nor doing it in a process that was forked from this one."""
-        if not self.team.is_ours:
+        if hasattr(self, "team") and not self.team.is_ours:
             return
         self._steps.end()
-        self.team.close()
+        if hasattr(self, "team"):
+            self.team.close()
         self.ranks = Ranks()  # the memory that was shared goes, too
