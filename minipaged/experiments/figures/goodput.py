@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.experiments.cluster import Layout
-from minipaged.experiments.figures.splits import HEADER, Best, Curves, cells, draw, label, pays, table, varied
+from minipaged.experiments.figures.splits import HEADER, Best, Curves, cells, draw, label, pays, ratios, table, varied
 from minipaged.experiments.goodput import KINDS, LENGTHS, RATIO, SHARE, SLOWEST, Found, Limits, Trial, search
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.machine import Machine
@@ -62,7 +62,7 @@ def goodput(study: Study) -> Report:
                    varied(f"By link, {VARIED}: {unit}", [f"{link / 1e9:g} GB/s" for link in LINKS], by_link),
                    turned[0]]  # fmt: skip
         notes += [pays("mean prompt", LENGTHS, by_length, "{:,.0f} tokens"),
-                  pays("link", [link / 1e9 for link in LINKS], by_link, "{:.3g} GB/s")]  # fmt: skip
+                  pays("link", [link / 1e9 for link in LINKS], by_link, "{:.3g} GB/s"), turned[2]]  # fmt: skip
         data |= turned[1] | {"by link": rates(by_link)}
     data |= {title: rates(one) for title, (_, _, one) in panels.items()}
     return Report(
@@ -140,7 +140,7 @@ def across(found: Mapping[Any, Curves]) -> Curves:
     return {system: [curves[system][0] for curves in found.values()] for system in systems}
 
 
-def constants(study: Study) -> tuple[Table, dict[str, Any]]:
+def constants(study: Study) -> tuple[Table, dict[str, Any], str]:
     """One constant after another is turned, until splitting loses or wins."""
     limits, ttft = [Limits(TTFT[VARIED], FIXED)], TTFT[VARIED]
     cases: dict[Any, Case] = {
@@ -154,7 +154,9 @@ def constants(study: Study) -> tuple[Table, dict[str, Any]]:
     rows = [[name, *(cells(curves, 0))] for name, curves in found.items()]
     title = f"Constants turned: {VARIED}, TTFT {ttft:g} s, TPOT {1e3 * FIXED:g} ms"
     data = {name: {system: bests[0].rates for system, bests in curves.items()} for name, curves in found.items()}
-    return Table(title, ["", *HEADER], rows), {"constants": data}
+    won = [f"{name} ({one[0]:.2f}x)" for name, curves in found.items() if (one := ratios(curves, "chunks"))[0] > RATIO]
+    said = f"Of the constants turned, splitting beats the best chunks with: {', '.join(won) or 'none'}."
+    return Table(title, ["", *HEADER], rows), {"constants": data}, said
 
 
 def rates(curves: Curves) -> dict[str, Any]:
