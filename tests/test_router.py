@@ -249,18 +249,17 @@ def test_a_half_answer_that_is_no_stream_goes_elsewhere():
     with standing_in(dies_in_the_middle, works) as servers, routed([one.url for one in servers]) as router:
         answers = [run(ask(router.port, COMPLETE, {"prompt": "a"})) for _ in range(2)]
         assert [(status, said) for status, _, said in answers] == [(200, {"fine": True})] * 2
-        assert len(servers[0].asked) == 1
+        assert servers[0].asked and len(servers[1].asked) == 2
 
 
 def test_a_stream_that_has_begun_ends_with_an_error_that_says_so():
     with standing_in(dies_in_the_middle, works) as servers, routed([one.url for one in servers]) as router:
-        answers = [run(stream_of(router.port, {"prompt": "a"})) for _ in range(2)]  # one from each
+        answers = [run(stream_of(router.port, {"prompt": "a"})) for _ in range(2)]  # at least one from the first
         status, said = max(answers, key=lambda answer: len(events(answer[1])))
         first, last = events(said)
         assert status == 200 and first["choices"][0]["text"] == "x"
         assert last["error"]["code"] == 502 and "lost in the middle" in last["error"]["message"]
-        assert [len(server.asked) for server in servers] == [1, 1]
-        assert router.fleet.num_broken == 1
+        assert router.fleet.num_broken == len(servers[0].asked) == 2 - len(servers[1].asked), "none went elsewhere"
 
 
 def test_a_request_that_ends_its_servers_does_not_end_all_of_them():
