@@ -1,4 +1,4 @@
-"""The command line `python -m minipaged.route`: one address for many servers. See server/router.py."""
+"""The command line `python -m minipaged.route`: one address for many servers. See routing/router.py."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ import textwrap
 from contextlib import closing
 from urllib.parse import urlsplit
 
-from minipaged.server.routing import POLICIES, make_policy
+from minipaged.routing.policies import POLICIES, make_policy
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
 from minipaged.terminal.server_flags import add_address, add_limits
 
@@ -77,9 +77,9 @@ def _url(text: str) -> str:
 def _route(args: argparse.Namespace) -> None:
     _check(args)
     try:
+        from minipaged.routing.fleet import Fleet
+        from minipaged.routing.router import create_router
         from minipaged.server.config import ServerConfig
-        from minipaged.server.fleet import Fleet
-        from minipaged.server.router import create_router
         from minipaged.server.running import PortTaken, address, bind, serve
     except ModuleNotFoundError as error:
         raise BadInput(f"the package {error.name} is missing: pip install -r requirements.txt") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from minipaged.server.routing import POLICIES, make_policy
+from minipaged.routing.policies import POLICIES, make_policy
 from minipaged.terminal.command import EPILOG, INTERRUPTED, BadInput, Parser, run
 from minipaged.terminal.engine_flags import MODEL_HELP, add_memory, add_speculation, count, engine_options
 from minipaged.terminal.loading import end_as_rank, load
@@ -115,8 +115,8 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _serve_replicas(args: argparse.Namespace, options: dict[str, Any], listening: socket.socket) -> None:
-    from minipaged.server.replicas import Crew, ray_running
-    from minipaged.server.router import create_router
+    from minipaged.routing.replicas import Crew, ray_running
+    from minipaged.routing.router import create_router
     from minipaged.server.running import address, serve
 
     config, console = _config(args), Console(stderr=True, highlight=False)

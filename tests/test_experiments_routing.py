@@ -16,7 +16,7 @@ from minipaged.experiments.machine import Machine
 from minipaged.experiments.policies import POLICIES, HeapedLeastLoaded, HeapedPrefixAffinity
 from minipaged.experiments.routing import Blocks, Case, Prompt, Replica, read_blocks, run, scaled
 from minipaged.experiments.study import Settings, Study
-from minipaged.server.routing import LeastLoaded, PrefixAffinity
+from minipaged.routing.policies import LeastLoaded, PrefixAffinity
 
 figure = sys.modules["minipaged.experiments.figures.routing"]  # the package's own name is the function
 MACHINE = Machine(SERVERS["llama"], step=0.0, host=0.0)

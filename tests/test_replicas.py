@@ -16,10 +16,10 @@ from raw_http import ask, events
 from test_router import stream_of, wait_for
 from tiny_model import make_folder
 
+from minipaged.routing.policies import make_policy
+from minipaged.routing.replicas import Crew, Engine
 from minipaged.serve import main
 from minipaged.server.config import ServerConfig
-from minipaged.server.replicas import Crew, Engine
-from minipaged.server.routing import make_policy
 from minipaged.terminal.command import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -225,7 +225,7 @@ class Told(dict):
 def crew_of(plan, monkeypatch, count=2, resources=None, options=None):
     ray = FakeRay(plan, resources or {"CPU": 8.0})
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr("minipaged.server.replicas.BACKOFF", (0.01, 0.04))
+    monkeypatch.setattr("minipaged.routing.replicas.BACKOFF", (0.01, 0.04))
     return ray, lambda: Crew(make_policy("round_robin"), count, "model", options or {}, ServerConfig())
 
 

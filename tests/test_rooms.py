@@ -28,15 +28,16 @@ MAY_IMPORT |= {
     "generate": ENGINE | {"llm", "terminal"},
     "async_llm": ENGINE,
     "server": ENGINE | {"async_llm", "terminal"},
-    "serve": ENGINE | {"async_llm", "terminal", "server"},
-    "route": {"terminal", "server"},
+    "routing": {"terminal", "server"},
+    "route": {"terminal", "server", "routing"},
+    "serve": ENGINE | {"async_llm", "terminal", "server", "routing"},
     "train_head": ENGINE | {"llm", "terminal", "training"},
     "quantize": ENGINE | {"terminal", "quantization"},
     "perplexity": ENGINE | {"terminal", "quantization"},
     "trace": {"terminal"},
     "bench": ENGINE | {"llm"},
     "teaching": {"memory"},
-    "experiments": ENGINE | {"llm", "teaching", "bench", "server"},  # of the server its policies of routing
+    "experiments": ENGINE | {"llm", "teaching", "bench", "routing"},
 }
 NO_TENSORS = ("memory", "requests", "scheduling")  # nor what they import
 TENSORS = {"torch", "numpy", "triton", "einops"}

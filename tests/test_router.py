@@ -14,11 +14,11 @@ from raw_http import Wire, ask, events, request, running
 from replica_processes import STREAM, chunk, plain, server_processes, standing_in
 from tiny_model import make_folder
 
+from minipaged.routing.fleet import Fleet
+from minipaged.routing.handover import WANTED
+from minipaged.routing.policies import make_policy
+from minipaged.routing.router import create_router
 from minipaged.server.config import ServerConfig
-from minipaged.server.fleet import Fleet
-from minipaged.server.handover import WANTED
-from minipaged.server.router import create_router
-from minipaged.server.routing import make_policy
 from minipaged.server.running import address, bind, serve
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.server.routing import (
+from minipaged.routing.policies import (
     POLICIES,
     ConsistentHash,
     LeastLoaded,

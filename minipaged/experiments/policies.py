@@ -1,4 +1,4 @@
-"""The router's policies (server/routing.py), made fast enough for a thousand replicas.
+"""The router's policies (routing/policies.py), made fast enough for a thousand replicas.
 
 They look at every replica for who has least to do. Here a heap says it: each change puts the new load in, and what is
 out of date is thrown away when it comes up. The choices are the same (tests/test_experiments_routing.py).
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from heapq import heappop, heappush
 
-from minipaged.server.routing import ConsistentHash, LeastLoaded, Pieces, Policy, PrefixAffinity, RoundRobin
+from minipaged.routing.policies import ConsistentHash, LeastLoaded, Pieces, Policy, PrefixAffinity, RoundRobin
 
 
 class Heaped(Policy):

@@ -1,4 +1,4 @@
-"""Which replica gets a request? The router's own policies (server/routing.py), with 1 to 1,000 replicas, on a trace.
+"""Which replica gets a request? The router's own policies (routing/policies.py), with 1 to 1,000 replicas, on a trace.
 
 A trace says when prompts came, how long they were, and which blocks of 512 tokens they have in common with others. A
 replica is simpler here than in serving.py, since a thousand of them are to be answered within minutes: it computes

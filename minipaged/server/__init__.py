@@ -4,9 +4,7 @@ Read config.py, protocol.py (what may be asked), elsewhere.py (what not), bodies
 engine gets of it), answers.py and logprobs.py (what a client gets), transport.py (how), manners.py (what happens to
 every request before and after), generation.py (one request from its body to its last byte), errors.py, metrics.py,
 live.py (what the page shows of the engine), schema.py and described.py (/openapi.json), app.py (the routes), running.py
-(sockets, signals). Many engines: routing.py (which of them gets a request), fleet.py (who lives),
-forwarded.py and proxy.py (one request, sent on), handover.py (one engine computes prompts, and another goes on),
-router.py (the application in front of them), replicas.py (engines on Ray).
+(sockets, signals). Many servers: see the room routing.
 
 Owns: HTTP, its limits, and what clients are told. The engine steps in a thread of its own: see async_llm.py.
 Does not own: tokens, memory, when to compute.

@@ -195,7 +195,7 @@ NOTES = [
     "The trace is that of conversations (Mooncake, FAST 2025). A replica gets one request a second: so many copies of "
     "the trace come as are needed for that, each of other people, each beginning elsewhere in it; only the first block "
     "that all prompts have in common is the same. 150 s warm up, 100 s count. Of fewer than 32 replicas several runs "
-    "are averaged. The router's policies are the package's own (server/routing.py) with its defaults; its loads are "
+    "are averaged. The router's policies are the package's own (routing/policies.py) with its defaults; its loads are "
     "mean prompts, and the hash is of two blocks.",
     f"A replica keeps {POOLS['host'] / 1e9:.0f} GB of keys and values, on its H100 and in an eighth of a host's 2 TB "
     f"(small pools: {POOLS['gpu'] / 1e9:.0f} GB). It computes prompts in steps of 2,048 tokens, one prompt after "

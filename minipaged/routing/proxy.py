@@ -10,9 +10,9 @@ from collections.abc import AsyncGenerator
 import aiohttp
 from yarl import URL
 
+from minipaged.routing.fleet import BROKEN, Fleet, Replica, reason
+from minipaged.routing.forwarded import OF_A_CONNECTION, Asked
 from minipaged.server.errors import ApiError
-from minipaged.server.fleet import BROKEN, Fleet, Replica, reason
-from minipaged.server.forwarded import OF_A_CONNECTION, Asked
 from minipaged.server.transport import DONE, event
 
 MOST_LOST = 2  # replicas that a request is lost with, before it counts as its own fault: it must not end all of them

@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minipaged.server.fleet import Fleet
-from minipaged.server.forwarded import Asked, load_of, read_object
-from minipaged.server.proxy import Lost, Talk
+from minipaged.routing.fleet import Fleet
+from minipaged.routing.forwarded import Asked, load_of, read_object
+from minipaged.routing.proxy import Lost, Talk
 
 WANTED = {
     "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from minipaged.server.routing import PIECE, Pieces, cut
+from minipaged.routing.policies import PIECE, Pieces, cut
 
 OF_A_CONNECTION = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",

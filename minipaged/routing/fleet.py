@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from minipaged.server.routing import Policy
+from minipaged.routing.policies import Policy
 
 log = logging.getLogger("minipaged.router")
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from minipaged.routing.fleet import Fleet
+from minipaged.routing.policies import Policy
 from minipaged.server.config import ServerConfig
-from minipaged.server.fleet import Fleet
-from minipaged.server.routing import Policy
 from minipaged.terminal.command import BadInput, CommandFailed
 
 log = logging.getLogger("minipaged.router")

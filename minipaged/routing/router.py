@@ -16,14 +16,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from minipaged.routing.fleet import Fleet
+from minipaged.routing.forwarded import asked_by
+from minipaged.routing.handover import compute, go_on, release
+from minipaged.routing.policies import PIECE
+from minipaged.routing.proxy import Answering, Asked, Talk, forward
 from minipaged.server.config import ServerConfig
 from minipaged.server.errors import ApiError, error_object
-from minipaged.server.fleet import Fleet
-from minipaged.server.forwarded import asked_by
-from minipaged.server.handover import compute, go_on, release
 from minipaged.server.manners import GENERATING, Manners, Visit
-from minipaged.server.proxy import Answering, Asked, Talk, forward
-from minipaged.server.routing import PIECE
 from minipaged.server.transport import ClientGone, EventStream, while_there
 
 FORWARDED = "/v1/", "/tokenize", "/detokenize", "/version", "/openapi.json"
