@@ -10,7 +10,7 @@ import pytest
 from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams, serve
-from minipaged.execution import transfer_link
+from minipaged.execution.transfer import link as transfer_link
 from tests.transfers import (
     AWAY,
     CONNECTORS,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from minipaged.execution.speculative_config import SpeculativeConfig
-from minipaged.execution.transfer_config import KVTransferConfig
+from minipaged.execution.transfer.config import KVTransferConfig
 from minipaged.memory import PREFIX_CACHES
 from minipaged.scheduling.admission import SCHEDULES
 from minipaged.scheduling.preemption import MODES

@@ -20,10 +20,10 @@ from minipaged.execution.pool_size import Room, choose_num_blocks, choose_num_cp
 from minipaged.execution.proposer import Proposer
 from minipaged.execution.ranks.rank_zero import start_ranks
 from minipaged.execution.runner import ModelRunner, kv_bytes_per_token
-from minipaged.execution.shared_memory_connector import SharedMemoryConnector
 from minipaged.execution.stats import Times
-from minipaged.execution.torch_distributed_connector import TorchDistributedConnector
-from minipaged.execution.transfer import KVConnector
+from minipaged.execution.transfer.connector import KVConnector
+from minipaged.execution.transfer.shared_memory import SharedMemoryConnector
+from minipaged.execution.transfer.torch_distributed import TorchDistributedConnector
 from minipaged.models import Loaded, Model, ModelConfig, load, load_ends
 from minipaged.models.head import Ends, Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan

@@ -10,7 +10,7 @@ One engine computes prompts, another one goes on with them, so that nobody's nex
              they can't be had: it gives its memory back, and waits to be computed here; or it ends with an error
 
 Each plan names the loads that go on. So a load is broken off by not being named any more: whoever carries plans out
-writes to the blocks of no other. Numbers only: the bytes are moved in execution/transfer.py.
+writes to the blocks of no other. Numbers only: the bytes are moved in execution/transfer/.
 """
 
 import hashlib

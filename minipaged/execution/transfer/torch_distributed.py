@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minipaged.execution.transfer import Incoming, KVConnector
-from minipaged.execution.transfer_link import Give, Lost, receive, send
+from minipaged.execution.transfer.connector import Incoming, KVConnector
+from minipaged.execution.transfer.link import Give, Lost, receive, send
 from minipaged.requests.kv_transfer import KVTransferParams
 
 PIECE = 8 << 20  # bytes that are sent at a time

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minipaged.execution.transfer import Incoming, KVConnector
-from minipaged.execution.transfer_link import Give, Lost
+from minipaged.execution.transfer.connector import Incoming, KVConnector
+from minipaged.execution.transfer.link import Give, Lost
 from minipaged.requests.kv_transfer import KVTransferParams
 
 PREFIX = "@minipaged-"  # a socket's name in Linux's own namespace, where nothing is left behind; elsewhere a file's

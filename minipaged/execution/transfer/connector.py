@@ -4,10 +4,6 @@ Each load has a thread that talks to the other engine, and never touches the poo
 other engine's own memory, which is mapped here, or in a buffer. From there the engine's thread copies it, so much in a
 step at the most: whoever is in that step doesn't wait long. So a load that the plan no longer names ends at once, and
 no block is written after it was freed.
-
-    transfer_link.py                      what the engines say to each other
-    shared_memory_connector.py            between engines of one machine
-    torch_distributed_connector.py        between machines
 """
 
 import socket
@@ -20,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels import say
-from minipaged.execution.transfer_config import KVTransferConfig
-from minipaged.execution.transfer_link import VERSION, Give, Listener, Lost, Message, at_once, receive, send
+from minipaged.execution.transfer.config import KVTransferConfig
+from minipaged.execution.transfer.link import VERSION, Give, Listener, Lost, Message, at_once, receive, send
 from minipaged.requests.kv_transfer import KVTransferParams
 from minipaged.scheduling.plan import Load, StepOutput, StepPlan
 from minipaged.scheduling.transfer import Exports, Transfers
