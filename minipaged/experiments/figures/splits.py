@@ -138,7 +138,7 @@ def panel(axes: Axes, xs: Sequence[float], curves: Curves) -> None:
         low, high = ([pick(one.rates) for one in bests] for pick in (min, max))
         axes.fill_between(xs, low, high, color=plots.COLORS[place], alpha=0.15, linewidth=0)
     top = 1.08 * max(max(one.rates) for bests in curves.values() for one in bests)
-    for other, words in (("whole", "splitting pays \N{RIGHTWARDS ARROW}"), ("chunks", "against chunks, too")):
+    for other, words in (("whole", "split beats whole \N{RIGHTWARDS ARROW}"), ("chunks", "and chunks, too")):
         for start, end in spans(xs, ratios(curves, other)):
             for edge in {start, end} - {xs[0], xs[-1]}:
                 axes.axvline(edge, color=plots.GREY, linewidth=0.9, linestyle=":")
