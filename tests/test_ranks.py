@@ -26,6 +26,7 @@ from test_interrupts import Caller, interrupted
 from tiny_model import make_folder
 
 from minipaged import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from minipaged.bench import ranks as bench
 from minipaged.bench.ranks import measure, table, through_gloo
 from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.ranks import starting
@@ -37,6 +38,8 @@ from minipaged.requests.sampling_params import PromptTargets
 from minipaged.scheduling.plan import ScheduledSequence, StepPlan
 from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
+from minipaged.terminal.command import BadInput
+from minipaged.terminal.loading import end_as_rank
 
 ROOM = {"block_size": 4, "num_blocks": 60, "max_num_seqs": 16}
 PROMPTS = [[5, 6, 7, 8, 9], [1, 2, 3], list(range(30)), [5, 6, 7, 8, 9, 10, 11, 12] * 3]
@@ -599,6 +602,15 @@ def test_torchrun_has_started_another_number(folder, monkeypatch):
     with pytest.raises(ValueError, match="tensor_parallel_size=2: torchrun has started 4 processes"):
         LLM(folder, tensor_parallel_size=2)
     LLM(folder, **ROOM).close()  # each an engine of its own
+    with pytest.raises(BadInput, match="torchrun has started 4 processes: give --tensor-parallel-size 4"):
+        end_as_rank(folder, {"tensor_parallel_size": 1})  # but a command line would answer four times
+
+
+def test_a_bench_of_one_rank_is_none(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ranks", "--ranks", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "--ranks: at least 2" in capsys.readouterr().err
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------

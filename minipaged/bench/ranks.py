@@ -213,6 +213,8 @@ def main() -> None:
     add("--turns", type=int, default=5, metavar="N", help="of each (default: 5)")
     add("--json", action="store_true", help="print JSON")
     args = flags.parse_args()
+    if args.ranks < 2 or min(*args.batch, args.steps, args.turns) < 1:
+        flags.error("--ranks: at least 2; --batch, --steps and --turns: at least 1")
     rows = measure(args.model, args.ranks, args.batch, args.steps, args.turns)
     print(json.dumps(rows)) if args.json else show(table(rows))
 
