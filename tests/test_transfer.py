@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,8 @@ def check_http(ports, start):
         status, end = post(ports[1], path, **prompt, max_tokens=9, temperature=0, kv_transfer_params=where)
         assert status == 200 and end["kv_transfer_params"] is None
         assert end["choices"] == right["choices"]
+        taken = min(len(where["remote_block_ids"]), (end["usage"]["prompt_tokens"] - 1) // 4) * 4
+        assert end["usage"]["prompt_tokens_details"]["cached_tokens"] == taken > 0
         for more, said in (
             ({"kv_transfer_params": start, "stream": True}, "kv_transfer_params: do_remote_decode is not for stream"),
             ({"kv_transfer_params": {"do_remote_decode": 3}}, "kv_transfer_params: do_remote_decode=3: must be true"),
@@ -209,7 +212,11 @@ def test_over_http_through_a_router(folder):
                 *_, routed_one = asyncio.run(ask(router.port, "/v1/completions", body))
                 *_, direct = asyncio.run(ask(port, "/v1/completions", body))
                 assert choices_of(routed_one) == choices_of(direct)
-        assert consumer.engine.stats().transfers.num_loads == producer.engine.stats().transfers.num_exports == 3
+            *_, metrics = asyncio.run(ask(port, "/metrics"))
+            told = re.search(rb"^vllm:external_prefix_cache_hits_total{[^}]*} (.*)$", metrics, re.MULTILINE)
+            transfers = consumer.engine.stats().transfers
+            assert told and float(told[1]) == transfers.num_loaded_tokens > 0
+        assert transfers.num_loads == producer.engine.stats().transfers.num_exports == 3
     finally:
         producer.shutdown()
         consumer.shutdown()

@@ -189,7 +189,8 @@ class Answer:
     def _count(self, output: RequestOutput) -> None:
         made = 0 if self.prompt_only else sum(one.num_tokens for one in output.outputs)
         prompt = len(self.requests[self._place[output.request_id]].prompt_token_ids)
-        self._usage[output.request_id] = prompt, made, output.num_cached_tokens
+        here_already = output.num_cached_tokens + output.metrics.num_transferred_tokens
+        self._usage[output.request_id] = prompt, made, here_already
 
     def usage(self) -> dict[str, Any]:
         prompt, made, cached = map(sum, zip(*self._usage.values(), strict=True)) if self._usage else (0, 0, 0)

@@ -131,6 +131,9 @@ class Metrics:
             "prefix_cache_queries": ("tokens looked for in the prefix cache", prefixes.queried),
             "prefix_cache_hits": ("tokens found in it", prefixes.found),
         }
+        if scheduler.transfers.takes:
+            taken = scheduler.transfers.counts.num_loaded_tokens
+            counters["external_prefix_cache_hits"] = "tokens of prompts that came from another engine", taken
         if scheduler.speculation:
             counts = scheduler.speculation.counts
             counters |= {

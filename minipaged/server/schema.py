@@ -26,7 +26,7 @@ class ErrorAnswer(Told):
 
 
 class CachedTokens(Told):
-    cached_tokens: int = Field(description="tokens of prompts that were found in the prefix cache")
+    cached_tokens: int = Field(description="tokens of prompts that were found in memory, or came from another engine")
 
 
 class Usage(Told):
