@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 from contextlib import closing
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,21 @@ DESCRIPTION = (
     "Serve a model over HTTP, by OpenAI's API; and show, at /, a chat and the memory that it takes. Ctrl-C or SIGTERM "
     "lets those under way end; a second one ends at once."
 )
+EXAMPLES = """\
+one model on two machines (the same on the other one, with --node-rank 1):
+  torchrun --nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr 10.0.0.1 --master-port 29500 \\
+      -m minipaged.serve --tensor-parallel-size 2 --host 0.0.0.0
+
+prompts on one machine, all other tokens on another one, and a router (on the other, kv_consumer, and no kv_ip):
+  python -m minipaged.serve --host 0.0.0.0 --kv-transfer-config \\
+      '{"kv_connector": "TorchDistributedConnector", "kv_role": "kv_producer", "kv_ip": "10.0.0.1"}'
+  python -m minipaged.route --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000
+
+replicas on the machines of a Ray cluster (with RAY_AUTH_MODE=disabled, or one token, on all of them):
+  ray start --head --port 6379; on each other one: ray start --address 10.0.0.1:6379
+  python -m minipaged.serve --replicas 4 --ray-address auto --host 0.0.0.0
+
+"""
 EPILOG_OF_SERVE = EPILOG.replace("130 interrupted by Ctrl-C", "130 interrupted by Ctrl-C before it served")
 
 
@@ -42,7 +58,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG_OF_SERVE)
+    parser = Parser(
+        prog=PROGRAM, allow_abbrev=False, description=textwrap.fill(DESCRIPTION, 79), epilog=EXAMPLES + EPILOG_OF_SERVE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
     model.add_argument("given", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: smollm2)")

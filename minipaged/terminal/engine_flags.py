@@ -40,9 +40,8 @@ PRODUCTS_HELP = (
 )
 KV_CACHE_DTYPE_HELP = "keys and values in eight bits, for four times the blocks of fp32 (default: auto, as --dtype)"
 RANKS_HELP = (
-    "processes that compute the model together, each its part of every layer (default: 1). On two machines, HOST the "
-    "first of them: torchrun --nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr HOST --master-port 29500 "
-    "-m minipaged.serve --tensor-parallel-size 2, and on the other the same with --node-rank 1"
+    "processes that compute the model together, each its part of every layer (default: 1). Started by torchrun, on one "
+    "machine or several, it must be as many as torchrun has started"
 )
 SPECULATE_HELP = (
     "have tokens guessed, which the model checks several at a time; the answers stay the same. ngram: what followed "
