@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.transfer import Incoming, KVConnector
-from minipaged.execution.transfer_link import Give, Lost
+from minipaged.execution.transfer_link import Give, Lost, is_ours
 from minipaged.requests.kv_transfer import KVTransferParams
 
 PREFIX = "@minipaged-"  # a socket's name in Linux's own namespace, where nothing is left behind; elsewhere a file's
@@ -49,7 +49,9 @@ class SharedMemoryConnector(KVConnector):
         try:
             sock.settimeout(self.config.timeout_seconds)
             sock.connect(_address(name))
-            return sock
+            if is_ours(sock):
+                return sock
+            raise PermissionError(0, "it is another user's")
         except OSError as error:
             sock.close()
             raise Lost(f"engine {source.remote_engine_id} can't be reached: {error.strerror or error}") from None

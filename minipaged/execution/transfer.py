@@ -10,6 +10,7 @@ no block is written after it was freed.
     torch_distributed_connector.py        between machines
 """
 
+import os
 import socket
 import threading
 import weakref
@@ -106,7 +107,8 @@ class KVConnector:
         self._incoming: dict[int, Incoming] = {}
         self._last_error: str | None = None
         self._closers: list[Callable[[], object]] = []  # the last one first
-        self._close = weakref.finalize(self, _close_all, self._closers)
+        self._process = os.getpid()
+        self._close = weakref.finalize(self, _close_all, self._closers, self._process)
         self._listening: socket.socket | None = None
         self._place = KVTransferParams()
         if config.produces:
@@ -194,6 +196,7 @@ class KVConnector:
         while self._incoming:
             self._incoming.popitem()[1].stop()
         self._close()
+        _close_all(self._closers, self._process)  # what is left if that was broken off before
         self.__dict__.pop("_pool", None)
 
     def _has_news(self) -> bool:
@@ -231,6 +234,6 @@ class KVConnector:
                 pass
 
 
-def _close_all(closers: list[Callable[[], object]]) -> None:
-    while closers:
+def _close_all(closers: list[Callable[[], object]], process: int) -> None:
+    while closers and os.getpid() == process:  # who was forked from it shares its sockets, and must not end them
         closers.pop()()
