@@ -1,10 +1,12 @@
 """Transfers that come to nothing, and those who lie: nobody gets a wrong answer, and nothing stays in use."""
 
+import contextlib
 import mmap
 import os
 import resource
 import signal
 import socket
+import threading
 import time
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from tiny_model import make_folder
 from minipaged import LLM, BeamSearchParams, SamplingParams, serve
 from minipaged.execution import transfer_link
 from minipaged.execution.shared_memory_connector import PREFIX, _address
+from minipaged.requests.kv_transfer import KVTransferParams
 from tests.transfers import (
     AWAY,
     CONNECTORS,
@@ -191,6 +194,21 @@ def test_a_moment_without_open_files_is_not_the_end_of_a_producer(folder, monkey
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         [end] = consumer.generate(PROMPT, second_half(GREEDY, first.kv_transfer_params))
         assert end.metrics.num_transferred_tokens
+
+
+def test_who_finds_many_before_it_waits(folder):
+    """Until they are answered: connecting to a Unix socket with a full queue fails at once."""
+    name = f"{PREFIX}{os.urandom(8).hex()}"
+    with contextlib.ExitStack() as stack, LLM(folder, **pair(CONNECTORS[0])[1]) as consumer:
+        listening, *before = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        listening.bind(_address(name))
+        listening.listen(0)
+        for sock in before:
+            sock.connect(_address(name))
+        answering = threading.Timer(0.3, lambda: listening.accept()[0].close())
+        answering.start()
+        consumer.executor.connector.connect(KVTransferParams(remote_host=name, remote_engine_id="e")).close()
+        answering.join()
 
 
 def test_closing_that_is_broken_off_goes_on_the_next_time(folder, monkeypatch):
