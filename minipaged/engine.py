@@ -342,6 +342,8 @@ class LLMEngine:
         self.scheduler.abort(request)
         self._give_up(request, mailbox)
         self._unfinished = None
+        if not self._requests:
+            self.executor.end_loads(self.scheduler.transfers)
 
     def _give_up(self, request: Request, mailbox: Mailbox, broken_off: bool = False) -> None:
         """Whoever waits for it is told; who steps by hand knows."""

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -29,7 +30,8 @@ from minipaged import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from minipaged.bench import ranks as bench
 from minipaged.bench.ranks import measure, table, through_gloo
 from minipaged.execution.engine_args import EngineArgs
-from minipaged.execution.ranks import starting
+from minipaged.execution.ranks import rank_zero, starting
+from minipaged.execution.ranks import torchrun as meeting
 from minipaged.execution.ranks.errors import RankError
 from minipaged.execution.ranks.orders import OrderReader, OrderWriter
 from minipaged.execution.ranks.steps import StepThread
@@ -442,6 +444,33 @@ def test_a_process_that_was_forked_from_rank_0_has_no_ranks(pair):
 # ---- what is refused, and how it is said ----------------------------------------------------------------------------
 
 
+def test_broken_off_twice_while_ranks_are_started_none_is_left(monkeypatch):
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Team:
+        is_ours = True
+
+        def close(self):
+            ended.set()
+
+    def start(*args):
+        begun.set()
+        go_on.wait(10)
+        return Team(), None
+
+    def wait(steps, job, check):
+        begun.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rank_zero, "start_here", start)
+    monkeypatch.setattr(rank_zero.RankZero, "_share_threads", lambda zero, size: 1)
+    monkeypatch.setattr(StepThread, "_wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        rank_zero.RankZero(EngineArgs("x", tensor_parallel_size=2), "cpu")
+    go_on.set()
+    assert ended.wait(5)
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
 def test_sizes_that_are_none(size):
     with pytest.raises(ValueError, match="tensor_parallel_size=.*: must be an integer of at least 1"):
@@ -594,6 +623,27 @@ def test_torchrun_with_a_rank_that_dies(folder, script):
     with started(torchrun("--standalone", "--nproc-per-node", "2", script, folder, "kill")) as process:
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and said.startswith("RankError rank 1 (pid ") and "went away" in said
+
+
+def test_strangers_keep_no_ranks_from_meeting(monkeypatch):
+    """One says nothing, one doesn't know the key."""
+    monkeypatch.setattr(meeting, "SECONDS_TO_SAY_WHO", 1)
+    monkeypatch.setattr(meeting, "SECONDS_TO_MEET", 5)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store, met = torch.distributed.HashStore(), []
+    waiting = threading.Thread(target=lambda: met.extend(meeting._wait_for_all(store, 2)), daemon=True)
+    waiting.start()
+    found = json.loads(store.get("link"))
+    with contextlib.ExitStack() as stack:
+        said = [b"\0\0\0\3abc", b""]
+        for words in said:
+            stack.enter_context(socket.create_connection(("127.0.0.1", found["port"]))).sendall(words)
+        link = meeting._linked(socket.create_connection(("127.0.0.1", found["port"])))
+        stack.callback(link.close)
+        threading.Thread(target=meeting._introduce, args=(link, found["key"], 1), daemon=True).start()
+        waiting.join(4)
+        assert [member.rank for member in met] == [1]
+        met[0].link.close()
 
 
 def test_torchrun_has_started_another_number(folder, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipaged.routing.forwarded import load_of
 from minipaged.routing.policies import (
     POLICIES,
     ConsistentHash,
@@ -31,6 +32,16 @@ def send(policy, pieces, **options):
     replica = policy.choose(pieces, **options)
     policy.begin(replica, pieces)
     return replica
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_wish_without_measure_is_a_load_that_can_be_compared(name):
+    policy = started(make_policy(name), "ab")
+    load = load_of({"prompt": "a", "n": 10**400})
+    for replica in "ab":
+        policy.begin(replica, [1], load)
+    assert policy.choose([1], load) in ("a", "b")
+    assert load_of({"prompt": ["a", "b"], "n": 3}) == 6
 
 
 def test_an_unknown_policy_is_refused_by_name():

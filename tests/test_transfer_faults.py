@@ -1,8 +1,12 @@
 """Transfers that come to nothing, and those who lie: nobody gets a wrong answer, and nothing stays in use."""
 
+import contextlib
 import mmap
 import os
+import resource
+import signal
 import socket
+import threading
 import time
 from dataclasses import replace
 
@@ -11,6 +15,8 @@ from tiny_model import make_folder
 
 from minipaged import LLM, BeamSearchParams, SamplingParams, serve
 from minipaged.execution.transfer import link as transfer_link
+from minipaged.execution.transfer.shared_memory import PREFIX, _address
+from minipaged.requests.kv_transfer import KVTransferParams
 from tests.transfers import (
     AWAY,
     CONNECTORS,
@@ -143,6 +149,82 @@ def test_aborted_when_it_is_kept_and_while_it_is_loading(folder):
         assert not consumer.stats().memory.used
         consumer.generate([1], GREEDY)
         wait_until_empty(producer)
+
+
+def test_aborted_while_it_is_loading_and_nobody_else_is_there(folder):
+    """No step comes that would say so: the other engine learns it all the same, and not after two minutes."""
+    stack, (producer, consumer) = in_process(folder, kv_connector_extra_config={"bytes_per_step": 1})
+    with stack:
+        for steps in (0, 5):  # 0: it was not even let in
+            [first] = producer.generate(PROMPT, FIRST)
+            consumer.add_request(PROMPT, second_half(GREEDY, first.kv_transfer_params), "a")
+            for _ in range(steps):
+                consumer.step()
+            assert producer.stats().memory.used
+            consumer.abort("a")
+            wait_until_empty(producer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_was_forked_from_a_producer_ends_nothing(folder):
+    stack, (producer, consumer) = in_process(folder)
+    with stack:
+        [first] = producer.generate(PROMPT, FIRST)
+        if not (child := os.fork()):
+            try:
+                producer.executor.connector.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        [end] = consumer.generate(PROMPT, second_half(GREEDY, first.kv_transfer_params))
+        assert end.metrics.num_transferred_tokens
+
+
+def test_a_moment_without_open_files_is_not_the_end_of_a_producer(folder, monkeypatch):
+    stack, (producer, consumer) = in_process(folder)
+    with stack:
+        [first] = producer.generate(PROMPT, FIRST)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket(socket.AF_UNIX) as sock:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, hard))
+            try:
+                sock.connect(_address(first.kv_transfer_params["remote_host"]))
+                time.sleep(0.2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        [end] = consumer.generate(PROMPT, second_half(GREEDY, first.kv_transfer_params))
+        assert end.metrics.num_transferred_tokens
+
+
+def test_who_finds_many_before_it_waits(folder):
+    """Until they are answered: connecting to a Unix socket with a full queue fails at once."""
+    name = f"{PREFIX}{os.urandom(8).hex()}"
+    with contextlib.ExitStack() as stack, LLM(folder, **pair(CONNECTORS[0])[1]) as consumer:
+        listening, *before = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        listening.bind(_address(name))
+        listening.listen(0)
+        for sock in before:
+            sock.connect(_address(name))
+        answering = threading.Timer(0.3, lambda: listening.accept()[0].close())
+        answering.start()
+        consumer.executor.connector.connect(KVTransferParams(remote_host=name, remote_engine_id="e")).close()
+        answering.join()
+
+
+def test_closing_that_is_broken_off_goes_on_the_next_time(folder, monkeypatch):
+    done = []
+
+    def break_off():
+        raise KeyboardInterrupt
+
+    with LLM(folder, **pair(CONNECTORS[0])[0]) as producer:
+        connector = producer.executor.connector
+        connector._closers[:] = [*connector._closers, lambda: done.append(1), break_off]
+        with pytest.raises(KeyboardInterrupt):
+            producer.close()
+        assert not done
+        producer.close()
+        assert done and not connector._closers
 
 
 def test_what_was_dropped_is_never_written(folder):
@@ -336,6 +418,33 @@ def test_another_user_of_this_machine_is_not_answered(folder):
             os.waitpid(child, 0)
             os.close(ours)
             os.close(theirs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_of_this_machine_is_not_asked(folder):
+    """Who can send requests could name a socket of his own, and so fill the prefix cache with what he likes."""
+    name = f"{PREFIX}{os.urandom(8).hex()}"
+    ready, said = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.setuid(65534)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(_address(name))
+                sock.listen()
+                os.write(said, b"y")
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"y"
+        with LLM(folder, **pair(CONNECTORS[0], kv_load_failure_policy="fail")[1]) as consumer:
+            [end] = consumer.generate(PROMPT, second_half(GREEDY, WHERE | {"remote_host": name}))
+            assert "engine e can't be reached: it is another user's" in end.error
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(said)
 
 
 @pytest.mark.parametrize(("given", "error"), [

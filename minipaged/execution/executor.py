@@ -176,6 +176,13 @@ class Executor:
         output = self._ranks.execute(plan, self.runner.execute) if self._ranks else self.runner.execute(plan)
         return self.connector.carry_on(plan, output) if self.connector else output
 
+    def end_loads(self, transfers: Transfers) -> None:
+        """All blocks that were to come are unwanted, and no step will tell it: whoever keeps them need not."""
+        if self.connector:
+            plan = StepPlan(0)
+            transfers.build_connector_meta(plan, [])
+            self.connector.start_load_kv(plan)
+
     def check_health(self) -> None:
         """RuntimeError if nothing can be executed any more."""
         if self._ranks:

@@ -17,6 +17,7 @@ OF_A_CONNECTION = {
     "transfer-encoding", "upgrade",
 }  # fmt: skip
 NOT_SENT = OF_A_CONNECTION | {"host", "content-length", "expect"}
+MOST = 4096  # sequences of a request
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _conversation(body: dict[str, Any]) -> str:
 
 
 def load_of(body: dict[str, Any]) -> int:
-    """Sequences that are wanted."""
+    """Sequences that are wanted; more than MOST will be refused, and must not fill a replica until then."""
     prompt, count = body.get("prompt"), body.get("n")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
-    return prompts * (count if type(count) is int and count > 0 else 1)
+    return min(MOST, prompts * (count if type(count) is int and count > 0 else 1))

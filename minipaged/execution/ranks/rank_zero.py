@@ -37,7 +37,7 @@ class RankZero:
             fetch_smollm2()  # once, not by each of them
         told = {name: getattr(args, name) for name in TOLD} | {"block_size": int(args.block_size), "device": device}
         all_are_here = torchrun_has_started(size)
-        self._steps, self._orders = StepThread(), OrderWriter()
+        self._steps, self._orders, self._closed = StepThread(), OrderWriter(), False
         try:
             if all_are_here:
                 self.team, self.ranks = torchrun.meet(size, silence, device, told)
@@ -51,6 +51,8 @@ class RankZero:
     def _start_here(self, size: int, silence: float, device: str, share: int, told: dict[str, Any]) -> None:
         """In the step thread, where no Ctrl-C leaves a process that has begun and that nobody knows of."""
         self.team, self.ranks = start_here(size, silence, device, share, told)
+        if self._closed:  # whoever waited for it was broken off twice
+            self.team.close()
 
     def _share_threads(self, size: int) -> int:
         """How many each rank may use. The step thread is told; this one may use all of them, as before."""
@@ -105,6 +107,7 @@ class RankZero:
         """End all. Doing it twice does no harm, nor doing it in a process that was forked from this one."""
         if hasattr(self, "team") and not self.team.is_ours:
             return
+        self._closed = True
         self._steps.end()
         if hasattr(self, "team"):
             self.team.close()

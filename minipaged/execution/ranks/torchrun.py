@@ -14,9 +14,11 @@ import json
 import os
 import secrets
 import socket
+import struct
 import sys
 import threading
 from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, NoReturn
 
@@ -30,6 +32,7 @@ from minipaged.execution.ranks.team import Member, Team
 from minipaged.models import Ranks
 
 SECONDS_TO_MEET = 300
+SECONDS_TO_SAY_WHO = 5  # for whoever connects: a stranger may say nothing
 
 
 def meet(size: int, silence: float, device: str, args: dict[str, Any]) -> tuple[Team, Ranks]:
@@ -69,10 +72,13 @@ def _wait_for_all(store: "dist.Store", size: int) -> list[Member]:
             except TimeoutError:
                 raise ValueError(f"torchrun: of {size} ranks only {len(members) + 1} came") from None
             try:
+                _wait_at_most(link, SECONDS_TO_SAY_WHO)
                 deliver_challenge(link.connection, key.encode())
                 answer_challenge(link.connection, key.encode())
-                members.append(Member(link=link, **json.loads(link.receive()[1])))
-            except (OSError, EOFError, ValueError):  # a stranger, or one that has died
+                member = Member(link=link, **json.loads(link.receive()[1]))
+                _wait_at_most(link, 0)
+                members.append(member)
+            except (OSError, EOFError, ValueError, AuthenticationError):  # a stranger, or one that has died
                 link.close()
     return sorted(members, key=lambda member: member.rank)
 
@@ -80,13 +86,23 @@ def _wait_for_all(store: "dist.Store", size: int) -> list[Member]:
 def _be_a_rank(store: "dist.Store", rank: int, size: int, device: str) -> NoReturn:
     found = json.loads(store.get("link"))
     link = _linked(socket.create_connection((os.environ["MASTER_ADDR"], found["port"])))
-    answer_challenge(link.connection, found["key"].encode())
-    deliver_challenge(link.connection, found["key"].encode())
-    link.say(rank=rank, pid=os.getpid(), host=socket.gethostname())
+    _introduce(link, found["key"], rank)
     status = worker.serve(link, lambda told: DistributedRanks(store, rank, size, device))
     if threading.current_thread() is not threading.main_thread():
         os._exit(status)  # where sys.exit would end only the thread
     sys.exit(status)
+
+
+def _introduce(link: Link, key: str, rank: int) -> None:
+    answer_challenge(link.connection, key.encode())
+    deliver_challenge(link.connection, key.encode())
+    link.say(rank=rank, pid=os.getpid(), host=socket.gethostname())
+
+
+def _wait_at_most(link: Link, seconds: int) -> None:
+    """For what the other end says: then OSError. 0: for ever."""
+    with socket.socket(fileno=os.dup(link.connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
 
 
 def _linked(connected: socket.socket) -> Link:

@@ -31,6 +31,10 @@ class KVTransferConfig:
     kv_connector_extra_config: lease_seconds: how long blocks are kept for somebody to come; timeout_seconds: how long
         an answer of the other engine may take; bytes_per_step: how much is copied in one step, which all who are in
         that step wait for.
+
+    Who may send requests to a consumer says where it connects to, and what it takes from there others find in its
+    prefix cache: let a router of yours alone reach it, not everybody. Of the other engine's model the name and the
+    config are compared, not the weights.
     """
 
     kv_connector: str = ""

@@ -6,6 +6,7 @@ step at the most: whoever is in that step doesn't wait long. So a load that the 
 no block is written after it was freed.
 """
 
+import os
 import socket
 import threading
 import weakref
@@ -102,7 +103,8 @@ class KVConnector:
         self._incoming: dict[int, Incoming] = {}
         self._last_error: str | None = None
         self._closers: list[Callable[[], object]] = []  # the last one first
-        self._close = weakref.finalize(self, _close_all, self._closers)
+        self._process = os.getpid()
+        self._close = weakref.finalize(self, _close_all, self._closers, self._process)
         self._listening: socket.socket | None = None
         self._place = KVTransferParams()
         if config.produces:
@@ -190,6 +192,7 @@ class KVConnector:
         while self._incoming:
             self._incoming.popitem()[1].stop()
         self._close()
+        _close_all(self._closers, self._process)  # what is left if that was broken off before
         self.__dict__.pop("_pool", None)
 
     def _has_news(self) -> bool:
@@ -227,6 +230,6 @@ class KVConnector:
                 pass
 
 
-def _close_all(closers: list[Callable[[], object]]) -> None:
-    while closers:
+def _close_all(closers: list[Callable[[], object]], process: int) -> None:
+    while closers and os.getpid() == process:  # who was forked from it shares its sockets, and must not end them
         closers.pop()()

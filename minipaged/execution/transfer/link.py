@@ -18,6 +18,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -100,11 +101,13 @@ class Listener:
         self._listening, self._exports, self._hello, self._give = listening, exports, hello, give
         self._timeout, self._lease = timeout, lease
         self._open: set[socket.socket] = set()
+        self._closed = False
         self._threads = [threading.Thread(target=self._run, name="kv listener", daemon=True)]
         self._threads[0].start()
 
     def close(self) -> None:
         """Nobody is answered any more; who is just being answered finds the connection closed."""
+        self._closed = True
         for sock in [self._listening, *self._open]:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -114,11 +117,12 @@ class Listener:
                 thread.join(1)
 
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 sock, _ = self._listening.accept()
-            except OSError:
-                return
+            except OSError:  # it was closed; or there are too many open files, which passes
+                time.sleep(0.05)
+                continue
             self._open.add(sock)
             thread = threading.Thread(target=self._answer_all, args=[sock], name="kv sender", daemon=True)
             self._threads = [one for one in self._threads if one.is_alive()] + [thread]

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import warnings
 from functools import partial
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.transfer.connector import Incoming, KVConnector
-from minipaged.execution.transfer.link import Give, Lost
+from minipaged.execution.transfer.link import Give, Lost, is_ours
 from minipaged.requests.kv_transfer import KVTransferParams
 
 PREFIX = "@minipaged-"  # a socket's name in Linux's own namespace, where nothing is left behind; elsewhere a file's
@@ -48,11 +49,24 @@ class SharedMemoryConnector(KVConnector):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(self.config.timeout_seconds)
-            sock.connect(_address(name))
-            return sock
+            self._connect(sock, name)
+            if is_ours(sock):
+                return sock
+            raise PermissionError(0, "it is another user's")
         except OSError as error:
             sock.close()
             raise Lost(f"engine {source.remote_engine_id} can't be reached: {error.strerror or error}") from None
+
+    def _connect(self, sock: socket.socket, name: str) -> None:
+        """Where many connect at once, and nobody was answered yet, Unix sockets say no instead of waiting."""
+        until = time.monotonic() + self.config.timeout_seconds
+        while True:
+            try:
+                return sock.connect(_address(name))
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def new_pool(self, num_bytes: int) -> Tensor | None:
         if not self.config.produces:
