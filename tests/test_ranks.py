@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from functools import partial
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -33,8 +34,10 @@ from minipaged.execution.engine_args import EngineArgs
 from minipaged.execution.ranks import rank_zero, starting
 from minipaged.execution.ranks import torchrun as meeting
 from minipaged.execution.ranks.errors import RankError
+from minipaged.execution.ranks.link import SAYS, Link
 from minipaged.execution.ranks.orders import OrderReader, OrderWriter
 from minipaged.execution.ranks.steps import StepThread
+from minipaged.execution.ranks.team import Member, Team
 from minipaged.models import ModelError
 from minipaged.requests.sampling_params import PromptTargets
 from minipaged.scheduling.plan import ScheduledSequence, StepPlan
@@ -469,6 +472,16 @@ def test_broken_off_twice_while_ranks_are_started_none_is_left(monkeypatch):
         rank_zero.RankZero(EngineArgs("x", tensor_parallel_size=2), "cpu")
     go_on.set()
     assert ended.wait(5)
+
+
+def test_a_rank_that_says_nonsense_ends_the_team():
+    link, theirs = Link.pair()
+    team = Team([Member(1, link, os.getpid())], silence=10)
+    try:
+        Link(Connection(theirs.detach())).send(SAYS, b"{")
+        assert until(lambda: team.failure is not None, 5) and "can't understand the others" in team.failure
+    finally:
+        team.close()
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])

@@ -367,7 +367,7 @@ def test_a_prompt_is_computed_by_one_and_another_one_goes_on(stream):
 
 
 @pytest.mark.parametrize("more", [
-    {"prompt": ["a", "b"]}, {"prompt_logprobs": 1}, {"echo": True}, {"kv_transfer_params": PLACE}
+    {"prompt": ["a", "b"]}, {"prompt_logprobs": 1}, {"echo": True}
 ])  # fmt: skip
 def test_what_can_t_be_handed_over_is_computed_by_the_second_one(more):
     with (
@@ -376,6 +376,13 @@ def test_what_can_t_be_handed_over_is_computed_by_the_second_one(more):
     ):
         assert run(ask(router.port, COMPLETE, {"prompt": "a"} | more))[0] == 200
         assert first.asked == [] and bodies_of(second)[0] == {"prompt": "a"} | more
+
+
+def test_a_client_does_not_say_where_keys_and_values_are():
+    with standing_in(works, works) as [first, second], routed([second.url], prefill=[first.url]) as router:
+        status, _, said = run(ask(router.port, COMPLETE, {"prompt": "a", "kv_transfer_params": PLACE}))
+        assert status == 400 and said["error"]["param"] == "kv_transfer_params"
+        assert first.asked == second.asked == []
 
 
 @pytest.mark.parametrize("fails", [dies_at_once, works, refuses("503 Service Unavailable")])

@@ -4,7 +4,6 @@ It is one runner in this process; with tensor_parallel_size it is one in each of
 """
 
 import math
-import os
 import weakref
 
 import torch
@@ -24,7 +23,8 @@ from minipaged.execution.stats import Times
 from minipaged.execution.transfer.connector import KVConnector
 from minipaged.execution.transfer.shared_memory import SharedMemoryConnector
 from minipaged.execution.transfer.torch_distributed import TorchDistributedConnector
-from minipaged.models import Loaded, Model, ModelConfig, load, load_ends
+from minipaged.models import Loaded, Model, ModelConfig, load, load_ends, open_checkpoint
+from minipaged.models.fingerprint import fingerprint
 from minipaged.models.head import Ends, Head, head_of, load_head
 from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.scheduling.speculation import Speculation
@@ -122,9 +122,9 @@ class Executor:
             return None
         if config.kv_connector == "SharedMemoryConnector" and config.produces and self.device != "cpu":
             raise ValueError("SharedMemoryConnector: a GPU's pool is in no memory to share: TorchDistributedConnector")
-        same = {"quantization": args.quantization, "products": args.products, "config": str(self.config)}
-        model = os.path.basename(os.path.normpath(args.model))
-        return CONNECTORS[config.kv_connector](config, {"model": model, **same})
+        weights = fingerprint(open_checkpoint(args.model).files)
+        how = {"quantization": args.quantization, "products": args.products, "config": str(self.config)}
+        return CONNECTORS[config.kv_connector](config, {"weights": weights, **how})
 
     def _load_guesser(self, loaded: Loaded) -> Loaded | Head | None:
         """The draft model, or the head, that the engine was told of."""

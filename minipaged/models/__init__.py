@@ -3,9 +3,9 @@
 Read fields.py and config.py, rope.py, llama.py, gpt2.py, head.py (which guesses what a model says); split.py and
 ranks.py, how several ranks compute one together; then how they are loaded: checkpoint.py (a folder) with
 folder_tokenizer.py and sentencepiece_file.py, gguf_header.py, gguf_blocks.py, gguf.py, fetch.py; quantized/, how other
-people's tools keep weights in few bits; and weights.py, what becomes of all of them on their way to the model. Models
-go by name:
-``load("smollm2")``, a folder in Hugging Face layout, a .gguf file, or a hub id.
+people's tools keep weights in few bits; weights.py, what becomes of all of them on their way to the model; and
+fingerprint.py, how two engines know that they have the same. Models go by name: ``load("smollm2")``, a folder in
+Hugging Face layout, a .gguf file, or a hub id.
 
 Owns: architectures, their configs and weights.
 Does not own: keys and values (execution), or which tokens are computed together: a model sees one flat batch.

@@ -32,6 +32,7 @@ class FolderCheckpoint:
     generation_config: generation_config.json, or {}.
     method: how weights are quantized, if they are.
     layers: the quantized ones, by the name of their weight.
+    files: those that hold the weights.
     shapes: the shape of every tensor, by the name it has in the file. The tensors that make up a quantized weight are
     one here, under the name that it would have if it were not.
     """
@@ -48,7 +49,8 @@ class FolderCheckpoint:
         eos = [i for fields in both for i in fields.token_ids("eos_token_id")]
         self.config["eos_token_id"] = list(dict.fromkeys(eos))
         self._files: dict[str, Any] = {}  # tensor name -> the open safetensors file that holds it
-        for file in _weight_files(path):
+        self.files = _weight_files(path)
+        for file in self.files:
             handle = _open_weights(file)
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 if name in self._files:

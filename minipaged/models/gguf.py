@@ -65,7 +65,7 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.files = path, [path]
         self.metadata, self._tensors = read_gguf(path)
         self.architecture = str(self.metadata.get("general.architecture"))
         self.shapes = {n: raw.shape[::-1] if self._lies_across(n) else raw.shape for n, raw in self._tensors.items()}

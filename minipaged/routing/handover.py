@@ -13,6 +13,7 @@ from typing import Any
 from minipaged.routing.fleet import Fleet
 from minipaged.routing.forwarded import Asked, load_of, read_object
 from minipaged.routing.proxy import Lost, Talk
+from minipaged.server.errors import ApiError
 
 WANTED = {
     "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
@@ -28,16 +29,13 @@ OF_THE_ANSWER = {  # of more than one token, or of how they are told
 def prompt_only(body: dict[str, Any]) -> dict[str, Any] | None:
     """The body that has its prompt computed, and kept. None if that makes no sense.
 
-    Blocks are of one prompt; whoever tells log-probabilities of a prompt must compute all of it; and who says where
-    blocks are has a router of its own.
+    Blocks are of one prompt, and whoever tells log-probabilities of a prompt must compute all of it.
 
     >>> prompt_only({"prompt": "a", "stream": True, "max_tokens": 9, "prompt_logprobs": 1}) is None
     True
     """
     several = load_of({"prompt": body.get("prompt")}) > 1
     if not body or several or body.get("prompt_logprobs") is not None or body.get("echo"):
-        return None
-    if body.get("kv_transfer_params"):
         return None
     kept = {name: value for name, value in body.items() if name not in OF_THE_ANSWER}
     return kept | {"max_tokens": 1, "kv_transfer_params": WANTED}
@@ -53,8 +51,15 @@ class Kept:
 
 
 async def compute(fleet: Fleet, asked: Asked) -> Kept | None:
-    """Has one of the fleet compute the prompt. None if that makes no sense, or none has: the second one can do it."""
-    first = prompt_only(read_object(asked.body))
+    """Has one of the fleet compute the prompt. None if that makes no sense, or none has: the second one can do it.
+
+    ApiError for a client that says by itself where keys and values are: others would find in memory what comes from
+    there.
+    """
+    body = read_object(asked.body)
+    if body.get("kv_transfer_params"):
+        raise ApiError(400, "kv_transfer_params: the router says where keys and values are", "kv_transfer_params")
+    first = prompt_only(body)
     if first is None:
         return None
     asked, tried = replace(asked, body=json.dumps(first).encode()), set[str]()

@@ -185,6 +185,12 @@ class Team:
     # --- the watcher --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        try:
+            self._watch_all()
+        except Exception as error:  # whatever it is: else nobody would look after them any more
+            self.fail(f"rank 0 can't understand the others: {error!r}")
+
+    def _watch_all(self) -> None:
         before = time.monotonic()
         links: dict[Any, Member] = {member.link.connection: member for member in self.members}
         while self.failure is None and not self._closing:

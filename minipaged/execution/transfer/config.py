@@ -33,8 +33,7 @@ class KVTransferConfig:
         that step wait for.
 
     Who may send requests to a consumer says where it connects to, and what it takes from there others find in its
-    prefix cache: let a router of yours alone reach it, not everybody. Of the other engine's model the name and the
-    config are compared, not the weights.
+    prefix cache: let a router of yours alone reach it, not everybody.
     """
 
     kv_connector: str = ""
