@@ -11,7 +11,7 @@ from tiny_model import make_folder
 import kernels
 from kernels.cache import scales
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.execution import executor
+from minipaged.execution import loading
 from minipaged.generate import main
 from minipaged.models import ModelError, load_model, open_checkpoint
 from minipaged.models.llama import Llama
@@ -112,7 +112,7 @@ def test_a_backend_may_refuse(make, monkeypatch):
     monkeypatch.setattr(kernels.Backend, "why_no_cache", lambda self, dtype: "not on this machine")
     with pytest.raises(ValueError, match="kv_cache_dtype='fp8': not on this machine"):
         make("fp8")
-    assert set(executor.KV_DTYPES) == set(KINDS)
+    assert set(loading.KV_DTYPES) == set(KINDS)
 
 
 def test_the_command_line(folder, capsys):
