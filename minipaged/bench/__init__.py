@@ -14,11 +14,10 @@ ran side by side can be compared.
 
 Reading order: loads.py and texts.py (what is asked), contenders.py (who is), ours.py (this engine and its variants),
 peer_*.py (the others), worker.py (their processes), environments.py and weights.py (what peers of another environment
-need), report.py (machine, table, JSON), flags.py and __main__.py (the run). Beside it: loading.py (how long loading
-takes), decode_profile.py (where a decode step's time goes), steps.py (a decode step beside what it must read),
-acceptance.py (how many guesses are right), ranks.py (what it costs to be several processes),
-disaggregation.py (prompts in one engine, tokens in another), gpu.py and gpu_parts.py (all that needs a GPU, in one
-command).
+need), report.py (machine, table, JSON), progress.py, flags.py and __main__.py (the run). Beside it: loading.py (how
+long loading takes), decode_profile.py (where a decode step's time goes), steps.py (a decode step beside what it must
+read), acceptance.py (how many guesses are right), ranks.py (what it costs to be several processes), disaggregation.py
+(prompts in one engine, tokens in another), gpu.py and gpu_parts.py (all that needs a GPU, in one command).
 
 `python -m minipaged.bench.serve` puts servers under load, over sockets: serve_traces.py (what is sent),
 serve_answers.py and serve_clients.py (who sends it), serve_servers.py and serve_contest.py (to whom), serve_report.py

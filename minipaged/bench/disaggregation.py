@@ -28,6 +28,7 @@ from typing import Any
 
 from kernels.bench.tables import plain_table
 from minipaged.bench.loads import SEED, Load, make_load
+from minipaged.bench.progress import Progress
 
 AWAY = {"do_remote_decode": True}
 PROMPTS, ANSWERS = (16, 768), (16, 64)  # tokens, in the load of random times
@@ -272,9 +273,12 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             runs: dict[str, list[Seen]] = {way: [] for way in WAYS}
             for way in WAYS:
                 engines[way].run(Timed(timed.load.warmup(), [0.0] * len(timed.due)))
-            for _ in range(args.repeat):
+            for number in range(1, args.repeat + 1):
                 for way in WAYS:
+                    progress = Progress(f"{name}, round {number} of {args.repeat}, {way}")
+                    progress.tell("running")
                     runs[way].append(engines[way].run(timed))
+                    progress.close()
             tokens = [run.tokens for way in WAYS for run in runs[way]]
             if any(one != tokens[0] for one in tokens):
                 raise RuntimeError(f"load {name}: the engines don't give the same tokens")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kernels.bench.tables import plain_table
 from kernels.cpp_build import BuildFailed
+from minipaged.bench.progress import Progress
 from minipaged.execution.ranks import starting
 from minipaged.llm import LLM
 from minipaged.models import ModelError
@@ -112,9 +113,12 @@ def _compare(
 ) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     rows = {name: {"batch": batch, "way": name} for name in ways}
-    for _ in range(turns):
+    progress = Progress(f"{batch} sequence{'s' * (batch > 1)}")
+    for turn in range(1, turns + 1):
         for name, llm in ways.items():
+            progress.tell(f"turn {turn} of {turns}, {name}")
             seconds[name] += [_decode(llm, batch, steps, traffics.get(name, Traffic()))]
+    progress.close()
     alone, reference = ways["one process"], seconds["one process"]
     for name, row in rows.items():
         row["step_ms"] = 1000 * statistics.median(seconds[name])

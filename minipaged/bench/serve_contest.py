@@ -1,8 +1,6 @@
 """The contenders of bench.serve, in turns: servers over sockets, and the engine without one."""
 
 import secrets
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +8,7 @@ from typing import Any, Protocol
 
 from minipaged.bench.contenders import Options
 from minipaged.bench.loads import Load
+from minipaged.bench.progress import Progress
 from minipaged.bench.serve_answers import Arrivals, Target
 from minipaged.bench.serve_report import Figures, figures_of, figures_of_run
 from minipaged.bench.serve_servers import Server, ServerFailed, model_of
@@ -125,22 +124,3 @@ class Contest:
             self.failed[name] = str(error)
             self.contenders.pop(name).close()
             return None
-
-
-class Progress:
-    """A line that changes, on a terminal; in a pipe, one every half a minute."""
-
-    def __init__(self, what: str):
-        self.what, self._told = what, time.monotonic()
-
-    def tell(self, text: str) -> None:
-        if sys.stderr.isatty():
-            line = f"{self.what}: {text}"[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._told >= 30:
-            self._told = time.monotonic()
-            print(f"{self.what}: {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
