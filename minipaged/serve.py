@@ -30,21 +30,26 @@ DESCRIPTION = (
     "lets those under way end; a second one ends at once."
 )
 EXAMPLES = """\
-one model on two machines (the same on the other one, with --node-rank 1):
-  torchrun --nnodes 2 --nproc-per-node 1 --node-rank 0 --master-addr 10.0.0.1 --master-port 29500 \\
+one model on two machines (on the other one the same, with --node-rank 1):
+  torchrun --nnodes 2 --nproc-per-node 1 --node-rank 0 \\
+      --master-addr 10.0.0.1 --master-port 29500 \\
       -m minipaged.serve --tensor-parallel-size 2 --host 0.0.0.0
 
-prompts on one machine, all other tokens on another one, and a router (on the other, kv_consumer, and no kv_ip):
+prompts on one machine, all other tokens on another one (there kv_consumer, and
+no kv_ip), and a router:
   python -m minipaged.serve --host 0.0.0.0 --kv-transfer-config \\
-      '{"kv_connector": "TorchDistributedConnector", "kv_role": "kv_producer", "kv_ip": "10.0.0.1"}'
-  python -m minipaged.route --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000
+      '{"kv_connector": "TorchDistributedConnector",
+        "kv_role": "kv_producer", "kv_ip": "10.0.0.1"}'
+  python -m minipaged.route \\
+      --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000
 
-replicas on the machines of a Ray cluster (with RAY_AUTH_MODE=disabled, or one token, on all of them):
-  ray start --head --port 6379; on each other one: ray start --address 10.0.0.1:6379
+replicas on the machines of a Ray cluster (with RAY_AUTH_MODE=disabled, or one
+token, on all of them):
+  ray start --head --port 6379        # on the others: --address 10.0.0.1:6379
   python -m minipaged.serve --replicas 4 --ray-address auto --host 0.0.0.0
 
 """
-EPILOG_OF_SERVE = EPILOG.replace("130 interrupted by Ctrl-C", "130 interrupted by Ctrl-C before it served")
+EPILOG_OF_SERVE = textwrap.fill(EPILOG.replace("by Ctrl-C", "by Ctrl-C before it served"), 79)
 
 
 def main(argv: list[str] | None = None) -> int:
