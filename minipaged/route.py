@@ -21,10 +21,13 @@ DESCRIPTION = (
 EXAMPLES = """\
 on several machines:
   on each:   python -m minipaged.serve --host 0.0.0.0 --port 8000
-  on one:    python -m minipaged.route http://10.0.0.1:8000 http://10.0.0.2:8000 --host 0.0.0.0 --port 8080
+  on one:    python -m minipaged.route --host 0.0.0.0 --port 8080 \\
+                 http://10.0.0.1:8000 http://10.0.0.2:8000
 
-prompts on one machine, all other tokens on another one (the servers need --kv-transfer-config):
-  on one:    python -m minipaged.route --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000
+prompts on one machine, all other tokens on another one (the servers need
+--kv-transfer-config):
+  on one:    python -m minipaged.route \\
+                 --prefill http://10.0.0.1:8000 --decode http://10.0.0.2:8000
 
 """
 POLICY_HELP = (

@@ -14,6 +14,7 @@ from raw_http import Wire, ask, events, request, running
 from replica_processes import STREAM, chunk, plain, server_processes, standing_in
 from tiny_model import make_folder
 
+from minipaged import route
 from minipaged.routing.fleet import Fleet
 from minipaged.routing.handover import WANTED
 from minipaged.routing.policies import make_policy
@@ -513,3 +514,20 @@ def test_a_server_that_hangs_is_found_and_what_waits_for_it_is_helped_elsewhere(
         server.kill(signal.SIGCONT)
         router.wait_for(2)
         wait_for(lambda: server.running() == 0)  # it sees that nobody is there any more
+
+
+def test_help_fits_into_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        route.main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ([], "give the URLs of servers"),
+    (["ftp://x"], "must be a URL such as http://10.0.0.1:8000, not 'ftp://x'"),
+    (["http://x", "--prefill", "http://y"], "give the URLs of servers; or some with --prefill, and some with --decode"),
+])  # fmt: skip
+def test_wrong_flags(capsys, flags, said):
+    assert route.main(flags) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
