@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--schedules", type=int, default=2000, help="random schedules on the recall model (2000)")
+    parser.addoption("--all-cells", action="store_true", help="run every cell of a chapter again, slow ones too")
     parser.addoption("--sanitize", action="store_true", help="build C++ with sanitizers (LD_PRELOAD must hold libasan)")
     parser.addoption("--transfer-examples", type=int, default=25, help="times that one of two engines is killed (25)")
     parser.addoption("--server-examples", type=int, default=15, help="bodies for each route of the server (15)")

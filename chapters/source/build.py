@@ -12,6 +12,7 @@ Tags: "measured"; "exercise", a cell for the reader to fill in; "test", the test
 
 import argparse
 import base64
+import copy
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import jupytext
 import nbformat
@@ -97,11 +99,12 @@ def tags(cell: NotebookNode) -> list[str]:
 
 
 def run(
-    notebook: NotebookNode, tell: Callable[[int], None] = lambda cell: None, measure: bool = False
+    notebook: NotebookNode, tell: Callable[[int], None] = lambda cell: None, measure: bool = False, again: float = 0
 ) -> NotebookNode:
     """Run all cells in a fresh kernel, in an empty folder. ChapterError at the first that fails or complains.
 
     measure: with all cores; else with one thread, so that two that run side by side don't wait for each other.
+    again: then run each cell that took less than so many seconds again, alone; see run_again().
     """
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
@@ -113,16 +116,45 @@ def run(
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         environment |= {} if measure else {"OMP_NUM_THREADS": "1"}
         with client.setup_kernel(env=environment):
+            quick = []
             for i, cell in enumerate(notebook.cells):
                 tell(i)
-                try:
-                    client.execute_cell(cell, i)
-                except CellExecutionError as error:
-                    raise ChapterError(f"cell {cell.id} fails:\n{cell.source}\n{error}") from None
-                except (DeadKernelError, CellTimeoutError) as error:
-                    raise ChapterError(f"cell {cell.id} does not end well: {error}\n{cell.source}") from None
-                look_over(cell)
+                began = time.perf_counter()
+                run_cell(client, cell, i)
+                if cell.cell_type == "code" and time.perf_counter() - began < again:
+                    quick.append(i)
+            run_again(client, notebook, quick)
     return notebook
+
+
+def run_cell(client: NotebookClient, cell: NotebookNode, i: int) -> None:
+    try:
+        client.execute_cell(cell, i)
+    except CellExecutionError as error:
+        raise ChapterError(f"cell {cell.id} fails:\n{cell.source}\n{error}") from None
+    except (DeadKernelError, CellTimeoutError) as error:
+        raise ChapterError(f"cell {cell.id} does not end well: {error}\n{cell.source}") from None
+    look_over(cell)
+
+
+def run_again(client: NotebookClient, notebook: NotebookNode, cells: list[int]) -> None:
+    """Run single cells again after Run All: from the last to the first, then in a random order, each time the same.
+
+    A reader goes back, turns a number, and runs that one cell. So no cell may need to be the first of its kind, and
+    none may take away what another one needs.
+    """
+    failed: dict[str, ChapterError] = {}
+    for i in [*reversed(cells), *Random(0).sample(cells, len(cells))]:
+        cell = notebook.cells[i]
+        try:
+            run_cell(client, copy.deepcopy(cell), i)
+        except ChapterError as error:
+            failed.setdefault(cell.id, error)
+        finally:
+            notebook.cells[i] = cell
+    if failed:
+        names, first = ", ".join(failed), next(iter(failed.values()))
+        raise ChapterError(f"run again after Run All, {len(failed)} cells fail: {names}; the first: {first}")
 
 
 def look_over(cell: NotebookNode) -> None:
@@ -221,9 +253,9 @@ def prepare() -> None:
 # --- the command line ----------------------------------------------------------------------------------------
 
 
-def build(chapter: Chapter, measure: bool, tell: Callable[[int], None]) -> NotebookNode:
+def build(chapter: Chapter, measure: bool, tell: Callable[[int], None], again: float = 0) -> NotebookNode:
     """The chapter run anew, with what only differs by luck as it was."""
-    notebook = run(chapter.read(), tell, measure)
+    notebook = run(chapter.read(), tell, measure, again)
     keep_luck(chapter.committed(), notebook, measure)
     return notebook
 
@@ -233,6 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("chapters", nargs="*", metavar="NN", help="how their names begin; all, if none is named")
     parser.add_argument("--measure", action="store_true", help='run "measured" cells for what they show, too')
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a notebook would change")
+    parser.add_argument("--again", type=float, default=0, metavar="S", help="then run each cell that took less than "
+                        "S seconds again, alone, in two orders")  # fmt: skip
     options = parser.parse_args(arguments)
     console = Console()
     table = Table("chapter", "cells", "lines of code", "to read, min", "ran, s", box=None)
@@ -246,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
             hidden = not console.is_terminal
             with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
                 task = progress.add_task(chapter.name, total=len(chapter.read().cells))
-                notebook = build(chapter, options.measure, lambda i: progress.update(task, completed=i))  # noqa: B023
+                tell = lambda i: progress.update(task, completed=i)  # noqa: B023, E731
+                notebook = build(chapter, options.measure, tell, options.again)
             code = [cell for cell in notebook.cells if cell.cell_type == "code"]
             lines = sum(len(cell.source.splitlines()) for cell in code)
             ran = f"{time.perf_counter() - began:.0f}"

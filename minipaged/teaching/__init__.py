@@ -2,10 +2,12 @@
 
     plots.py       every plot of the chapters, in one style
     page.py        what a cell shows: the package's own source, and how an exercise stands
+    checks.py      what the tests of exercises are made with
     loads.py       requests that look like those of the paper
 """
 
 from minipaged.teaching import plots
+from minipaged.teaching.checks import counted, equal, own
 from minipaged.teaching.page import attempt, show_source
 
-__all__ = ["attempt", "plots", "show_source"]
+__all__ = ["attempt", "counted", "equal", "own", "plots", "show_source"]
