@@ -20,12 +20,13 @@ CHAPTERS = build.chapters([])
 HEADINGS = ["The question", "The idea", "Build it", "Check it", "The package's version",
             "What must hold, and what breaks if it doesn't", "Exercises", "What's next", "Sources"]  # fmt: skip
 
-# Runs in the chapter's kernel, behind its last cell: prints what became of each solution, right and wrong.
+# Runs in the chapter's kernel, behind its last cell: prints what became of each solution, right and wrong. In hex, so
+# that what a wrong one says isn't taken for what a page shows.
 GRADE = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import exercise_grader
-print(json.dumps(exercise_grader.grade({path!r}, {names!r}, globals())))
+print(json.dumps(exercise_grader.grade({path!r}, {names!r}, globals())).encode().hex())
 """
 SLIPS = "NameError", "NotImplementedError", "UnboundLocal", "SyntaxError", "IndentationError"
 
@@ -57,7 +58,7 @@ def test_runs_and_shows_what_is_committed(chapter, pytestconfig):
     notebook.cells.remove(grade)
     build.keep_luck(chapter.committed(), notebook)
     assert list(build.differences(chapter.committed(), notebook)) == [], "run `make chapters`, and look at the diff"
-    for name, found in json.loads(grade.outputs[0].text).items():
+    for name, found in json.loads(bytes.fromhex(grade.outputs[0].text)).items():
         right, wrong, made = found["right"], found["wrong"], found["made"]
         assert set(right) == {"passed"} and len(right) >= 3, f"{name}: a right solution is refused: {right}"
         assert len(wrong) >= 5 and "passed" not in wrong, f"{name}: its test is content with a wrong solution: {wrong}"
