@@ -25,7 +25,7 @@ class Source(str):
 
     def _repr_html_(self) -> str:
         paper = "background: #f7f7f7; color: #222222; padding: 0.5em 1em; overflow-x: auto;"
-        letters = "background: none; color: inherit; margin: 0; white-space: pre; font: 90% monospace"
+        letters = "background: none; color: inherit; margin: 0; white-space: pre-wrap; font: 90% monospace"
         look = HtmlFormatter(style="default", noclasses=True, cssstyles=paper, prestyles=letters)
         return highlight(self, PythonLexer(), look)
 
