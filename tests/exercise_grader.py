@@ -55,25 +55,31 @@ class Anything:
 
 
 def spoil(thing):
-    """Change it in place; whether anything was changed."""
+    """Change it in place. -> what puts it right again, or None if there was nothing to change."""
     if isinstance(thing, torch.Tensor) and thing.numel():
+        kept = thing.detach().clone()
         with torch.no_grad():
             thing.copy_(~thing if thing.dtype == torch.bool else thing + 1)
-        return not thing.isnan().all()
+        return None if kept.isnan().all() else lambda: thing.detach().copy_(kept)
     if isinstance(thing, (list, deque)) and thing:
         thing.append(thing[0])
-        return True
+        return thing.pop
     if isinstance(thing, dict) and thing:
-        thing.pop(next(iter(thing)))
-        return True
+        kept = thing.copy()
+        thing.popitem()
+        return lambda: thing.update(kept)
     if isinstance(thing, set) and thing:
-        thing.pop()
-        return True
-    return isinstance(thing, tuple) and sum(map(spoil, thing)) > 0
+        one = thing.pop()
+        return lambda: thing.add(one)
+    undo = [done for done in map(spoil, thing) if done] if isinstance(thing, tuple) else []
+    return (lambda: [done() for done in undo]) if undo else None
 
 
 def spoiling(solution, kept):
-    """`solution`, which changes its arguments when it has its answer; kept: those that it may change anyway."""
+    """`solution`, which changes its arguments when it has its answer; kept: those that it may change anyway.
+
+    And what puts them right again, by argument: they may be the notebook's own.
+    """
     happened = []
 
     @functools.wraps(solution)
@@ -81,8 +87,8 @@ def spoiling(solution, kept):
         answer = solution(*args, **kwargs)
         named = inspect.signature(solution).bind(*args, **kwargs).arguments
         for name, value in named.items():
-            if name not in kept and spoil(value):
-                happened.append(name)
+            if name not in kept and (undo := spoil(value)):
+                happened.append((name, undo))
         return answer
 
     return spoils, happened
@@ -110,8 +116,10 @@ def grade(path, names, notebook):
         if inspect.isfunction(right[0]):
             spoils, happened = spoiling(right[0], mine.get("CHANGES", {}).get(name, ()))
             said = outcome(test, spoils)
+            for _, undo in reversed(happened):
+                undo()
             if happened:
-                outcomes[f"spoils {happened[0]}"] = said
+                outcomes[f"spoils {happened[0][0]}"] = said
         found[name] = {
             "right": [outcome(test, solution) for solution in right],
             "wrong": [outcome(test, solution) for solution in mine["WRONG"][name]],
