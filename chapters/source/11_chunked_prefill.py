@@ -58,8 +58,8 @@ import torch
 from minipaged import LLM, SamplingParams
 from minipaged.teaching import attempt, equal, own, plots, show_source
 
-CHATS = ["Tell me about the sea.", "What is a train?", "Name three colors.", "Why is the sky blue?",
-         "Who was Newton?", "What is bread?", "How do birds fly?", "What is music?"]
+CHATS = ["Tell me about the sea.", "What is a train?", "Name three colors.", "Who was Newton?",
+         "What is bread?", "How do birds fly?", "What is music?", "Why is the sky blue?"]
 DOCUMENT = "The quick brown fox jumps over the lazy dog. " * 60
 greedy = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 short = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -126,12 +126,12 @@ def bars(axes, plans, name):
     own_tokens = [sum(len(s.token_ids) for s in plan.sequences if s.request_id == name)
                   for plan in plans]
     others = [plan.num_tokens - n for plan, n in zip(plans, own_tokens)]
-    axes.bar(range(len(plans)), others, color=plots.COLORS[0], width=0.8)
-    axes.bar(range(len(plans)), own_tokens, bottom=others, color=plots.COLORS[1], width=0.8, hatch="//")
+    axes.bar(range(len(plans)), others, color=plots.COLORS[0])
+    axes.bar(range(len(plans)), own_tokens, bottom=others, color=plots.COLORS[1], hatch="//")
     plots.label(axes, "step", "tokens")
 
 
-alt = "Left: one bar of over 600 tokens. Right: a dozen bars of 64, each with 8 tokens of the chats"
+alt = "Left: one bar of over 600 tokens. Right: a dozen bars of 64, 8 of each from the chats"
 titles = "Budget 1024", "Budget 64: chats (plain), document (hatched)"
 with plots.figures(*titles, size=(8.6, 3), alt=alt) as (left, right):
     bars(left, plans, document)
@@ -197,7 +197,7 @@ def answer(budget, company):
 alone = answer(1024, 0)
 for budget, company in [(12, 0), (33, 3), (64, 8), (100, 8), (1024, 8)]:
     assert answer(budget, company) == alone
-print(f"{len(alone[0])} tokens and {sum(map(len, alone[1]))} log-probabilities: equal, bit for bit")
+print(f"{len(alone[0])} tokens, {sum(map(len, alone[1]))} log-probabilities: equal to the bit")
 
 # %% [markdown]
 # This is the strongest test there is for a scheduler. Whatever it cuts, a wrong position, a token left out or
@@ -240,7 +240,7 @@ print(share_out([1, 1, 1, 4], [3, 6], 8))  # its last; a new one gets the rest
 your_budget = 8
 first = share_out([1, 1, 1], [14], your_budget)[1][0]
 second = share_out([1, 1, 1, 14 - first], [], your_budget)[0][-1] if first < 14 else 0
-print(f"budget {your_budget}: chunks of {first} and {second}, {14 - first - second} tokens left")
+print(f"budget {your_budget}: chunks of {first} and {second}, {14 - first - second} left")
 
 
 # %% [markdown]
@@ -274,10 +274,11 @@ print("the same steps as those of the real engine")
 # %%
 BUDGETS = [9, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024]
 costs = {b: [max(16, T) for T in steps_of_story(prompt_tokens, 8, b)] for b in BUDGETS}
-alt = "Against the budget: the longest gap is flat, then rises; the first token falls, then is flat"
+alt = "The longest gap is flat, then rises with the budget; the first token falls, then is flat"
 with plots.figure("Two waits, in a simple model", "budget", "cost of tokens", alt=alt) as axes:
-    plots.line(axes, BUDGETS, [max(costs[b]) for b in BUDGETS], "longest gap of a chat", at=8, dy=-8)
-    plots.line(axes, BUDGETS, [sum(costs[b]) for b in BUDGETS], "first token of the document", at=5, dy=10)
+    gaps, firsts = ([kind(costs[b]) for b in BUDGETS] for kind in (max, sum))
+    plots.line(axes, BUDGETS, gaps, "longest gap of a chat", at=7, dy=-8)
+    plots.line(axes, BUDGETS, firsts, "first token of the document", at=5, dy=10)
     axes.set(xscale="log", yscale="log")
 
 # %% [markdown]
@@ -297,8 +298,9 @@ for budget, seconds in timed.items():
 # %% tags=["measured"]
 alt = "Measured: the longest gap rises with the budget, the document's first token comes sooner"
 with plots.figure("Two waits, measured", "budget", "seconds", alt=alt) as axes:
-    plots.line(axes, MEASURED, [max(s) for s in timed.values()], "longest gap of a chat", at=3, dy=-10)
-    plots.line(axes, MEASURED, [sum(s) for s in timed.values()], "first token of the document", at=2, dy=10)
+    gaps, firsts = ([kind(seconds) for seconds in timed.values()] for kind in (max, sum))
+    plots.line(axes, MEASURED, gaps, "longest gap of a chat", at=3, dy=-10)
+    plots.line(axes, MEASURED, firsts, "first token of the document", at=2, dy=10)
     axes.set(xscale="log", yscale="log", xticks=MEASURED, xticklabels=MEASURED)
     axes.minorticks_off()
 
@@ -339,7 +341,7 @@ for budget in (12, 64, 256, 1024):
 # until all of its chunks are through, since they take what the chats leave:
 
 # %%
-def questions(budget, prompts, share=share_out):
+def questions(budget, prompts):
     """Prompts that all come at once -> the step in which each gets its first token."""
     left, first, step = list(prompts), {}, 0
     running = []
@@ -348,7 +350,8 @@ def questions(budget, prompts, share=share_out):
         waiting = [i for i in range(len(left)) if i not in running and i not in first]
         busy = [i for i in running if i not in first]
         chatting = [1] * len(first)
-        counts, new = share(chatting + [left[i] for i in busy], [left[i] for i in waiting], budget)
+        todos = chatting + [left[i] for i in busy]
+        counts, new = share_out(todos, [left[i] for i in waiting], budget)
         given = [*zip(busy, counts[len(chatting):]), *zip(waiting, new)]
         running += [i for i, _ in given if i not in running]
         for i, count in given:
@@ -491,7 +494,7 @@ def compare(random, seen):
 seen = Counter()
 for seed in range(150):
     compare(Random(seed), seen)
-print(f"{seen['steps']} steps planned alike; {seen['chunks']} chunks were not the last of their prompt")
+print(f"{seen['steps']} steps planned alike, with {seen['chunks']} chunks that end no prompt")
 assert seen["chunks"] > 100
 
 # %% [markdown]
@@ -653,7 +656,7 @@ def test_chunks_of(chunks_of):
     chunks_of = own(chunks_of, forbid=[share_out, steps_of_story])
     for seed in range(300):
         random = Random(seed)
-        prompt, running, room = random.randint(1, 50), random.randint(0, 9), random.randint(1, 12)
+        prompt, running, room = (random.randint(*r) for r in [(1, 50), (0, 9), (1, 12)])
         sizes = [min(room, prompt - done) for done in range(0, prompt, room)]
         case = f"prompt={prompt}, running={running}, budget={running + room}"
         got, expected = chunks_of(prompt, running, running + room), (len(sizes), sizes[-1])
@@ -677,7 +680,10 @@ attempt(test_chunks_of, chunks_of)
 
 # %% tags=["exercise"]
 def budget_for(limit, seconds, most):
-    """The largest budget from 1 to `most` whose step takes at most `limit`; 0 if even one token takes longer."""
+    """The largest budget from 1 to `most` whose step takes at most `limit`.
+
+    0 if even one token takes longer.
+    """
     raise NotImplementedError
 
 
@@ -687,7 +693,8 @@ def test_budget_for(budget_for):
     for seed in range(200):
         random = Random(seed)
         most = random.choice([1, 2, random.randint(3, 100), 10**6])
-        base, slope, jump = random.random(), random.choice([0, 0.01, 1]), random.randint(1, most)
+        base, slope = random.random(), random.choice([0, 0.01, 1])
+        jump = random.randint(1, most)
         asked = []
 
         def seconds(T):
@@ -695,14 +702,15 @@ def test_budget_for(budget_for):
             assert 1 <= T <= most, f"it asks for a step of {T} tokens, of 1 to {most}"
             return base + slope * T + (T >= jump)  # at some T it falls out of the cache
 
-        limit = base + random.choice([-0.5, 0, slope, slope * jump, slope * most + 1, random.random()])
+        beyond = [-0.5, 0, slope, slope * jump, slope * most + 1, random.random()]
+        limit = base + random.choice(beyond)
         low, high = 0, most
         while low < high:  # the same question, answered without asking
             middle = (low + high + 1) // 2
             fits = base + slope * middle + (middle >= jump) <= limit
             low, high = (middle, high) if fits else (low, middle - 1)
         got = budget_for(limit, seconds, most)
-        case = f"{base:.2f} + {slope} T, and 1 more from {jump} on; limit {limit:.2f}, most {most}"
+        case = f"{base:.2f} + {slope} T, 1 more from {jump} on; limit {limit:.2f}, most {most}"
         assert equal(got, low), f"{case}: {low}, not {got}"
         assert len(asked) <= 45, f"it ran {len(asked)} steps to find out"
 
@@ -777,7 +785,8 @@ def test_Pace(Pace):
 
     for seed in range(60):
         random = Random(seed)
-        a, b, limit = random.uniform(0, 0.05), random.uniform(0.0005, 0.01), random.uniform(0.06, 2)
+        a, b = random.uniform(0, 0.05), random.uniform(0.0005, 0.01)
+        limit = random.uniform(0.06, 2)
         pace, idle = Pace(limit, 8, 512), Pace(limit, 8, 512)
         assert equal(pace.budget(), 8), "before anything was seen: smallest"
         for _ in range(5):
@@ -787,7 +796,8 @@ def test_Pace(Pace):
         for turn, factor in enumerate([1, slow]):
             for T in random.sample(range(8, 513), 8):
                 pace.seen(T, factor * (a + b * T))
-            close(pace.budget(), factor * a, factor * b, limit, f"a={a:.3f}, b={b:.4f}, {turn=}")
+            case = f"a={a:.3f}, b={b:.4f}, {turn=}"
+            close(pace.budget(), factor * a, factor * b, limit, case)
         assert equal(idle.budget(), 8), "two controllers share what they have seen"
     flat = Pace(1.0, 8, 512)
     for T in (10, 20, 30):

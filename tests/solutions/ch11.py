@@ -140,11 +140,19 @@ def by_level(todos, budget):
     return counts
 
 
-def by_sorting(todos, budget):
-    counts, left, many = {}, budget, len(todos)
-    for i in sorted(range(many), key=lambda i: (todos[i], -i)):  # the earlier gets the larger part
-        counts[i] = min(todos[i], left // many)
-        left, many = left - counts[i], many - 1
+def by_leaving(todos, budget):
+    """Who needs no more than an equal part gets it and leaves, until nobody does."""
+    counts, inside = {}, list(range(len(todos)))
+    while inside:
+        part = budget // len(inside)
+        small = [i for i in inside if todos[i] <= part]
+        if not small:
+            rest = budget % len(inside)
+            counts |= {i: part + (place < rest) for place, i in enumerate(inside)}
+            break
+        counts |= {i: todos[i] for i in small}
+        budget -= sum(todos[i] for i in small)
+        inside = [i for i in inside if i not in small]
     return [counts[i] for i in range(len(todos))]
 
 
@@ -277,7 +285,7 @@ class Optimist(Pace):
 RIGHT = {
     "chunks_of": [chunks_of, by_divmod, by_modulo],
     "budget_for": [budget_for, by_doubling, by_bisect, remembers],
-    "fair_share": [fair_share, by_level, by_sorting],
+    "fair_share": [fair_share, by_level, by_leaving],
     "Pace": [Pace, WithTensors, Exact],
 }
 WRONG = {
