@@ -24,8 +24,8 @@
 # ## The idea
 #
 # Give each step a **budget**: the most tokens that it may compute. Everyone who decodes gets one token of it. What is
-# left goes to prompts, and a prompt that doesn't fit is cut. The first piece, or **chunk**, is computed now, the rest in
-# the next steps, each time beside the tokens of the others. This is **chunked prefill** (Sarathi-Serve, 2023).
+# left goes to prompts, and a prompt that doesn't fit is cut. The first piece, or **chunk**, is computed now, the rest
+# in the next steps, each time beside the tokens of the others. This is **chunked prefill** (Sarathi-Serve, 2023).
 #
 # ```
 #                 a step computes at most 8 tokens
@@ -612,7 +612,7 @@ def prompts_first(todos, waiting, budget):
 
 
 stalls = 0
-for step in range(20):  # in each step, a prompt of 100 is under way beside three chats
+for _ in range(20):  # in each step, a prompt of 100 is under way beside three chats
     stalls += prompts_first([1, 1, 1, 100], [], 64)[0] == 0
 print(f"in {stalls} of 20 steps the first chat got nothing")
 assert stalls == 20 and share_out([1, 1, 1, 100], [], 64)[0][0] == 1
@@ -690,26 +690,29 @@ def budget_for(limit, seconds, most):
 # %% tags=["test"]
 def test_budget_for(budget_for):
     budget_for = own(budget_for)
+
+    def clock(asked, base, slope, jump, most):
+        def seconds(T):
+            asked.append(T)
+            assert 1 <= T <= most, f"it asks for a step of {T} tokens, of 1 to {most}"
+            return base + slope * T + (jump <= T)  # at some T it falls out of the cache
+
+        return seconds
+
     for seed in range(200):
         random = Random(seed)
         most = random.choice([1, 2, random.randint(3, 100), 10**6])
         base, slope = random.random(), random.choice([0, 0.01, 1])
         jump = random.randint(1, most)
-        asked = []
-
-        def seconds(T):
-            asked.append(T)
-            assert 1 <= T <= most, f"it asks for a step of {T} tokens, of 1 to {most}"
-            return base + slope * T + (T >= jump)  # at some T it falls out of the cache
-
         beyond = [-0.5, 0, slope, slope * jump, slope * most + 1, random.random()]
         limit = base + random.choice(beyond)
         low, high = 0, most
         while low < high:  # the same question, answered without asking
             middle = (low + high + 1) // 2
-            fits = base + slope * middle + (middle >= jump) <= limit
+            fits = base + slope * middle + (jump <= middle) <= limit
             low, high = (middle, high) if fits else (low, middle - 1)
-        got = budget_for(limit, seconds, most)
+        asked = []
+        got = budget_for(limit, clock(asked, base, slope, jump, most), most)
         case = f"{base:.2f} + {slope} T, 1 more from {jump} on; limit {limit:.2f}, most {most}"
         assert equal(got, low), f"{case}: {low}, not {got}"
         assert len(asked) <= 45, f"it ran {len(asked)} steps to find out"
@@ -757,9 +760,9 @@ def test_fair_share(fair_share):
 attempt(test_fair_share, fair_share)
 
 # %% [markdown]
-# **4. Keeping pace** (open). A machine is not always equally fast: others use it, or it gets hot. Build a controller that
-# sees how long each step took, and sets the budget of the next one so that it takes `limit` seconds at most. Take the
-# time of T tokens as a straight line, a + b T, and let old steps count no more. What would you do about noise?
+# **4. Keeping pace** (open). A machine is not always equally fast: others use it, or it gets hot. Build a controller
+# that sees how long each step took, and sets the budget of the next one so that it takes `limit` seconds at most. Take
+# the time of T tokens as a straight line, a + b T, and let old steps count no more. What would you do about noise?
 
 # %% tags=["exercise"]
 class Pace:
@@ -821,7 +824,7 @@ attempt(test_Pace, Pace)
 # ## Sources
 #
 # - Agrawal et al., *SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills*, 2023, and
-#   *Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve*, 2024: chunks, the budget, and how to choose it.
+#   *Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve*, 2024: chunks, and how to choose a budget.
 # - Yu et al., *Orca*, 2022: scheduling step by step, and batching tokens instead of sequences.
 # - vLLM: `max_num_batched_tokens`, `enable_chunked_prefill`; decodes first, then prompts under way, then new ones.
 # - Leviathan, Kalman and Matias, *Fast Inference from Transformers via Speculative Decoding*, 2023.

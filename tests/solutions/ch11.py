@@ -97,7 +97,7 @@ def remembers(limit, seconds, most):
 
 def tries_all(limit, seconds, most):
     T = 0
-    while T < most and seconds(T + 1) <= limit:
+    while most > T and limit >= seconds(T + 1):
         T += 1
     return T
 
@@ -107,7 +107,7 @@ def by_line(limit, seconds, most):
     slope = (seconds(most) - one) / max(1, most - 1)
     if one > limit:
         return 0
-    return most if slope == 0 else min(most, 1 + int((limit - one) / slope))
+    return min(most, 1 + int((limit - one) / slope)) if slope else most
 
 
 def fair_share(todos, budget):
