@@ -215,8 +215,18 @@ def spy_out(ask, words, B, blocks):
     known = []
     for _ in range(blocks):
         for guess in product(words, repeat=B):
-            prompt = [*known, *guess, words[0]]
-            if ask(prompt) == 1:
+            if ask([*known, *guess, -7]) == 1:
+                known += guess
+                break
+    return known
+
+
+def cached_by_itself(ask, words, B, blocks):
+    """With B = 1, the token behind a guess is a block as well, and is found for the next guess."""
+    known = []
+    for _ in range(blocks):
+        for guess in product(words, repeat=B):
+            if ask([*known, *guess, words[0]]) == 1:
                 known += guess
                 break
     return known
@@ -318,7 +328,7 @@ WRONG = {
     ],
     "Idle": [AsAList, NewestFirst, Forgiving, SaysKeyError, OneForAll, BySmallest, CountsAll],
     "spy_out": [
-        no_token_behind, all_at_once, last_hit, looks_inside, first_block_only,
+        no_token_behind, cached_by_itself, all_at_once, last_hit, looks_inside, first_block_only,
         lambda ask, words, B, blocks: [words[0]] * (B * blocks),
         lambda ask, words, B, blocks: tuple(map(str, spy_out(ask, words, B, blocks))),
     ],
