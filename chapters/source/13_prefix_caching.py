@@ -391,16 +391,16 @@ def spy(salt_of_neighbour=None):
 
 
 # %%
-seen = spy()
-print("tokens found for each guess:", {colour: found for colour, (found, _) in seen.items()})
-assert max(seen, key=lambda colour: seen[colour][0]) == "yellow"
+guesses = spy()
+print("tokens found for each guess:", {colour: found for colour, (found, _) in guesses.items()})
+assert max(guesses, key=lambda colour: guesses[colour][0]) == "yellow"
 
 # %% [markdown]
 # The first five share the sentence up to the code, and the right one shares more. A client is not told how many tokens
 # were found by every server, but anyone has a clock:
 
 # %% tags=["measured"]
-for colour, (_, seconds) in seen.items():
+for colour, (_, seconds) in guesses.items():
     print(f"{colour:7} {1000 * seconds:4.0f} ms to the first token")
 
 # %% [markdown]
