@@ -730,7 +730,7 @@ Watched.to_bytes = noting(int.to_bytes)
 
 # %% tags=["exercise"]
 def chain(tokens, B, salt):
-    """tokens: integers; salt: a text or None. -> a list of names: texts, numbers, bytes, tuples."""
+    """tokens: integers; salt: a text or None. -> names: texts, numbers, bytes, tuples."""
     raise NotImplementedError
 
 
