@@ -5,7 +5,6 @@
 import random
 import statistics
 from fractions import Fraction
-from heapq import heapify
 from math import comb, lgamma, prod
 
 from minipaged.models.llama import Llama
@@ -92,8 +91,9 @@ def twice_one_side(ours, theirs):
 def with_logarithms(ours, theirs):
     pairs = [one for one in zip(ours, theirs, strict=True) if one[0] != one[1]]
     n, wins = len(pairs), len([1 for a, b in pairs if b > a])
-    share = lambda k: np.exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2))
-    return float(min(1.0, sum(share(k) for k in range(n + 1) if abs(2 * k - n) >= abs(2 * wins - n))))
+    uneven = [k for k in range(n + 1) if abs(2 * k - n) >= abs(2 * wins - n)]
+    shares = [lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2) for k in uneven]
+    return float(min(1.0, np.exp(shares).sum()))
 
 
 def ties_count(ours, theirs):
@@ -422,11 +422,11 @@ class OneForAll(SmallestFirst):
 
 
 class Counts(SmallestFirst):
-    """Its memory is the notebook's."""
+    """A system of the package behind it."""
 
     def __init__(self, num_slots):
         super().__init__(num_slots)
-        self.bag = Bag(num_slots)
+        self.system = without_holes(num_slots)
 
 
 RIGHT = {
@@ -452,7 +452,7 @@ WRONG = {
     "by_luck": [
         ties_count, one_side_only, more_uneven, above_one, unpaired, any_length, thrown, normal, removes_ties,
         lambda ours, theirs: 0.5 ** (len(ours) - 1) if len(ours) == len(theirs) else 1 / 0,
-        lambda ours, theirs: by_luck(ours, theirs) or None,
+        lambda ours, theirs: round(by_luck(ours, theirs), 2),
     ],
     "server_for": [
         of_llama3,
