@@ -73,6 +73,8 @@ def _at(quantiles: Sequence[int], share: float) -> int:
 
 def summarize(requests: Sequence[Job]) -> Summary:
     """arrival: seconds from any beginning. The last minute counts only if it is a whole one."""
+    if len(requests) < GROUPS:
+        raise TraceError(f"{len(requests)} requests are too few for quantiles")
     ordered = sorted(requests, key=lambda job: (job.prompt, job.output))
     bounds = [len(ordered) * group // GROUPS for group in range(GROUPS + 1)]
     groups = [ordered[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
