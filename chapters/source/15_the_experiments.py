@@ -699,8 +699,8 @@ plots.show(picture, alt)
 # before iteration-level scheduling. It takes a batch, runs it until the longest answer is complete, and only then
 # looks at the queue again.
 #
-# How much of a crossing is luck? Other seeds are other requests, from the same distribution. All but our own system
-# are cheap enough to ask again. Beside them stands what our rate is by theirs, and what the paper has for both:
+# How much of a crossing is luck? Other seeds are other requests, from the same distribution; what they give, from the
+# lowest to the highest, is a **band**. (Our own system is too slow to ask again.) Beside it stands what our rate is by theirs, and what the paper has for both:
 
 # %%
 def walls(points, limit=1.0):

@@ -55,7 +55,8 @@ class Group:
 class InformedScheduler(Scheduler):
     """The package's scheduler, which need not search: it is told who has something to compute, and how many run.
 
-    Nor does it look again whether there is room for those who wait, if nobody came, went or gave way. And its plans name no slots and no blocks, since there is no runner to read them.
+    Nor does it look again whether there is room for those who wait, if nobody came, went or gave way. And its plans
+    name no slots and no blocks, since there is no runner to read them.
     """
 
     due: list[Request]
