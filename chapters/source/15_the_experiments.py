@@ -64,6 +64,7 @@ from itertools import product
 from math import ceil, inf, log, prod, sqrt
 from unittest.mock import patch
 
+# %%
 import numpy as np
 
 from minipaged.experiments.buddy import Buddy, next_power
@@ -110,6 +111,7 @@ def lengths(centres, spreads, z):
     return both[fits].astype(int)
 
 
+# %%
 def fit(spreads, z):
     centres = np.log(MEANS)
     for _ in range(50):
@@ -142,7 +144,7 @@ print(f"prompts of those who run: {(20.4 - 13.3) * percent:.0f}")
 SPREADS = (1.2, 0.87)
 CENTRES = fit(SPREADS, z)
 
-
+# %%
 def draw(rate, seconds, seed=0):
     """The requests of so many seconds, `rate` of them a second."""
     count = int(2 * rate * seconds) + 100
@@ -225,7 +227,7 @@ RESERVE = {
     "oracle": lambda job: job.prompt + job.output - 1,
 }
 
-
+# %%
 @dataclass
 class Running:
     job: Job
@@ -316,6 +318,7 @@ def steps_until(seconds, first, growth):
     return max(1, ceil((sqrt(b * b + 2 * growth * seconds) - b) / growth))
 
 
+# %%
 def quiet(first, running, waiting, until):
     """So many steps are alike, this one included."""
     k = min(one.left for one in running)
@@ -333,6 +336,8 @@ def counted(*arguments):
     return taken[-1]
 
 
+# %%
+taken.clear()
 one_by_one = serve(one_load, RESERVE["oracle"])
 strides = serve(one_load, RESERVE["oracle"], stride=counted)
 print(f"{sum(taken):,} steps between admissions, in {len(taken):,} strides")
@@ -353,6 +358,7 @@ def curve(reserve, rates, seconds, seed=0):
     return found
 
 
+# %%
 rates = np.arange(0.2, 2.01, 0.1)
 curves = {name: curve(name, rates, 900) for name in RESERVE}
 
@@ -377,6 +383,7 @@ def crossing(rates, latencies, limit):
     return float(np.interp(log(limit), np.log(latencies), rates))
 
 
+# %%
 for limit in (0.1, 1.0):
     wall = {name: crossing(rates, line, limit) for name, line in curves.items()}
     print(f"{limit} s/token:", *(f"{name} {rate:.2f}" for name, rate in wall.items()), end="; ")
@@ -459,6 +466,7 @@ def check_ends(jobs, ends):
         assert end >= soonest, f"ends at {end:.1f} s, but can't before {soonest:.1f} s"
 
 
+# %%
 for reserve in RESERVE.values():
     check_ends(jobs, serve(jobs, reserve, stride=quiet))
 print(len(jobs), "requests in three systems")
@@ -475,7 +483,7 @@ from minipaged.experiments.systems import Account, Orca, Work
 
 opt = SERVERS["13b"]
 
-
+# %%
 def package_ends(jobs, name, slots):
     server = replace(opt, kv_memory=slots * opt.kv_bytes)
     return simulate(Orca(slots, name), jobs, server)
@@ -581,6 +589,7 @@ from minipaged.scheduling.plan import StepOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 
+# %%
 def plain_ends(jobs, num_blocks):
     """-> {number of the request: step}, preemptions."""
     scheduler = Scheduler(KVCacheManager(num_blocks, 16, 4 * num_blocks), 1 << 40, 1 << 40)
@@ -614,6 +623,7 @@ def compare_paged(case, change=lambda system: None):
     return ends == plain, preemptions
 
 
+# %%
 compared = [compare_paged(case) for case in range(30)]
 assert all(same for same, _ in compared)
 print(f"30 random crowds agree, with {sum(count for _, count in compared):,} preemptions")
@@ -638,10 +648,13 @@ from minipaged.experiments.figures.memory import draw_use
 from minipaged.experiments.report import Point, compare
 from minipaged.experiments.runs import SYSTEMS, Run, execute
 
+# %%
 uses = {
     name: execute(Run(name, "13b", "sharegpt", rate=4.0, seconds=300), None)
     for name in ("max", "pow2", "oracle", "paged")
 }
+
+# %%
 alt = "Four bars: tokens take about a fifth with Orca (Max), more than nine tenths with paging"
 plots.show(draw_use(uses), alt)
 
@@ -676,13 +689,14 @@ RATES = {
 }
 SHORT = {("paged", 1.0): 600, ("paged", 1.75): 1200}  # all others: an hour
 
-
+# %%
 def latencies(name, seed=0):
     some = [(rate, SHORT.get((name, rate), 3600)) for rate in RATES[name]]
     runs = [Run(name, "13b", "sharegpt", *one, seed) for one in some]
     return [(run.rate, execute(run, None)) for run in runs]
 
 
+# %%
 panel = {name: latencies(name) for name in RATES}
 
 # %%
@@ -700,13 +714,15 @@ plots.show(picture, alt)
 # looks at the queue again.
 #
 # How much of a crossing is luck? Other seeds are other requests, from the same distribution; what they give, from the
-# lowest to the highest, is a **band**. (Our own system is too slow to ask again.) Beside it stands what our rate is by theirs, and what the paper has for both:
+# lowest to the highest, is a **band**. (Our own system is too slow to ask again.) Beside it stands what our rate is by
+# theirs, and what the paper has for both:
 
 # %%
 def walls(points, limit=1.0):
     return crossing([rate for rate, _ in points], [one.latency for _, one in points], limit)
 
 
+# %%
 read, ours = paper.CROSSINGS["sharegpt"], walls(panel["paged"])
 found = {name: walls(points) for name, points in panel.items()}
 print("            at 1 s/token   three seeds   read     off   ours by it   read")
@@ -774,6 +790,7 @@ print(compare("Requests in the batch", points).text())
 from minipaged.experiments.beams import saving
 
 
+# %%
 def ratio(load, count, **options):
     """The capacity of ours by Orca (Oracle)'s."""
     runs = [Run(name, "13b", load, 1e6, count / 1e6, **options) for name in ("paged", "oracle")]
@@ -781,6 +798,7 @@ def ratio(load, count, **options):
     return ours / oracle
 
 
+# %%
 points = [Point(f"6 {method}: blocks saved, %", saving("alpaca", method, 6, count),
                 paper.SAVED[method, "alpaca"][6], "printed")
           for method, count in (("samples", 200), ("beams", 20))]  # fmt: skip
@@ -807,8 +825,11 @@ def alpaca(B, seed):
     return execute(run, None).latency
 
 
+# %%
 SEEDS = dict.fromkeys((1, 2, 4, 8), 1) | dict.fromkeys((16, 32, 64, 128, 256), 3)
 by_size = {B: [alpaca(B, seed) for seed in range(count)] for B, count in SEEDS.items()}
+
+# %%
 alt = "Latency over the block size, for three seeds: a U that is flat from 8 to 64"
 with plots.figure("Alpaca", "block size", "seconds a token", size=(6.8, 2.6), alt=alt) as axes:
     for seed in range(3):
@@ -846,12 +867,14 @@ def crowd(seed, count=2000):
     return [job._replace(arrival=0.0) for job in found]
 
 
+# %%
 def rungs(jobs, slots=SLOTS):
     systems = {name: Orca(slots, name) for name in RESERVE}
     systems |= {"no holes": without_holes(slots), "paged": Paged(slots)}
     return {name: record(one, jobs) for name, one in systems.items()}
 
 
+# %%
 crowds = [rungs(crowd(seed)) for seed in range(3)]
 for name in RESERVE:
     clock = simulate(Orca(SLOTS, name), crowd(0), opt)
@@ -865,12 +888,14 @@ def rates_of(found, server=opt, **constants):
     return {name: price(one, server, **constants) for name, one in found.items()}
 
 
+# %%
 def row(name, **constants):
     rates = list(rates_of(crowds[0], **constants).values())
     assert rates == sorted(rates)  # the order of the systems
     print(f"{name:16}", *(f"{rate:8.2f}" for rate in rates), f"{rates[4] / rates[2]:8.2f}")
 
 
+# %%
 print(" " * 21 + "Max     Pow2   Oracle no holes     ours /Oracle")
 row("as it is")
 row("no host work", host=0)
@@ -891,6 +916,7 @@ def leads(**constants):
     return [price(one["paged"], opt, **constants) / price(one["oracle"], opt) for one in crowds]
 
 
+# %%
 KNOBS = {
     "attention, times as long": (np.arange(1.0, 8), lambda x: {"attention": x}),
     "host, ms a request": (np.arange(0.25, 2.8, 0.5), lambda x: {"host": x / 1e3}),
@@ -898,6 +924,8 @@ KNOBS = {
 lines = {
     title: np.array([leads(**of(x)) for x in values]) for title, (values, of) in KNOBS.items()
 }
+
+# %%
 alt = "Two falling lines that cross 1: at attention four times as long, and at 1.5 ms"
 with plots.figures("Paging alone pays", "", size=(8, 2.9), alt=alt) as both:
     for axes, (title, (values, _)) in zip(both, KNOBS.items()):
@@ -940,6 +968,7 @@ def ladder(name, found, server=opt):
     return rates
 
 
+# %%
 HEAD = " " * 32 + "Max Oracle no holes ours    holes reserving"
 print(HEAD)
 shares = ladder("ShareGPT, 12 GiB", crowds[0])
@@ -966,6 +995,8 @@ for gib in (6, 24):
 from minipaged.experiments import traces
 
 real = traces.known()
+
+# %%
 drawn = {name: one.jobs(rate=10.0, seconds=300) for name, one in real.items()}
 some = {"ShareGPT, drawn": crowd(0)} | drawn
 print(f"{'':20} mean prompt, answer    fit into 2048")
@@ -984,12 +1015,14 @@ for name, jobs_of in some.items():
 import minipaged.experiments.systems as package_systems
 
 
+# %%
 def of_trace(name, count, longest):
     jobs = real[name].jobs(rate=100.0, seconds=100)
     fitting = [job for job in jobs if job.prompt + job.output <= longest]
     return [job._replace(arrival=0.0) for job in fitting[:count]]
 
 
+# %%
 print(HEAD)
 for name in ("azure-conversation", "azure-code"):
     ladder(f"OPT, {name}", rungs(of_trace(name, 500, LONGEST)))
@@ -1018,6 +1051,7 @@ def hour_of(name, rate, rhythm):
     return simulate(Orca(SLOTS, "oracle"), keep, opt).normalized_latency
 
 
+# %%
 print("seconds a token, Orca (Oracle)    Poisson   as they came")
 for name, rate in (("azure-conversation", 1.0), ("azure-code", 4.0)):
     both = [hour_of(name, rate, rhythm) for rhythm in (False, True)]
@@ -1051,6 +1085,7 @@ def forgets_rounding(self):
     return Account(self._stored, self._kept - self._stored, self._asked - self._kept, free)
 
 
+# %%
 with patch.object(Orca, "account", forgets_rounding):
     try:
         simulate(Orca(SLOTS, "oracle"), crowd(0, 300), opt)
@@ -1066,6 +1101,8 @@ early = [job._replace(arrival=max(0.0, job.arrival - 30)) for job in jobs[:100]]
 true = dict(zip(early, jobs))
 too_soon = [(true[job], end) for job, end in serve(early, RESERVE["oracle"], stride=quiet)]
 right = serve(jobs[:100], RESERVE["oracle"], stride=quiet)
+
+# %%
 both = [normalized_latency(one) for one in (too_soon, right)]
 print(f"{both[0]:.2f} instead of {both[1]:.2f} s a token")
 try:
@@ -1082,6 +1119,7 @@ def no_watermark(system):
     system.scheduler.admission.watermark_blocks = 0
 
 
+# %%
 drifted = sum(not compare_paged(case, no_watermark)[0] for case in range(10))
 print(f"{drifted} of 10 crowds end at other times")
 assert drifted > 0
