@@ -1,5 +1,6 @@
 """The command of the experiments: figures, files, the cache, and what it says to bad input."""
 
+import gc
 import json
 import math
 import os
@@ -279,6 +280,27 @@ def test_without_a_place_to_keep_results(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIPAGED_CACHE", str(tmp_path / "file"))
     code, out, err = run_main(capsys, "table1", "--out", tmp_path)
     assert code == 0 and "15.7K" in out
+
+
+def test_workers_leave_the_garbage_of_their_parent_alone(tmp_path):
+    """A model that is collected in a fork may wait for threads that a fork has not."""
+    parent, found = os.getpid(), tmp_path / "collected"
+
+    class Model:
+        def __del__(self):
+            if os.getpid() != parent:
+                found.touch()
+
+    gc.disable()
+    try:
+        model = Model()
+        model.itself = model
+        del model
+        with Study(Settings()) as study:
+            study.each("", gc.collect, [(), ()])
+    finally:
+        gc.enable()
+    assert not found.exists()
 
 
 def test_a_process_that_is_killed_is_told(tmp_path):

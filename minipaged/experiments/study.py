@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import queue
 import signal
@@ -41,7 +42,7 @@ class Study:
         self.seed = settings.seed or 0
 
     def __enter__(self) -> Study:
-        self._pool = ProcessPoolExecutor(self.settings.workers, initializer=_leave_interrupts_to_the_parent)
+        self._pool = ProcessPoolExecutor(self.settings.workers, initializer=_begin)
         with _interrupts_later():
             self._pool.submit(int)  # starts all workers
         return self
@@ -115,7 +116,13 @@ def _interrupts_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _begin() -> None:
+    """In a new worker: leave interrupts to the parent, and what the parent left lying about, too.
+
+    A worker is a fork. If it collected the parent's garbage, a model's say, that might wait for ever for threads that
+    only the parent has.
+    """
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it ends them
 
