@@ -24,7 +24,7 @@ def by_little(batch, outputs, seconds):
 
 def with_numpy(batch, outputs, seconds):
     steps = np.cumsum(np.array(outputs, dtype=np.float64))
-    return float(batch * steps.size / steps[-1] / seconds)
+    return batch * steps.size / steps[-1] / seconds
 
 
 def exactly(batch, outputs, seconds):
@@ -164,8 +164,8 @@ def server_for(name, config, gpu, memory, share=0.9):
 
 
 def by_keywords(name, config, gpu, memory, share=0.9):
-    numbers = [int(np.prod(shape)) for shape in Llama.tensor_shapes(config).values()]
-    weight_bytes = float(2 * sum(numbers))
+    numbers = [np.prod(shape) for shape in Llama.tensor_shapes(config).values()]
+    weight_bytes = 2 * sum(numbers)
     if share * memory <= weight_bytes:
         raise ValueError("too small")
     return hardware.Server(
