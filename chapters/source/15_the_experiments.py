@@ -89,8 +89,8 @@ print(f"{seven} requests; each has {to_come:.0f} tokens to come")
 #
 # $$ \frac{E[o \cdot o/2]}{E[o]} = \frac{E[o^2]}{2\,E[o]} = 299 $$
 #
-# ($E$ is a mean over all requests.) This is the **inspection paradox**, and we'll meet it again. Here it is useful. It
-# turns one bar of a figure into the mean square of a data set that we never saw. For a log-normal distribution (the
+# ($E$ is a mean over all requests.) This is the **inspection paradox**, and exercise 1 has it again. Here it is useful.
+# It turns one bar of a figure into the mean square of a data set that we never saw. For a log-normal distribution (the
 # logarithm has a normal one, with the standard deviation $s$) $E[o^2] = E[o]^2 e^{s^2}$, which gives the spread:
 
 # %%
@@ -164,7 +164,7 @@ assert [job[1:] for job in draw(4.0, 300)] == [job[1:] for job in jobs]
 # Note the assertion: a higher rate gives *the same requests, sooner*. If each rate had its own, a latency could rise
 # or fall because of the draw, and a curve would be noise.
 #
-# For a server it means that requests come in bunches. It must be able to hold more than the average says.
+# Gaps at random mean that requests come in bunches. A server must be able to hold more than the average says.
 #
 # ### What a step costs
 #
