@@ -6,9 +6,10 @@
 # that jumps from decision to decision. Only the decisions are real. They are made by the scheduler and the memory of
 # this package.
 #
-# **You need**: chapter 3 (one piece of memory for each request, and what it wastes) and, for words, chapters 4 and 5.
-# **You get**: a simulator of your own, the package's beside it, and the paper's evaluation with our numbers next to
-# theirs.
+# **You need**: [chapter 2](02_the_kv_cache.ipynb) (what a step waits for), [chapter 3](03_the_memory_wall.ipynb) (one
+# piece of memory for each request, and what it wastes), and for words chapters 4 and 5. **You get**: a simulator of
+# your own, the package's beside it, the paper's evaluation with our numbers next to theirs, and an answer to where the
+# lead of paging comes from, and when there is none.
 
 # %% [markdown]
 # ## The question
@@ -58,14 +59,17 @@
 # %%
 from collections import deque
 from dataclasses import dataclass, replace
-from math import ceil, inf, log, sqrt
+from heapq import heappop, heappush
+from itertools import product
+from math import ceil, inf, log, prod, sqrt
 from unittest.mock import patch
 
+# %%
 import numpy as np
 
 from minipaged.experiments.buddy import Buddy, next_power
 from minipaged.experiments.loads import Job
-from minipaged.teaching import attempt, plots, show_source
+from minipaged.teaching import attempt, equal, own, plots, show_source
 
 # %%
 MEANS = np.array([161.31, 337.99])  # ShareGPT's prompts and answers, tokens (Figure 11)
@@ -85,9 +89,9 @@ print(f"{seven} requests; each has {to_come:.0f} tokens to come")
 #
 # $$ \frac{E[o \cdot o/2]}{E[o]} = \frac{E[o^2]}{2\,E[o]} = 299 $$
 #
-# This is the **inspection paradox**, and we'll meet it again. Here it is useful. It turns one bar of a figure into
-# the second moment of a data set. For a log-normal distribution (the logarithm has a normal one, with the standard
-# deviation $s$) $E[o^2] = E[o]^2 e^{s^2}$, which gives the spread:
+# ($E$ is a mean over all requests.) This is the **inspection paradox**, and exercise 1 has it again. Here it is useful.
+# It turns one bar of a figure into the mean square of a data set that we never saw. For a log-normal distribution (the
+# logarithm has a normal one, with the standard deviation $s$) $E[o^2] = E[o]^2 e^{s^2}$, which gives the spread:
 
 # %%
 naive = sqrt(log(2 * to_come / MEANS[1]))
@@ -107,6 +111,7 @@ def lengths(centres, spreads, z):
     return both[fits].astype(int)
 
 
+# %%
 def fit(spreads, z):
     centres = np.log(MEANS)
     for _ in range(50):
@@ -124,26 +129,12 @@ print(f"prompts of those who run: {(20.4 - 13.3) * percent:.0f}")
 
 # %% [markdown]
 # So with the limit it takes a spread of 0.87, and that is what the package uses. The spread of the prompts, 1.2, is a
-# choice of ours: people paste texts of any length. Later we'll see what these choices are worth.
+# choice of ours: people paste texts of any length. At the end real traces will say what such choices are worth.
 #
-# Do long prompts have long answers? The same bar knows. 20.4 % of the memory hold tokens, and 13.3 % are as many
-# tokens of answers as are still to come, so what remains are prompts: 7.1 % are 160 tokens for each request. The mean
-# of all prompts is 161. If long prompts had long answers, those that are running would be longer. So both are drawn
-# independently.
+# Do long prompts have long answers? The same bar knows. 20.4 - 13.3 per cent are 160 tokens of prompt for each request
+# that runs, and the mean of all prompts is 161. If long prompts had long answers, those that run would be longer. So
+# both are drawn independently.
 #
-# Here is the paradox to look at: the same answers, counted once each, and counted as often as they have steps.
-
-# %%
-edges = np.arange(0, 2049, 128)
-alt = "Two lines over the length: of all requests most are short, those that run are longer"
-with plots.figure("Answers", "tokens of the answer", "percent", alt=alt) as axes:
-    for name, weights in (("of all", None), ("of those running", answers)):
-        counts, _ = np.histogram(answers, edges, weights=weights)
-        at = 1 if weights is None else 5
-        plots.line(axes, edges[1:] - 64, 100 * counts / counts.sum(), name, at=at, dy=8)
-
-
-# %% [markdown]
 # ### Arrivals
 #
 # The paper lets requests come at random: **Poisson** arrivals. Everybody comes on their own, so the gaps between them
@@ -153,7 +144,7 @@ with plots.figure("Answers", "tokens of the answer", "percent", alt=alt) as axes
 SPREADS = (1.2, 0.87)
 CENTRES = fit(SPREADS, z)
 
-
+# %%
 def draw(rate, seconds, seed=0):
     """The requests of so many seconds, `rate` of them a second."""
     count = int(2 * rate * seconds) + 100
@@ -173,19 +164,7 @@ assert [job[1:] for job in draw(4.0, 300)] == [job[1:] for job in jobs]
 # Note the assertion: a higher rate gives *the same requests, sooner*. If each rate had its own, a latency could rise
 # or fall because of the draw, and a curve would be noise.
 #
-# The gaps have their paradox, too. A bus comes every 30 seconds on average, at random. You come at a random moment.
-# How long is the gap that you fall into?
-
-# %%
-arrivals = np.array([job.arrival for job in draw(2.0, 5000)])
-gaps = np.diff(arrivals)
-moments = np.random.default_rng(1).uniform(arrivals[0], arrivals[-1], 10_000)
-fallen = gaps[np.searchsorted(arrivals, moments) - 1]
-print(f"mean gap {gaps.mean():.1f} s; of a gap that somebody falls into {fallen.mean():.1f} s")
-
-# %% [markdown]
-# Twice as long, for the same reason: long gaps catch more people. For a server it means that requests come in
-# bunches. It must be able to hold more than the average says.
+# Gaps at random mean that requests come in bunches. A server must be able to hold more than the average says.
 #
 # ### What a step costs
 #
@@ -208,31 +187,18 @@ def step_seconds(tokens, sequences, context):
 
 
 # %% [markdown]
-# 1555 GB/s and 312 TFLOP/s are an A100's data sheet. Nobody reaches them; 0.67 and 0.6 are chosen, about what is
-# commonly reached. (0.67 is our second choice. With 0.8, which a plain copy reaches, small batches came out a third
-# faster than the paper's.) 12 kernels a layer at 10 µs each: chosen, too. The last constant is different. It is
-# **calibrated**: set so that one number of the paper comes out, the 132.44 requests of Figure 13 that we'll meet
-# below. So that number proves nothing any more, and all others may.
+# 1555 GB/s and 312 TFLOP/s are an A100's data sheet. Nobody reaches them. 0.6, and 12 kernels a layer at 10 µs each,
+# are chosen: about what is common. The other two are **calibrated**, set so that numbers of the paper come out: the
+# host's time by the 132.44 requests of Figure 13 that we'll meet below, and, if we are honest, the 0.67 as well. Our
+# first choice was 0.8, which a plain copy reaches. Then small batches came out a third faster than the paper's, and we
+# changed it. So neither that number nor the latency of small batches proves anything any more, and all others may.
 
 # %%
-print("sequences  ms a step  tokens a second")
-for size in (1, 7, 13, 30, 130):
-    seconds = step_seconds(size, size, 350 * size)
-    print(f"{size:9} {1e3 * seconds:10.1f} {size / seconds:16.0f}")
-
-# %%
-sizes = range(0, 161, 8)
-parts = {
-    "weights": [1e3 * WEIGHTS / BANDWIDTH] * len(sizes),
-    "keys and values": [1e3 * 350 * size * KV / BANDWIDTH for size in sizes],
-    "host": [1e3 * size * HOST for size in sizes],
-    "starting": [1e3 * LAYERS * LAUNCH] * len(sizes),
-}
-alt = "Weights stay at 25 ms; keys and values and the host grow in proportion with the batch"
-title, x = "Parts of a step", "sequences of 350 tokens"
-with plots.figure(title, x, "milliseconds", alt=alt) as axes:
-    for name, line in parts.items():
-        plots.line(axes, sizes, line, name)
+print("sequences of 350, ms: weights, keys and values, host, starting; tokens a second")
+for size in (1, 7, 13, 30, 90, 130):
+    parts = (WEIGHTS / BANDWIDTH, 350 * size * KV / BANDWIDTH, size * HOST, LAYERS * LAUNCH)
+    speed = size / step_seconds(size, size, 350 * size)
+    print(f"{size:16}", *(f"{1e3 * part:8.1f}" for part in parts), f"{speed:14.0f}")
 
 # %% [markdown]
 # At 7 sequences most of a step is reading weights, and that is paid for anyway. This is why batching is almost free,
@@ -240,7 +206,8 @@ with plots.figure(title, x, "milliseconds", alt=alt) as axes:
 # third as long again. It isn't free for ever. Keys and values are read for each sequence, and from about 90 on they
 # weigh more than the weights.
 #
-# And prompts? Up to where `WEIGHTS * tokens / PEAK` passes the time of reading, they cost nothing at all:
+# And prompts? As long as `WEIGHTS * tokens / PEAK` stays below the time of reading, their products are free. All tokens
+# of the step count for this, those of the running sequences too:
 
 # %%
 print(f"free up to {PEAK / BANDWIDTH:.0f} tokens a step; the mean prompt has {MEANS[0]:.0f}")
@@ -260,7 +227,7 @@ RESERVE = {
     "oracle": lambda job: job.prompt + job.output - 1,
 }
 
-
+# %%
 @dataclass
 class Running:
     job: Job
@@ -351,6 +318,7 @@ def steps_until(seconds, first, growth):
     return max(1, ceil((sqrt(b * b + 2 * growth * seconds) - b) / growth))
 
 
+# %%
 def quiet(first, running, waiting, until):
     """So many steps are alike, this one included."""
     k = min(one.left for one in running)
@@ -368,6 +336,8 @@ def counted(*arguments):
     return taken[-1]
 
 
+# %%
+taken.clear()
 one_by_one = serve(one_load, RESERVE["oracle"])
 strides = serve(one_load, RESERVE["oracle"], stride=counted)
 print(f"{sum(taken):,} steps between admissions, in {len(taken):,} strides")
@@ -388,6 +358,7 @@ def curve(reserve, rates, seconds, seed=0):
     return found
 
 
+# %%
 rates = np.arange(0.2, 2.01, 0.1)
 curves = {name: curve(name, rates, 900) for name in RESERVE}
 
@@ -412,6 +383,7 @@ def crossing(rates, latencies, limit):
     return float(np.interp(log(limit), np.log(latencies), rates))
 
 
+# %%
 for limit in (0.1, 1.0):
     wall = {name: crossing(rates, line, limit) for name, line in curves.items()}
     print(f"{limit} s/token:", *(f"{name} {rate:.2f}" for name, rate in wall.items()), end="; ")
@@ -434,9 +406,8 @@ for minutes in (5, 15, 30, 60):
 
 # %% [markdown]
 # Below the wall the length of the trace does not matter. Above it the latency has no value at all: it only says when
-# we stopped. So a crossing at a high threshold moves to the left as traces get longer. The paper's have an hour (a
-# quarter of an hour for the largest model). In this notebook they have minutes, so that it runs in seconds. **Its
-# crossings lie too far to the right.** `python -m minipaged.experiments` runs them in full.
+# we stopped. So a crossing at a high threshold moves to the left as traces get longer, and the walls above, from 15
+# minutes, lie too far to the right. The paper's traces have an hour. When we compare with it, ours will, too.
 #
 # ### Little's law
 #
@@ -464,6 +435,15 @@ print(f"{N} requests, {W:.0f} seconds each: {N / W:.2f} requests a second")
 # There the line of Max begins to rise, and no simulation was needed to know it. So all that a better memory does is
 # in $N$: hold twice as many, and the wall moves to twice the rate, less what the longer step takes back.
 #
+# **Your turn.** Figure 2 says that Pow2 fills 26.8 % of the slots, and Figure 13 that it has 9.81 requests. Where does
+# its wall begin? Turn two numbers, and look at the picture above.
+
+# %%
+your_N, your_context = 7, 20.4 / 100 * SLOTS  # turn me
+your_W = MEANS[1] * step_seconds(your_N, your_N, your_context)
+print(f"{your_N / your_W:.2f} requests a second")
+
+# %% [markdown]
 # ## Check it
 #
 # **Strides change nothing.** Only rounding may differ: a sum of many small numbers against one product.
@@ -486,6 +466,7 @@ def check_ends(jobs, ends):
         assert end >= soonest, f"ends at {end:.1f} s, but can't before {soonest:.1f} s"
 
 
+# %%
 for reserve in RESERVE.values():
     check_ends(jobs, serve(jobs, reserve, stride=quiet))
 print(len(jobs), "requests in three systems")
@@ -498,11 +479,11 @@ print(len(jobs), "requests in three systems")
 # %%
 from minipaged.experiments.hardware import SERVERS
 from minipaged.experiments.simulation import simulate
-from minipaged.experiments.systems import Orca
+from minipaged.experiments.systems import Account, Orca, Work
 
 opt = SERVERS["13b"]
 
-
+# %%
 def package_ends(jobs, name, slots):
     server = replace(opt, kv_memory=slots * opt.kv_bytes)
     return simulate(Orca(slots, name), jobs, server)
@@ -510,7 +491,7 @@ def package_ends(jobs, name, slots):
 
 # %%
 rng, queued = np.random.default_rng(3), 0
-for case in range(300):
+for case in range(150):
     some = draw(rate=rng.uniform(0.2, 5.0), seconds=20, seed=case)
     slots, name = int(rng.integers(2048, 9000)), list(RESERVE)[case % 3]
     if some:
@@ -519,7 +500,7 @@ for case in range(300):
         assert np.allclose([end for _, end in mine], theirs.ends, rtol=1e-9)
         assert np.isclose(normalized_latency(mine), theirs.normalized_latency, rtol=1e-9)
         queued += normalized_latency(mine) > 0.2
-print(f"300 random loads agree; in {queued} of them requests had to wait")
+print(f"150 random loads agree; in {queued} of them requests had to wait")
 
 # %% [markdown]
 # **Every slot has a name at every step.** The package's clock asks the system for an account of its memory, in the
@@ -544,14 +525,9 @@ show_source(Orca.plan, Orca._admit)
 
 # %% [markdown]
 # A heap knows who ends first, and nothing is summed anew: `_stored` and its siblings are kept up to date. The cost
-# model has the same terms as ours, and more: several GPUs need all-reduces, and a context that lies in blocks costs
-# something for each block (Figure 18 below). Its loads are drawn as ours are. It finds the centres on a grid of
-# quantiles instead of with random numbers, and it also reads requests from a file.
-
-# %%
-Server = type(opt)
-formulas = (Server.reading_seconds, Server.computing_seconds, Server.matrix_seconds)
-show_source(*formulas, Server.context_seconds)
+# model has the same terms as ours, and more: several GPUs have to add up what each of them computed, and a context that
+# lies in blocks costs something for each block (Figure 18 below). Loads are drawn as ours are, with a grid of quantiles
+# instead of random numbers to find the centres.
 
 # %%
 rng = np.random.default_rng(4)
@@ -564,9 +540,9 @@ print("the formulas agree")
 # ### Our own system in it
 #
 # Now the point of the whole: paging is *not* written again for the simulation. The engine's scheduler decides who
-# comes in and who makes way, and the engine's memory hands out blocks. (A few words that later chapters explain. When
-# no block is left, the latest arrival is **preempted**: it gives its memory back and waits. Its blocks are copied to
-# CPU memory, **swap**, or dropped and computed anew, **recompute**. The **watermark**, a hundredth of the blocks,
+# comes in and who makes way, and the engine's memory hands out blocks. (Words from [chapter 12](12_preemption.ipynb):
+# when no block is left, the latest arrival is **preempted**: it gives its memory back and waits. Its blocks are copied
+# to CPU memory, **swap**, or dropped and computed anew, **recompute**. The **watermark**, a hundredth of the blocks,
 # stays free when somebody comes in.)
 
 # %%
@@ -575,22 +551,37 @@ from minipaged.experiments.paged import InformedScheduler, Paged
 show_source(InformedScheduler)
 
 # %% [markdown]
-# Three lookups are overridden, because the simulation knows their answers; and a plan names no slots, since nobody is
-# going to write into them. Not one decision is in this class.
+# Lookups are overridden, because the simulation knows their answers: who is ready, how many run, and that there is no
+# more room than a moment ago if nothing has stirred since. And a plan names no slots, since nobody is going to write
+# into them. Not one decision is in this class.
 #
-# How can it take strides? A scheduler wants to be asked at every step. The trick: a sequence *needs* something only
-# when its last block is full. So it is told all tokens of a block at once, as if they were a piece of a prompt, and
-# the scheduler books the slots for all of them. Then it has nothing to do for 16 steps.
+# How can it take strides? A scheduler wants to be asked at every step. But a sequence *needs* something only when its
+# last block is full. So it is told all tokens of a block at once, as if they were a piece of a prompt, and the
+# scheduler books the slots for all of them. Here is one request, with a prompt of 10 tokens and an answer of 40:
 
 # %%
-show_source(Paged.plan, Paged._next_block)
+asked, system = [], Paged(SLOTS)
+plain_schedule = system.scheduler.schedule
+
+
+def noted():
+    plan = plain_schedule()
+    asked.append((system._clock, plan.num_tokens))
+    return plan
+
+
+with patch.object(system.scheduler, "schedule", noted):
+    steps = simulate(system, [Job(0.0, 10, 40)], opt).num_iterations
+print(f"{steps} steps; the scheduler is asked at (step, tokens to plan):", *asked)
 
 # %% [markdown]
-# Does the trick change anything? The oracle is the plain scheduler, driven as an engine drives it: one token for each
-# sequence at each step. It can be written in thirty lines.
+# The prompt and the rest of its block; then a block of 16, and another one; then a token. In a batch of thirty, two
+# sequences need something at a step, and the other 28 aren't looked at.
+#
+# Does the trick change anything? The oracle is the plain scheduler, driven as an engine drives it, one token for each
+# sequence at each step. Everybody comes at once, so no clock is needed: at which step does each request end?
 
 # %%
-from minipaged.experiments.systems import Account, Work
 from minipaged.memory import KVCacheManager
 from minipaged.requests.request import Request
 from minipaged.requests.sampling_params import SampledToken, SamplingParams
@@ -598,112 +589,53 @@ from minipaged.scheduling.plan import StepOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 
-class Plain:
-    """A System: the package's Scheduler, asked at every step."""
-
-    def __init__(self, num_slots, block_size=16):
-        self.block_size, self.num_slots, self.jobs = block_size, num_slots, {}
-        N = num_slots // block_size
-        self.memory = KVCacheManager(N, block_size, 4 * N)
-        self.scheduler = Scheduler(self.memory, 1 << 40, 1 << 40)  # no limits but memory
-
-    def submit(self, job):
-        name, number = str(len(self.jobs)), len(self.jobs)
-        params = SamplingParams()
-        request = Request(name, number, [number] * job.prompt, params, job.output + 1)
-        self.jobs[name] = job
-        self.scheduler.add(request)
-
-    @property
-    def num_waiting(self):
-        return len(self.scheduler.waiting) + len(self.scheduler.swapped)
-
-    num_running = property(lambda self: len(self.scheduler.running))
-
-
 # %%
-def plain_plan(self):
-    if not self.scheduler.has_unfinished:
-        return None
-    plan = self.scheduler.schedule()
-    said = {s.seq_id: [[SampledToken(0)]] for s in plan.sequences if s.draw}
-    self.scheduler.update(plan, StepOutput(said))
-    new = plan.admitted  # they read no context but their own prompt
-    context = sum(s.context_len for s in plan.sequences if s.request_id not in new)
-    moved = len(plan.swap_out) + len(plan.swap_in)
-    return Work(1, len(plan.sequences), plan.num_tokens, context, moved_blocks=moved)
+def plain_ends(jobs, num_blocks):
+    """-> {number of the request: step}, preemptions."""
+    scheduler = Scheduler(KVCacheManager(num_blocks, 16, 4 * num_blocks), 1 << 40, 1 << 40)
+    for number, job in enumerate(jobs):
+        prompt = [number] * job.prompt
+        scheduler.add(Request(str(number), number, prompt, SamplingParams(), job.output))
+    step, ends = 0, {}
+    while scheduler.has_unfinished:
+        plan, step = scheduler.schedule(), step + 1
+        said = {s.seq_id: [[SampledToken(0)]] for s in plan.sequences if s.draw}
+        for request in scheduler.update(plan, StepOutput(said)):
+            if len(request.sequences[0].output_token_ids) == request.max_tokens:
+                ends[int(request.request_id)] = step
+    return ends, sum(scheduler.num_preemptions.values())
 
-
-def plain_finish(self, steps):
-    running = self.scheduler.running
-    job = lambda request: self.jobs[request.request_id]
-    over = [r for r in running if len(r.live[0].output_token_ids) == job(r).output]
-    for request in over:
-        self.scheduler.finish(request, request.live[0], "length")
-    return [job(request) for request in over]
-
-
-# %%
-def plain_account(self):
-    usage, B = self.memory.usage(), self.block_size
-    empty = usage.used * B - usage.tokens_stored
-    return Account(usage.tokens_stored, empty, 0, usage.free * B + self.num_slots % B)
-
-
-Plain.plan, Plain.finish, Plain.account = plain_plan, plain_finish, plain_account
-
-# %% [markdown]
-# Random loads on memories that are much too small, so that requests are preempted all the time:
 
 # %%
 def compare_paged(case, change=lambda system: None):
-    """-> the same latencies?, preemptions of both."""
+    """-> the same ends?, preemptions. Memories that are much too small."""
     rng = np.random.default_rng([5, case])
-    some = [Job(a, 1 + p % 60, 1 + o % 60) for a, p, o in draw(rng.uniform(2, 30), 2, case)]
-    slots = int(rng.integers(140, 700))
-    server = replace(opt, kv_memory=slots * opt.kv_bytes)
-    plain, fast = Plain(slots), Paged(slots)
-    change(fast)
-    found = [simulate(system, some or [Job(0.0, 1, 1)], server) for system in (plain, fast)]
-    same = np.allclose(found[0].ends, found[1].ends, rtol=1e-6)
-    return same, [sum(system.scheduler.num_preemptions.values()) for system in (plain, fast)]
+    some = [Job(n, *rng.integers(1, 61, 2).tolist()) for n in range(rng.integers(2, 40))]
+    num_blocks, step, ends = int(rng.integers(9, 44)), 0, {}
+    system = Paged(16 * num_blocks)
+    change(system)
+    for job in some:
+        system.submit(job)
+    while work := system.plan():
+        step += work.iterations
+        ends |= {job.arrival: step for job in system.finish(work.iterations)}
+    plain, preemptions = plain_ends(some, num_blocks)
+    return ends == plain, preemptions
 
 
 # %%
-results = [compare_paged(case) for case in range(30)]
-assert all(same and a == b for same, (a, b) in results)
-print(f"30 random loads agree, with {sum(a for _, (a, _) in results):,} preemptions")
+compared = [compare_paged(case) for case in range(30)]
+assert all(same for same, _ in compared)
+print(f"30 random crowds agree, with {sum(count for _, count in compared):,} preemptions")
 
 # %% [markdown]
-# (Requests can only end at the same times if all steps had the same work. The package's tests compare more: queues,
-# blocks, swaps, samples, prefixes.)
+# (The package's tests compare more: arrivals, queues, blocks, swaps, samples, prefixes.)
 #
 # ### Where the paper's numbers come from
 #
 # What we compare with is only as good as its source. The package keeps the paper's numbers in one file, each with its
-# **kind**:
-#
-# | kind | |
-# |---|---|
-# | said | stands in the text |
-# | printed | a label in a figure or a table |
-# | read | read off a plot by eye: approximate |
-# | recalled | from the text as remembered, not checked against it |
-#
-# ### Table 1: slots
-
-# %%
-from minipaged.experiments import paper
-from minipaged.experiments.report import Point, compare
-
-for name, slots in paper.SLOTS.items():
-    server = SERVERS[name]
-    print(f"{server.name:24} {server.num_slots:6,} slots; printed {slots / 1000:.1f}K")
-
-# %% [markdown]
-# No simulation, only a division. It gives two of the three printed numbers; for the model of 66 billion parameters it
-# is off by about one in a hundred. (The table's GB must be read as GiB for keys and values. Rounding of "21" may be
-# the rest.)
+# **kind**: *said* stands in the text; *printed* is a label in a figure or a table; *read* was read off a plot by eye;
+# *recalled* is from the text as remembered, not checked against it.
 #
 # ### Figure 2: what is in the memory
 #
@@ -711,13 +643,18 @@ for name, slots in paper.SLOTS.items():
 # always waits. Five minutes:
 
 # %%
+from minipaged.experiments import paper
 from minipaged.experiments.figures.memory import draw_use
+from minipaged.experiments.report import Point, compare
 from minipaged.experiments.runs import SYSTEMS, Run, execute
 
+# %%
 uses = {
     name: execute(Run(name, "13b", "sharegpt", rate=4.0, seconds=300), None)
     for name in ("max", "pow2", "oracle", "paged")
 }
+
+# %%
 alt = "Four bars: tokens take about a fifth with Orca (Max), more than nine tenths with paging"
 plots.show(draw_use(uses), alt)
 
@@ -733,43 +670,37 @@ print(compare("Percent of the memory", points, digits=1).text())
 # them. Nothing was made from the others. They come from the shape of the distribution and from the buddy allocator,
 # and the worst of them, the external part of Pow2, is what chapter 3 could not explain either.
 #
-# Paging misses its 96.3 %. Where is the rest? In the external part, which for blocks means free ones: the watermark,
-# and blocks that are too few for the first in the queue, whom nobody overtakes. What the paper counts there we can't
-# know; chapter 3 found that its 96.3 % and its Figure 13 hardly fit together.
-
-# %% [markdown]
+# Paging misses its 96.3 %. The rest is in the external part, which for blocks means free ones: the watermark, and
+# blocks that are too few for the first in the queue, whom nobody overtakes. What the paper counts there we can't know.
+#
 # ### Figure 12: the walls
 #
-# The main figure. A system is given more and more requests until its latency passes one second a token. `sweep`
-# chooses the rates: first it asks what the system can answer when everybody comes at once, then it takes fractions of
-# that.
+# The main figure. A system is given more and more requests until its latency passes one second a token. One panel of
+# six, and an hour for each point, as in the paper. But for our own system, whose hour is slow to simulate: there the
+# hour is spent at 2.05, beyond the wall, where length matters. 1.75 has twenty minutes and 1.0 ten.
 
 # %%
-from minipaged.experiments.runs import sweep
-
-show_source(sweep)
-
-# %% [markdown]
-# It is a generator that asks for runs, so that the command can hand them out to all processors. We answer it here.
-# One panel of six, ten minutes instead of an hour; for our own system, which takes longest, four rates of our choice.
-
-# %%
-def follow(asking):
-    result = None
-    while True:
-        try:
-            result = execute(asking.send(result), None)
-        except StopIteration as end:
-            return end.value
-
-
-base = Run("paged", "13b", "sharegpt", rate=0, seconds=600)
-panel = {name: follow(sweep(replace(base, system=name))) for name in SYSTEMS if name != "paged"}
-ours = (1.0, 1.7, 2.0, 2.8)
-panel["paged"] = [(rate, execute(replace(base, rate=rate), None)) for rate in ours]
+RATES = {
+    "ft": (0.1, 0.2, 0.25, 0.3),
+    "max": (0.3, 0.5, 0.6, 0.65, 0.7),
+    "pow2": (0.5, 0.75, 0.85, 0.95),
+    "oracle": (0.7, 0.95, 1.1, 1.2),
+    "paged": (1.0, 1.75, 2.05),
+}
+SHORT = {("paged", 1.0): 600, ("paged", 1.75): 1200}  # all others: an hour
 
 # %%
-from minipaged.experiments.figures.rates import draw_curves, walls
+def latencies(name, seed=0):
+    some = [(rate, SHORT.get((name, rate), 3600)) for rate in RATES[name]]
+    runs = [Run(name, "13b", "sharegpt", *one, seed) for one in some]
+    return [(run.rate, execute(run, None)) for run in runs]
+
+
+# %%
+panel = {name: latencies(name) for name in RATES}
+
+# %%
+from minipaged.experiments.figures.rates import draw_curves
 
 key = ("13b", "sharegpt")
 alt = "Five walls from left to right: FasterTransformer, Max, Pow2, Oracle, minipaged"
@@ -781,71 +712,59 @@ plots.show(picture, alt)
 # Hollow marks on the upper edge: the paper's crossings, as read off its plot. **FasterTransformer** is the system
 # before iteration-level scheduling. It takes a batch, runs it until the longest answer is complete, and only then
 # looks at the queue again.
+#
+# How much of a crossing is luck? Other seeds are other requests, from the same distribution; what they give, from the
+# lowest to the highest, is a **band**. (Our own system is too slow to ask again.) Beside it stands what our rate is by
+# theirs, and what the paper has for both:
 
 # %%
-found = walls(panel)
-points = [Point(SYSTEMS[name], found[name], theirs, "read")
-          for name, theirs in paper.CROSSINGS["sharegpt"].items()]  # fmt: skip
-print(compare("Requests a second at 1 s/token, ten minutes", points).text())
+def walls(points, limit=1.0):
+    return crossing([rate for rate, _ in points], [one.latency for _, one in points], limit)
+
+
+# %%
+read, ours = paper.CROSSINGS["sharegpt"], walls(panel["paged"])
+found = {name: walls(points) for name, points in panel.items()}
+print("            at 1 s/token   three seeds   read     off   ours by it   read")
+for name, rate in found.items():
+    seeds = [walls(latencies(name, seed)) for seed in (1, 2) if name != "paged"] + [rate]
+    band = f"{min(seeds):.2f} to {max(seeds):.2f}" if name != "paged" else ""
+    off, times = 100 * (rate / read[name] - 1), read["paged"] / read[name]
+    print(f"{name:12} {rate:11.2f} {band:>13} {read[name]:6.2f} {off:+5.0f} %", end=" ")
+    print(f"{ours / rate:11.1f} {times:6.1f}")
 assert list(found.values()) == sorted(found.values())
 
 # %% [markdown]
-# The order is the paper's. The rates of all continuous systems are too high, and by now we know why: in ten minutes
-# no queue gets as long as in an hour. Ratios stand it better:
+# The order is the paper's. Max and Pow2 come out too high, by more than luck; Oracle and ours are near. Luck moves a
+# crossing by a tenth, even in an hour with thousands of requests, and that of FasterTransformer by a fifth. So of the
+# ratios Oracle's is met. Max's and Pow2's are too low by a sixth and an eighth, and FasterTransformer's is too high by
+# a fifth: misses.
+#
+# The paper's text has ratios, too, for three models, and at a lower threshold, it seems:
 
 # %%
-for name in ("oracle", "pow2", "max", "ft"):
-    theirs = paper.CROSSINGS["sharegpt"]
-    print(f"ours by {SYSTEMS[name]:18} {found['paged'] / found[name]:5.1f};", end=" ")
-    print(f"read: vLLM by it {theirs['paged'] / theirs[name]:.1f}")
-
-# %% [markdown]
-# At a threshold where nobody has been overloaded for long, the length matters less. From there the multiples of the
-# paper's text seem to come; here they are, and in parentheses what the text says for three models:
-
-# %%
-from minipaged.experiments import runs
-
-early = {
-    name: runs.crossing([(rate, result.latency) for rate, result in points], limit=0.1)
-    for name, points in panel.items() if name != "ft"
-}  # fmt: skip
 for name, said in (("oracle", "1.7 to 2.7"), ("max", "2.7 to 8")):
-    times = early["paged"] / early[name]
+    times = walls(panel["paged"], 0.1) / walls(panel[name], 0.1)
     print(f"ours by {SYSTEMS[name]:14} {times:.1f} at 0.1 s/token (said: {said})")
-print(f"FasterTransformer's lowest latency: {panel['ft'][0][1].latency:.2f} s/token")
+lowest = panel["ft"][0][1].latency
+print(f"FasterTransformer's lowest latency: {lowest:.2f} s/token (said: up to 22)")
 
 # %% [markdown]
-# FasterTransformer is never so fast, even when hardly anybody comes: who comes waits for the batch before. The text
-# says up to 22 times its rate; at this threshold there is no number to compare it with, in our version at least.
+# FasterTransformer is never as fast as 0.1, even when hardly anybody comes: who comes waits for the batch before. So
+# for the 22 we have no number.
 #
-# One thing should be clear. **The last line is not vLLM.** The paper measured its own system of 2023 on a GPU. Our
-# line is this package's scheduler on a formula, and it has its own rules: it puts prompts and single tokens into one
-# step, and keeps room for the next blocks of those who come back. That both stand at a similar place says that the
-# *memory* is enough to explain the figure. It says nothing on kernels, or on Python.
-#
-# `python -m minipaged.experiments fig12` draws all six panels at full length.
+# One thing should be clear. **Our line is not vLLM.** The paper measured its own system of 2023 on a GPU. Ours is this
+# package's scheduler on a formula, with rules of its own: prompts and single tokens share a step. That both stand at a
+# similar place says that the *memory* is enough to explain the figure. It says nothing on kernels, or on Python.
 #
 # ### Figure 13: requests in the batch
 
 # %%
-batch = {"sharegpt": {name: execute(replace(base, system=name, rate=2.0), None).mean_batch
-                      for name in ("max", "pow2", "oracle")}}  # fmt: skip
-batch["sharegpt"]["paged"] = dict(panel["paged"])[2.0].mean_batch
+batch = {"sharegpt": {name: use.mean_batch for name, use in uses.items()}}  # of Figure 2
 batch["alpaca"] = {
     name: execute(Run(name, "13b", "alpaca", rate=30.0, seconds=120), None).mean_batch
-    for name in batch["sharegpt"]
+    for name in uses
 }
-
-# %%
-alt = "Bars of requests in the batch beside the paper's: close in all eight cases"
-with plots.figures("ShareGPT, 2 a second", "Alpaca, 30 a second", alt=alt) as both:
-    for axes, (load, mine) in zip(both, batch.items()):
-        axes.bar([x - 0.2 for x in range(4)], mine.values(), 0.38, color=plots.COLORS[0])
-        theirs = paper.BATCH[load].values()
-        axes.bar([x + 0.2 for x in range(4)], theirs, 0.38, color=plots.GREY, hatch="//")
-        axes.set_xticks(range(4), ["Max", "Pow2", "Oracle", "paged"])
-        plots.label(axes, "plain: ours; hatched: the paper's", "requests in the batch")
 
 # %%
 points = [Point(f"{load}: {SYSTEMS[name]}", mine, paper.BATCH[load][name], "printed")
@@ -853,208 +772,295 @@ points = [Point(f"{load}: {SYSTEMS[name]}", mine, paper.BATCH[load][name], "prin
 print(compare("Requests in the batch", points).text())
 
 # %% [markdown]
-# The figure in which time matters least. On ShareGPT everybody has a queue, so the batch is what fits in the memory.
-# On Alpaca paging has hardly any: its batch is, by Little's law, the rate times the stay, and so a measure of how
-# long a step takes. That is why the last number can calibrate a cost model. (Roughly: the constant has two digits,
-# and nobody turned it until the deviation was 0.)
+# The figure in which time matters least. On ShareGPT everybody has a queue, so the batch is what fits in the memory,
+# and we may take it from the runs of Figure 2 (the paper's had 2 requests a second, a queue as well). On Alpaca paging
+# has hardly any: its batch is, by Little's law, the rate times the stay, and so a measure of how long a step takes.
+# That is why the last number can calibrate a cost model. (Roughly: the constant has two digits, and nobody turned it
+# until the deviation was 0.)
 #
-# ### Figures 14 and 15: several answers to a prompt
+# ### Figures 14 to 18, in short
 #
-# A request may ask for n **samples**: n answers to one prompt. With blocks they share the prompt's (chapter 5: fork,
-# and copy-on-write). With one piece each, nothing can be shared. A **beam search** keeps the n best answers so far,
-# which fork and die all the time, so beams share parts of their answers as well. Figure 15 counts how many blocks
-# sharing saves, and so does the package, at each step:
+# A request may ask for n **samples**, which share the blocks of their prompt, or for a **beam search**, whose n best
+# answers so far fork all the time and share parts of the answers, too. Figure 15 counts the blocks that sharing saves;
+# Figures 14, 16 and 17 ask what it is worth in requests. For that we take the **capacity**: how many a second are
+# answered when everybody is there at the start. It needs no threshold and no long trace, but a crowd that is large
+# against the batch; of which the middle half counts.
 
 # %%
 from minipaged.experiments.beams import saving
 
-points = []
-for method, count in (("samples", 300), ("beams", 30)):
-    for n, theirs in paper.SAVED[method, "alpaca"].items():
-        ours = saving("alpaca", method, n, count)
-        points.append(Point(f"{n} {method}", ours, theirs, "printed", relative=False))
-print(compare("Alpaca: percent of blocks saved", points, digits=1).text())
-
-# %% [markdown]
-# The saving rises with n, as it should, and beams share several times as much as samples. For samples it depends on
-# one thing alone, the size of prompts against answers as blocks see it: how Alpaca's lengths spread is a guess of
-# ours. For beams it depends on where they part. That can't be drawn from a distribution; the package measured it on
-# the small model of this course (`divergence.py`). A larger one may part otherwise. The cost model has no say in
-# either, and can't be blamed.
-#
-# What is sharing worth in requests? From here on we ask for the **capacity**: how many a second are answered when
-# everybody is there at the start. It needs no threshold and no long trace. (It needs a crowd that is large against
-# the batch. Ours are small, for the sake of time, so the last digits are luck.)
 
 # %%
-def capacity(system, load, count, **options):
-    """Requests a second out of a crowd; the middle half of them counts."""
-    run = Run(system, "13b", load, rate=1000.0, seconds=count / 1000, **options)
-    return execute(run, None).throughput
-
-
 def ratio(load, count, **options):
-    ours, theirs = (capacity(name, load, count, **options) for name in ("paged", "oracle"))
-    return ours / theirs
+    """The capacity of ours by Orca (Oracle)'s."""
+    runs = [Run(name, "13b", load, 1e6, count / 1e6, **options) for name in ("paged", "oracle")]
+    ours, oracle = (execute(run, None).throughput for run in runs)
+    return ours / oracle
 
 
-multiples = {f"samples: {n}": ratio("alpaca", 3000, samples=n) for n in (1, 6)}
-for name, times in multiples.items():
-    print(f"{name}: {times:.2f}")
+# %%
+points = [Point(f"6 {method}: blocks saved, %", saving("alpaca", method, 6, count),
+                paper.SAVED[method, "alpaca"][6], "printed")
+          for method, count in (("samples", 200), ("beams", 20))]  # fmt: skip
+none = paper.OVER_ORACLE["samples", 1]
+shared = {"alpaca, no sharing": (ratio("alpaca", 1500), none, "recalled")}
+for prefix, times in paper.PREFIX_SPEEDUP.items():  # every prompt begins with the same tokens
+    shared[f"prefix of {prefix}"] = ratio("translation", 800, prefix=prefix), times, "said"
+shared["chat"] = ratio("chat", 500), paper.CHAT_SPEEDUP, "recalled"
+points += [Point(f"{name}: ours by Oracle", *row) for name, row in shared.items()]
+print(compare("Sharing", points).text())
 
 # %% [markdown]
-# Ours by Orca (Oracle); the difference between the two is within the luck of the draw. Samples share little, so there
-# is little to gain. Beams share more: in the paper's Figure 14 the lead grows from 1.3 for one answer to 2.3 for a
-# beam search of six (recalled). `python -m minipaged.experiments fig14` searches with beams, for a crowd that is large
-# enough, and there our lead grows too, though less. Alpaca's requests are short, so hundreds of sequences run at a
-# time. Their arithmetic takes longer than reading the weights, and then room for more of them is worth less.
+# The directions are right. Beams, the short prefix and the case of no sharing are near, and the rest are misses (though
+# a recalled number is no measure: nobody looked). These are the loads that we know least about.
 #
-# ### Figures 16 and 17: prompts that begin alike, and long ones
-#
-# In Figure 16 every prompt begins with the same examples of translations, 80 or 341 tokens. A **prefix cache** finds
-# the blocks that hold them, and neither stores nor computes them again. In Figure 17 the prompt is what was said in a
-# chat so far, its last 1024 tokens.
+# Figure 18 is about the size of a block. Large blocks waste slots. Small ones make attention slow, for reasons that
+# chapters 6 and 7 discuss; this model has one of them, the waiting: for each block a warp (32 threads that go in step)
+# must first wait for its number, then for its contents. Alpaca at 28 requests a second, half a minute, three seeds (one
+# for small blocks, which are slow to simulate):
 
 # %%
-for prefix in paper.PREFIX_SPEEDUP:
-    multiples[f"prefix {prefix}"] = ratio("translation", 1500, prefix=prefix)
-multiples["chat"] = ratio("chat", 400)
-points = [Point(f"{p} tokens in common", multiples[f"prefix {p}"], theirs, "said")
-          for p, theirs in paper.PREFIX_SPEEDUP.items()]  # fmt: skip
-points.append(Point("chat", multiples["chat"], paper.CHAT_SPEEDUP, "recalled"))
-print(compare("Ours by Orca (Oracle)", points).text())
+def alpaca(B, seed):
+    run = Run("paged", "13b", "alpaca", rate=28.0, seconds=30, block_size=B, seed=seed)
+    return execute(run, None).latency
+
 
 # %%
-alt = "Bars, ours by Orca (Oracle): above 1 everywhere, largest with a prefix of 341 tokens"
-with plots.figure("Capacity by Orca (Oracle)'s", x="times", size=(6.8, 2.8), alt=alt) as axes:
-    axes.barh(list(multiples), multiples.values(), color=plots.COLORS[0])
-    for row, times in enumerate(multiples.values()):
-        axes.text(times + 0.03, row, f"{times:.2f}", va="center")
-    axes.axvline(1, color=plots.INK, linewidth=1)
-    axes.invert_yaxis()
+SEEDS = dict.fromkeys((1, 2, 4, 8), 1) | dict.fromkeys((16, 32, 64, 128, 256), 3)
+by_size = {B: [alpaca(B, seed) for seed in range(count)] for B, count in SEEDS.items()}
+
+# %%
+alt = "Latency over the block size, for three seeds: a U that is flat from 8 to 64"
+with plots.figure("Alpaca", "block size", "seconds a token", size=(6.8, 2.6), alt=alt) as axes:
+    for seed in range(3):
+        sizes = [B for B, count in SEEDS.items() if count > seed]
+        line = [by_size[B][seed] for B in sizes]
+        plots.line(axes, sizes, line, "", linestyle="-", color=plots.COLORS[0])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(SEEDS), list(map(str, SEEDS)))
+
+# %%
+against = {B: [a / b - 1 for a, b in zip(line, by_size[16])] for B, line in by_size.items()}
+for B in (1, 8, 64, 256):
+    print(f"{B:3} against 16:", *(f"{100 * more:+4.0f} %" for more in against[B]))
 
 # %% [markdown]
-# The direction is right, the size is not everywhere. These loads are the ones that we know least about: how long the
-# sentences are, how many rounds a chat has. And the numbers of kind *recalled* are no measure at all: nobody looked.
+# The U is there, and its bottom is flat: which size from 8 to 64 is best is a matter of a percent or two. That 1 and
+# 256 are bad is no luck. (The text says: the best are 16 and 32.)
 #
-# ### Figure 18: the size of a block
+# ### When does paging lose?
 #
-# Why 16? Small blocks make attention slow: for each block a warp must first wait for its number, then for its
-# contents, and with one token to fetch the waiting is all. `block_seconds` models this by Little's law: so many warps
-# are in flight, each is away for so long. Large blocks waste slots. Alpaca at 28 requests a second, two minutes:
+# Now the question from the beginning: how much hangs on the constants? We ask for capacities again, with a crowd of
+# 2,000. Since everybody is there from the start, **no decision looks at the clock**. So the decisions can be recorded
+# once, and then priced with any constants at all.
 
 # %%
-sizes = (8, 16, 32, 64, 128, 256)
-busy = Run("paged", "13b", "alpaca", rate=28.0, seconds=120)
-latency = [execute(replace(busy, block_size=B), None).latency for B in sizes]
-low, high = paper.BEST_BLOCK_SIZES["alpaca"]
-print(f"best: {sizes[latency.index(min(latency))]}; said: {low} and {high}")
-assert latency[0] > min(latency) < latency[-1]
+from minipaged.experiments import hardware, loads
+from minipaged.experiments.capacity import Bag, price, record, without_holes
+
+show_source(record, price)
+
+
+# %%
+def crowd(seed, count=2000):
+    found = loads.jobs("sharegpt", 1.0, 2 * count, seed)[:count]
+    return [job._replace(arrival=0.0) for job in found]
+
+
+# %%
+def rungs(jobs, slots=SLOTS):
+    systems = {name: Orca(slots, name) for name in RESERVE}
+    systems |= {"no holes": without_holes(slots), "paged": Paged(slots)}
+    return {name: record(one, jobs) for name, one in systems.items()}
+
+
+# %%
+crowds = [rungs(crowd(seed)) for seed in range(3)]
+for name in RESERVE:
+    clock = simulate(Orca(SLOTS, name), crowd(0), opt)
+    assert np.isclose(price(crowds[0][name], opt), clock.throughput)
 
 # %% [markdown]
-# ### Figure 19: swap or recompute
-#
-# What does it cost to make way for others and come back, for 256 tokens? Swapping starts a copy for every block,
-# layer, key and value. Recomputing is one prompt, whatever the blocks are. Here the command's figure is a formula, so
-# we have it in full:
+# (The price is what the clock says.) First what all systems pay:
 
 # %%
-from minipaged.experiments.figures.blocks import costs
+def rates_of(found, server=opt, **constants):
+    return {name: price(one, server, **constants) for name, one in found.items()}
 
-cost = costs()
-all_sizes = list(cost["swap"])
-alt = "Left a U over the block size, steep at its right end. Right: swapping falls"
-titles = "Latency, Alpaca at 28 a second", "Making way for others, and back"
-with plots.figures(*titles, size=(9, 3.4), alt=alt) as (left, right):
-    plots.line(left, sizes, latency, "")
-    plots.label(left, "block size (tokens)", "seconds a token")
-    for name, line in cost.items():
-        at = 2 if name == "swap" else 7
-        plots.line(right, all_sizes, list(line.values()), name, at=at, dy=9)
-    plots.label(right, "block size (tokens)", "milliseconds, 256 tokens")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(all_sizes, list(map(str, all_sizes)))
-        plots.logarithmic(axes)
 
 # %%
-low, high = paper.CROSSOVER
-swap, recompute = cost["swap"], cost["recompute"]
-print(f"at {low}: swap {swap[low]:.0f} ms, recompute {recompute[low]:.0f} ms;", end=" ")
-print(f"at {high}: swap {swap[high]:.0f} ms")
-most = max(recompute[B] / swap[B] for B in all_sizes)
-print(f"recomputing is at most {most:.1f} times swapping; said: {paper.MOST_ABOVE_SWAPPING}")
+def row(name, **constants):
+    rates = list(rates_of(crowds[0], **constants).values())
+    assert rates == sorted(rates)  # the order of the systems
+    print(f"{name:16}", *(f"{rate:8.2f}" for rate in rates), f"{rates[4] / rates[2]:8.2f}")
+
+
+# %%
+print(" " * 21 + "Max     Pow2   Oracle no holes     ours /Oracle")
+row("as it is")
+row("no host work", host=0)
+for value in (0.5, 0.9):
+    with patch.object(hardware, "REACHED_BANDWIDTH", value):
+        row(f"bandwidth {value}")
+tables = opt.context_seconds(16) / opt.context_seconds(None)
+print(f"a context in blocks of 16 takes {tables:.2f} times as long to read")
 
 # %% [markdown]
-# The curves cross where the paper's do (read), and the U has its bottom near the sizes that the text names. But the
-# last line is a miss: for large blocks our swapping is too cheap by nearly half. There the time is that of bytes over
-# PCIe, for which we assume 25 GB/s. Perhaps the paper's copies were slower, perhaps they did something that we leave
-# out. We could choose another constant until it fits, and then it would say nothing.
+# All rates move, and the order never changes. That is a weak argument, though: *these constants are paid by all.* What
+# only paging pays is another matter. Its attention has to follow tables; our model already adds an eighth for that. So
+# we turn the constants of paging alone, and leave Oracle as it is, until paging loses:
+
+# %%
+def leads(**constants):
+    """Ours by Oracle, for each crowd."""
+    return [price(one["paged"], opt, **constants) / price(one["oracle"], opt) for one in crowds]
+
+
+# %%
+KNOBS = {
+    "attention, times as long": (np.arange(1.0, 8), lambda x: {"attention": x}),
+    "host, ms a request": (np.arange(0.25, 2.8, 0.5), lambda x: {"host": x / 1e3}),
+}
+lines = {
+    title: np.array([leads(**of(x)) for x in values]) for title, (values, of) in KNOBS.items()
+}
+
+# %%
+alt = "Two falling lines that cross 1: at attention four times as long, and at 1.5 ms"
+with plots.figures("Paging alone pays", "", size=(8, 2.9), alt=alt) as both:
+    for axes, (title, (values, _)) in zip(both, KNOBS.items()):
+        axes.fill_between(values, lines[title].min(1), lines[title].max(1), alpha=0.3)
+        plots.line(axes, values, lines[title].mean(1), "", marker="")
+        axes.axhline(1, color=plots.INK, linewidth=1)
+        plots.label(axes, title, "capacity by Oracle's")
+
+# %%
+for title, (values, _) in KNOBS.items():
+    flips = [np.interp(-1, -line, values) for line in lines[title].T]
+    print(f"{title}: paging loses from {min(flips):.1f} to {max(flips):.1f} on")
+for times in (1, 3):
+    some = leads(attention=times)
+    print(f"attention times {times}: ours by Oracle {min(some):.2f} to {max(some):.2f}")
 
 # %% [markdown]
-# ### How much hangs on the constants?
+# There is the answer. (The band is three crowds; it is narrow.) Paging's lead is gone when its attention takes four
+# times as long, or when tables cost another millisecond of Python for each request. None of this is far away. A paging
+# that first copies all keys into a row moves each byte three times, read, write, read: most of the lead is spent. This
+# is why the paper had to write a kernel.
 #
-# Now the question from the beginning. We turn one constant at a time, and look at the capacity of four systems on the
-# same requests.
-
-# %%
-from minipaged.experiments import hardware, loads, simulation
-
-crowd = [job._replace(arrival=0.0) for job in loads.jobs("sharegpt", 2.0, 150)]
-
-
-def capacities(jobs=crowd, server=opt):
-    slots = server.num_slots
-    systems = [Orca(slots, name) for name in RESERVE] + [Paged(slots)]
-    return [simulate(system, jobs, server).throughput for system in systems]
-
-
-def tell(name, found):
-    assert found == sorted(found)  # the order of the systems holds
-    rates = " ".join(f"{rate:5.2f}" for rate in found)
-    print(f"{name:24} {rates}   {found[3] / found[2]:5.2f} {found[3] / found[0]:5.2f}")
-
-
-# %%
-print(" " * 26 + "Max  Pow2 Oracle ours  /Oracle /Max")
-tell("as it is", capacities())
-for where, name, values in (
-    (hardware, "REACHED_BANDWIDTH", (0.5, 0.9)),
-    (simulation, "HOST_PER_REQUEST", (0.0, 0.5e-3)),
-    (hardware, "LAUNCH", (2e-6, 30e-6)),
-):
-    for value in values:
-        with patch.object(where, name, value):
-            tell(f"{name} {value}", capacities())
-
-# %% [markdown]
-# Bandwidth from a half to nine tenths, host work from none to twice ours, launches from 2 to 30 µs: all rates move,
-# by up to a quarter. **The order never changes**, and ours by Oracle moves by less than a tenth. So a sentence such
-# as "one and a half requests a second" is worth little, "paging takes between one and a half and twice as many as
-# Oracle" is worth something, and "paging beats Oracle beats Pow2 beats Max" is as good as certain, *for this load on
-# this memory*.
+# ### Holes, or reserving?
 #
-# And if we turn those two?
+# Paging does two things at once. Blocks fit anywhere, so there are no **holes**. And they are taken one by one, so
+# nothing is **reserved**. Which of them is the lead? We have recorded a system between Oracle and paging. It reserves
+# as Oracle does, but its memory only counts, as if pieces were moved together for free:
 
 # %%
-def spread(value, count=300):
-    random = loads.Random(0)
-    lengths = replace(loads.LENGTHS["sharegpt"], output_spread=value)
-    return [Job(0.0, *loads._draw(random, lengths)) for _ in range(count)]
+show_source(Bag, without_holes)
 
 
-print(" " * 26 + "Max  Pow2 Oracle ours  /Oracle /Max")
-for value in (0.1, 1.1):
-    tell(f"spread of answers {value}", capacities(spread(value)))
+# %%
+def ladder(name, found, server=opt):
+    rates = rates_of(found, server)
+    del rates["pow2"]
+    holes, reserving = rates["no holes"] / rates["oracle"], rates["paged"] / rates["no holes"]
+    print(f"{name:28}", *(f"{rate:6.2f}" for rate in rates.values()), end=" ")
+    print(f"{holes:12.2f} {reserving:9.2f}")
+    return rates
+
+
+# %%
+HEAD = " " * 32 + "Max Oracle no holes ours    holes reserving"
+print(HEAD)
+shares = ladder("ShareGPT, 12 GiB", crowds[0])
 for gib in (6, 24):
     server = replace(opt, kv_memory=gib * hardware.GIB)
-    tell(f"memory {gib} GiB", capacities(crowd, server))
+    ladder(f"ShareGPT, {gib} GiB", rungs(crowd(0, 500), server.num_slots), server)
 
 # %% [markdown]
-# These are no constants of a formula for time. The spread of the answers moves ours by Max from 2.6 to 3.6. And the
-# memory moves the ratio to Oracle more than anything before: with twice as much, paging's lead shrinks by a fifth,
-# since a batch that is large already gains less from being larger; with half of it, it grows by half. A statement
-# such as "paging is so many times faster" is a statement about a load and a memory.
+# On the paper's load and memory each is about half: without holes Oracle takes a third more, and not reserving adds
+# another quarter and a bit. With half of the memory both are worth more, with twice as much less. The second half is
+# worth more than it looks. Oracle *knows* how long an answer will be. Nobody does: a real server that reserves is Max
+# or Pow2, or it guesses.
+#
+# ### Real traces
+#
+# All lengths so far were drawn from a formula that was fitted to two means. Two companies published hours of their
+# requests, without the texts: Microsoft (*Azure LLM inference trace 2023*, CC-BY 4.0: chats, and completing code) and
+# Moonshot AI (*Mooncake*, Apache 2.0: chats). The files are too large for a course. The package keeps a `Summary` of
+# each: quantiles of the lengths of prompts, those of the answers for each quarter of the prompts, and how many requests
+# came in each minute. We draw requests from that. (If you have a file: `python -m minipaged.experiments.traces FILE`
+# makes its summary.)
+
+# %%
+from minipaged.experiments import traces
+
+real = traces.known()
+
+# %%
+drawn = {name: one.jobs(rate=10.0, seconds=300) for name, one in real.items()}
+some = {"ShareGPT, drawn": crowd(0)} | drawn
+print(f"{'':20} mean prompt, answer    fit into 2048")
+for name, jobs_of in some.items():
+    _, *means = (f"{mean:10,.0f}" for mean in np.mean(jobs_of, axis=0))
+    fit_in = np.mean([job.prompt + job.output <= LONGEST for job in jobs_of])
+    print(f"{name:20}", *means, f"{100 * fit_in:14.0f} %")
+
+# %% [markdown]
+# In ShareGPT answers are twice as long as prompts. In real traces prompts are longer, by about 6, 70 and 36 times:
+# there is little to reserve. And most of Mooncake's are longer than OPT can read. So we ask twice: OPT with what fits
+# into its 2048, and a model and a GPU of today, Llama-3-8B on an H100, with room for 426,000 tokens. For it we take
+# 131,072 as the longest request, as for Llama 3.1. That is what Max reserves.
+
+# %%
+import minipaged.experiments.systems as package_systems
+
+
+# %%
+def of_trace(name, count, longest):
+    jobs = real[name].jobs(rate=100.0, seconds=100)
+    fitting = [job for job in jobs if job.prompt + job.output <= longest]
+    return [job._replace(arrival=0.0) for job in fitting[:count]]
+
+
+# %%
+print(HEAD)
+for name in ("azure-conversation", "azure-code"):
+    ladder(f"OPT, {name}", rungs(of_trace(name, 500, LONGEST)))
+llama = SERVERS["llama"]
+for name, count in zip(real, (1200, 2000, 200)):
+    with patch.object(package_systems, "LONGEST", 131_072):
+        found_in = rungs(of_trace(name, count, 131_072), llama.num_slots)
+    of_today = ladder(f"Llama, {name}", found_in, llama)
+    assert abs(of_today["paged"] / of_today["oracle"] - 1) < 0.1
+
+# %% [markdown]
+# On OPT the lead over Oracle shrinks from three quarters to a third and less, and nearly all of that is holes. On the
+# server of today **nothing certain is left**: paging stands within a tenth of Oracle, on either side. The arithmetic of
+# prompts and the host (ours is that of 2023) are the limits there, not memory, and tables have their price. (The
+# formula leaves out that the tokens of a prompt attend to each other, which all systems pay.) What remains is the
+# column of Max: three requests at a time, because somebody *might* ask for 131,072 tokens. So today the case for blocks
+# is not the lead over an oracle. It is that nobody has to be one, and all that can be shared.
+#
+# One more thing is too kind in all of our figures: people don't come evenly. The same requests, once Poisson, once with
+# the trace's own ups and downs from minute to minute; as many in an hour:
+
+# %%
+def hour_of(name, rate, rhythm):
+    keep = real[name].jobs(rate, 3600, rhythm=rhythm)
+    keep = [job for job in keep if job.prompt + job.output <= LONGEST]
+    return simulate(Orca(SLOTS, "oracle"), keep, opt).normalized_latency
+
+
+# %%
+print("seconds a token, Orca (Oracle)    Poisson   as they came")
+for name, rate in (("azure-conversation", 1.0), ("azure-code", 4.0)):
+    both = [hour_of(name, rate, rhythm) for rhythm in (False, True)]
+    print(f"{name:20} {rate} a second {both[0]:9.2f} {both[1]:14.2f}")
+    assert both[1] > 2 * both[0]
+
+# %% [markdown]
+# What is no load at all with Poisson arrivals is an overload as it really came: in busy minutes the queue grows, and in
+# quiet ones the server idles. All walls of this chapter, and of the paper, are those of a world without rush hours.
 #
 # ### What this proves, and what it can't
 #
@@ -1062,12 +1068,12 @@ for gib in (6, 24):
 # these rules of memory give these batches and these walls, in this order. The paper's explanation of its own figures,
 # that it is all memory, is enough to produce them.
 #
-# Not proved: that a GPU behaves like the formula. That our ShareGPT is theirs. That their Orca is Orca: it wasn't
-# published, and the authors wrote their own. Anything about kernels: ours have no speed here.
+# Not proved: that a GPU behaves like the formula, whose two calibrated constants come from the same paper. That our
+# ShareGPT is theirs. That their Orca is Orca: it wasn't published, and the authors wrote their own. Anything about
+# kernels: ours have no speed here. And it holds for that load on that memory.
 #
-# Missed, and left so: the 96.3 % of Figure 2, the growing lead of Figure 14, sizes in Figures 15 to 17, the 1.2 of
-# Figure 19. Each could be "mended" with a constant. Someone who fits a constant to each figure has shown that they
-# have many constants.
+# Missed, and left so: the 96.3 % of Figure 2; Max and Pow2 in Figure 12; most of Figures 14 to 17. Each could be
+# "mended" with a constant. Who fits a constant to each figure has shown that they have many constants.
 #
 # ## What must hold, and what breaks if it doesn't
 #
@@ -1079,9 +1085,10 @@ def forgets_rounding(self):
     return Account(self._stored, self._kept - self._stored, self._asked - self._kept, free)
 
 
+# %%
 with patch.object(Orca, "account", forgets_rounding):
     try:
-        simulate(Orca(SLOTS, "oracle"), crowd, opt)
+        simulate(Orca(SLOTS, "oracle"), crowd(0, 300), opt)
     except AssertionError as error:
         print(error)
 
@@ -1092,47 +1099,18 @@ with patch.object(Orca, "account", forgets_rounding):
 # %%
 early = [job._replace(arrival=max(0.0, job.arrival - 30)) for job in jobs[:100]]
 true = dict(zip(early, jobs))
-ends = [(true[job], end) for job, end in serve(early, RESERVE["oracle"], stride=quiet)]
+too_soon = [(true[job], end) for job, end in serve(early, RESERVE["oracle"], stride=quiet)]
 right = serve(jobs[:100], RESERVE["oracle"], stride=quiet)
-print(f"{normalized_latency(ends):.2f} instead of {normalized_latency(right):.2f} s a token")
+
+# %%
+both = [normalized_latency(one) for one in (too_soon, right)]
+print(f"{both[0]:.2f} instead of {both[1]:.2f} s a token")
 try:
-    check_ends(jobs[:100], ends)
+    check_ends(jobs[:100], too_soon)
 except AssertionError as error:
     print("found:", error)
 
 # %% [markdown]
-# **The same requests at every rate.** Here each rate has its own seed:
-
-# %%
-some = (0.9, 1.0, 1.1, 1.2, 1.3)
-same = curve("oracle", some, 300)
-other = [curve("oracle", [rate], 300, seed=seed)[0] for seed, rate in enumerate(some)]
-print("same requests:", *(f"{latency:.2f}" for latency in same))
-print("its own each :", *(f"{latency:.2f}" for latency in other))
-assert same == sorted(same) and other != sorted(other)
-
-# %% [markdown]
-# A server that gets faster when more people come. The noise is in both lines; in the first it is the same noise at
-# each rate, so it can't disturb a comparison.
-#
-# **A stride ends when somebody may join.** Forget arrivals, and a request that finds the memory half empty waits all
-# the same, until somebody ends:
-
-# %%
-def deaf(first, running, waiting, until):
-    return min(one.left for one in running)
-
-
-print("rate   right   deaf to arrivals")
-for rate in (0.2, 0.8, 3.0):
-    some = draw(rate, 300)
-    both = [normalized_latency(serve(some, RESERVE["oracle"], stride=s)) for s in (quiet, deaf)]
-    print(f"{rate:4} {both[0]:7.3f} {both[1]:9.3f}")
-
-# %% [markdown]
-# It is worst at low rates, where nobody looks for mistakes, and hardly seen under load: there somebody waits all the
-# time, and only an end lets them in.
-#
 # **The simulated scheduler is the real one.** A copy would drift. Take away one rule, the watermark, and the
 # comparison with the plain scheduler notices:
 
@@ -1141,83 +1119,118 @@ def no_watermark(system):
     system.scheduler.admission.watermark_blocks = 0
 
 
-results = [compare_paged(case, no_watermark) for case in range(15)]
-different = sum(not same for same, _ in results)
-print(f"{different} of 15 loads end at other times")
-assert different > 0
+# %%
+drifted = sum(not compare_paged(case, no_watermark)[0] for case in range(10))
+print(f"{drifted} of 10 crowds end at other times")
+assert drifted > 0
 
 # %% [markdown]
 # ## Exercises
 #
-# **1. Without a simulation** (warm-up). A server always has `batch` requests, a step takes `seconds`, and each
-# request needs as many steps as its answer has tokens. How many requests a second does it answer? Mind the paradox:
-# is it the mean over requests, or over those that are running?
+# **1. Without a simulation** (warm-up). A server always has `batch` requests in its batch: whenever one ends, the next
+# takes its place. A step takes `seconds`, and each request needs as many steps as its answer has tokens. How many
+# requests a second does it answer? Mind the paradox: is it the mean over requests, or over those that are running?
 
 # %% tags=["exercise"]
 def answered(batch, outputs, seconds):
-    """outputs: tokens of the answers of many requests, a list -> requests a second."""
-    raise NotImplementedError
+    """Requests a second in the long run, a float.
 
-
-# %% tags=["test"]
-def test_answered(answered):
-    rng = np.random.default_rng(6)
-    for batch, seconds in ((1, 0.5), (7, 0.03), (20, 0.1)):
-        outputs = rng.integers(1, 200, 4000).tolist()
-        left, steps, queue = outputs[:batch], 0, outputs[batch:]
-        while queue:  # one by one
-            steps += 1
-            left = [n - 1 for n in left]
-            left = [n or (queue.pop() if queue else 10**9) for n in left]
-        true = (len(outputs) - batch) / (steps * seconds)
-        got = answered(batch, outputs, seconds)
-        message = f"{batch} at a time: counted {true:.2f}, got {got:.2f}"
-        assert abs(got / true - 1) < 0.05, message
-
-
-attempt(test_answered, answered)
-
-# %% [markdown]
-# **2. Which block size?** Find the best one for a load and a server. What would you expect for answers that all have
-# 15 tokens? Try it afterwards on loads of your own.
-
-# %% tags=["exercise"]
-def best_block_size(jobs, server, sizes):
-    """The size whose normalized latency is lowest; of equal ones the smallest.
-
-    sizes: in any order. Use `simulate` and `Paged`.
+    batch: requests at a time, from 1. seconds: of a step, above 0. outputs: a list, tokens of
+    the answers of a request after the other, each from 1 to a billion; after the last the
+    list begins again. It stays as it is. So long answers can't be stepped through: use a
+    formula.
     """
     raise NotImplementedError
 
 
 # %% tags=["test"]
-def test_best_block_size(best_block_size):
-    seen = set()
-    for kind, gib in ((1.0, 12), (0.2, 12), (0.1, 1), (0.03, 1), (0.01, 1)):
-        some = [Job(a, 1 + int(kind * p), 1 + int(kind * o)) for a, p, o in draw(12.0, 8)]
-        server = replace(opt, kv_memory=gib * hardware.GIB)
-        sizes = (256, 4, 16, 64)
-        found = {B: simulate(Paged(server.num_slots, B), some, server) for B in sizes}
-        best = min(found, key=lambda B: (found[B].normalized_latency, B))
-        assert best_block_size(some, server, sizes) == best, f"lengths times {kind}, {gib} GiB"
-        seen.add(best)
-    one = [Job(0.0, 1, 1)]  # reads no context, so no size is better
-    assert best_block_size(one, opt, (64, 16, 256)) == 16, "of equal ones the smallest"
-    assert len(seen) > 1
+def test_answered(answered):
+    answered = own(answered, forbid=[serve, draw, admit, normalized_latency])
+    for case in range(60):
+        rng = np.random.default_rng([6, case])
+        size, middle = 1 + case // 2, rng.uniform(2, 18)  # tokens: e to the middle
+        outputs = np.ceil(rng.lognormal(middle, rng.uniform(0.1, 1.5), size)).clip(1, 1e9)
+        outputs = outputs.astype(int).tolist()
+        batch, seconds = int(rng.integers(1, 2 + case)), float(rng.uniform(0.01, 2))
+        ends, count = [], 0
+        for _ in range(50 * batch + 10 * size):  # one by one, from end to end
+            start = heappop(ends) if len(ends) == batch else 0
+            heappush(ends, start + outputs[count % size])
+            count += 1
+        steps = sum(ends) / batch  # until which all places were busy, give or take
+        counted = count / (steps * seconds)
+        got = answered(batch, outputs, seconds)
+        said = f"{batch} at a time, answers {outputs[:5]}..., {seconds:.2f} s a step"
+        assert isinstance(got, (int, float)), f"{said}: no float: {got!r}"
+        near = abs(float(got) / counted - 1) < 0.02
+        assert near, f"{said}: counted {counted:.3g}, got {got:.3g}"
 
 
-attempt(test_best_block_size, best_block_size)
+attempt(test_answered, answered)
 
 # %% [markdown]
-# **3. Your server.** Describe a model of today on a GPU of today. Fewer heads for keys and values make a token
-# cheaper, and what the weights leave is all there is. Then see what paging is worth on it.
+# **2. Is it luck?** Blocks of 64 were better than blocks of 16 with each of three seeds. If both were equally good, and
+# each seed a fair coin, how often would one of the two win all three? In 2 of 8 cases: not much of a proof. Write that
+# down for any number of seeds (statisticians call it a **sign test**). It works because both saw the same requests.
+
+# %% tags=["exercise"]
+def by_luck(ours, theirs):
+    """How probable it is that fair coins are at least as uneven as this, a float from 0 to 1.
+
+    ours, theirs: two equally long lists of numbers, a pair for each seed; they stay as they
+    are. The smaller of a pair has won; equal ones are left out. A coin is thrown for each
+    pair that is left, and "as uneven" means: one of its sides, whichever, comes at least as
+    often as the more frequent winner. No pairs left: 1.0. There may be hundreds of pairs, so
+    not all cases can be gone through. ValueError if the lists have different lengths.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_by_luck(by_luck):
+    by_luck = own(by_luck)
+
+    def right(ours, theirs, expected, digits=9):
+        got = by_luck(list(ours), list(theirs))
+        message = f"ours {list(ours)[:9]}, theirs {list(theirs)[:9]}: expected {expected:.4g}"
+        assert equal(got, float(expected), 10**-digits), f"{message}, got {got!r}"
+
+    right([3, 1, 2], [4, 2, 3], 2 / 8)
+    for case in range(60):
+        rng = np.random.default_rng([7, case])
+        pairs = rng.integers(0, int(rng.integers(2, 9)), (2, case // 6))
+        pairs = (pairs * [[1], [1 + case % 3]]).tolist()
+        decided = [a < b for a, b in zip(*pairs) if a != b]
+        most = max(sum(decided), len(decided) - sum(decided))
+        thrown = [sum(coins) for coins in product((0, 1), repeat=len(decided))]  # all cases
+        uneven = sum(max(heads, len(decided) - heads) >= most for heads in thrown)
+        right(*pairs, uneven / len(thrown))
+    right([1.5] * 300, [2.5] * 300, 0.0)
+    right([0, 1] * 300, [1, 0] * 300, 1.0)
+    wins = [0] * 320 + [1] * 280  # 40 more: about 1.6 standard deviations
+    right(wins, [1 - one for one in wins], 0.111, digits=3)
+    for lists in (([1], []), ([1, 2], [1, 2, 3])):
+        try:
+            by_luck(*lists)
+        except ValueError:
+            continue
+        raise AssertionError(f"{lists} are not equally long: ValueError was expected")
+
+
+attempt(test_by_luck, by_luck)
+
+# %% [markdown]
+# **3. Your server.** Describe a model of today on a GPU of today. Fewer heads for keys and values make a token cheaper,
+# and what the weights leave is all there is. Then climb the ladder of "Holes, or reserving?" with it.
 
 # %% tags=["exercise"]
 def server_for(name, config, gpu, memory, share=0.9):
     """A `hardware.Server`: a Llama model in fp16 on one GPU.
 
-    config: a ModelConfig. gpu: a hardware.GPU. memory: its bytes, of which `share` is used: by
-    weights (2 bytes each, all tensors of Llama.tensor_shapes), and the rest by keys and values.
+    config: a ModelConfig; see its num_layers, num_heads, num_kv_heads, head_size. gpu: a
+    hardware.GPU. memory: its bytes, of which `share` is used: by weights (2 bytes each, all
+    tensors of Llama.tensor_shapes(config)), and the rest, in whole bytes, by keys and values.
+    ValueError if the weights leave nothing. Of the package call only Server and tensor_shapes.
     """
     raise NotImplementedError
 
@@ -1225,42 +1238,70 @@ def server_for(name, config, gpu, memory, share=0.9):
 # %% tags=["test"]
 def test_server_for(server_for):
     from minipaged.models import ModelConfig
+    from minipaged.models.llama import Llama
 
-    fields = dict(model_type="llama", hidden_size=4096, num_hidden_layers=32, vocab_size=128256)
-    fields |= dict(num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336)
-    fields |= dict(max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=False)
-    llama3 = ModelConfig.from_hf(fields)
-    server = server_for("Llama-3-8B", llama3, hardware.H100, 80e9)
-    assert server.kv_bytes == 131_072, "bytes of a token"
-    assert abs(server.weight_bytes - 16_060_522_496) < 1, "bytes of the weights"
-    assert server.num_slots == int((0.9 * 80e9 - 16_060_522_496) // 131_072), "slots"
-    assert (server.gpu, server.num_gpus, server.layers) == (hardware.H100, 1, 32)
-    assert server.matrix_seconds(1) < SERVERS["13b"].matrix_seconds(1)
-    small = server_for("half", replace(llama3, num_layers=16), hardware.A100_40, 40e9, 0.5)
-    left = 20e9 - small.weight_bytes
-    assert small.num_slots == int(left // 65_536), "half of the memory, half of the layers"
+    server_for = own(server_for, allow=[hardware.Server, Llama.tensor_shapes])
+    for case in range(40):
+        rng = np.random.default_rng([8, case])
+        G, group, D = (int(rng.choice(few)) for few in ((1, 2, 3, 8), (1, 2, 4), (32, 64, 128)))
+        ends = (1, 60), (100, 9000), (64, 900)
+        layers, vocab, inner = (int(rng.integers(*both)) for both in ends)
+        fields = dict(model_type="llama", hidden_size=G * group * D, num_hidden_layers=layers)
+        fields |= dict(num_attention_heads=G * group, num_key_value_heads=G, vocab_size=vocab)
+        fields |= dict(intermediate_size=inner, max_position_embeddings=512, rms_norm_eps=1e-5)
+        config = ModelConfig.from_hf(fields | dict(tie_word_embeddings=bool(case % 2)))
+        gpu = (hardware.A100_40, hardware.A100_80, hardware.H100)[case % 3]
+        shapes = Llama.tensor_shapes(config).values()
+        weights = 2 * sum(prod(shape) for shape in shapes)
+        memory, used = 40e9 + 10e9 * int(rng.integers(5)), (0.5, 0.8, 0.9)[case // 3 % 3]
+        got = server_for("mine", config, gpu, memory, *([] if used == 0.9 else [used]))
+        assert type(got) is hardware.Server, f"no Server: {got!r}"
+        expected = dict(model="mine", num_gpus=1, layers=layers, heads=G * group, kv_heads=G)
+        expected |= dict(head_size=D, weight_bytes=weights, weight_bits=16.0)
+        expected |= dict(kv_memory=int(used * memory - weights), cache_bytes=2, scale_bytes=0)
+        for field, value in expected.items():
+            mine = getattr(got, field)
+            slack = 1.01 if field == "kv_memory" else 0
+            number = isinstance(mine, (int, float, np.number))
+            close = number and abs(mine - value) <= slack
+            said = f"{G * group} heads over {G}, {layers} layers: {field} {value}, got {mine}"
+            assert mine == value if field == "model" else close, said
+        assert got.kv_memory == int(got.kv_memory), f"whole bytes, not {got.kv_memory!r}"
+        assert got.gpu is gpu, "the GPU as given"
+        try:
+            server_for("too small", config, gpu, float(weights), used)
+        except ValueError:
+            continue
+        raise AssertionError("the weights leave nothing: ValueError was expected")
 
 
 attempt(test_server_for, server_for)
 
 # %% [markdown]
-# **4. A system of your own** (open). How good can a server be that reserves, but whose memory has no holes and no
-# rounding? (An allocator that moves pieces together for free.) Write it as a System, and put it between Oracle and
-# paging: what part of paging's lead is due to the buddy allocator, and what part to reserving? Then try others: best
-# fit, or one that reserves the mean and preempts who outgrows it.
+# **4. Who goes first?** (open). Write a System of your own: memory without holes, and of those who wait the smallest
+# comes in first. Then put it beside `without_holes` at a rate beyond the wall: how far does the normalized latency
+# fall, and who pays for it? Try others: let small ones pass, reserve the mean and preempt who outgrows it.
 
 # %% tags=["exercise"]
-class NoHoles:
-    """A System like Orca, but a request fits whenever so many slots are free, anywhere.
+class SmallestFirst:
+    """A System like `without_holes(slots)`, but of those who wait the smallest comes in first.
 
-    reserve: a function from a Job to slots, as in RESERVE. First come, first served.
-    num_waiting and num_running: requests. `plan` may return Work of one iteration at a time.
-    See Orca, and the protocol `System`.
+    A request's size is job.prompt + job.output - 1. It holds so many slots, anywhere, from
+    the `plan` that lets it in to the `finish` after its last token. `plan` lets the smallest
+    of those who wait in (of equal ones the first that came) as long as it fits; if it
+    doesn't, nobody.
+
+    plan: -> Work(1, ...) of one step, None if nobody runs. Who comes in computes its prompt,
+    and reads nothing; who ran before computes one token, and reads all that it stores, this
+    one too. sequences: who runs. finish(1): the step is over, everyone has one more token of
+    its answer; -> jobs that have their whole answer now, in any order. account, after `plan`:
+    tokens are stored ones, reserved the rest of what is held, external the free slots.
+    num_waiting and num_running count requests. Of the package use only Work and Account.
     """
 
     block_size = None
 
-    def __init__(self, num_slots, reserve):
+    def __init__(self, num_slots):
         raise NotImplementedError
 
     def submit(self, job): ...
@@ -1273,35 +1314,62 @@ class NoHoles:
 
 
 # %% tags=["test"]
-def test_NoHoles(NoHoles):
-    class Bag:  # for `serve`: a memory that only counts
-        def __init__(self, total):
-            self.free = total
+def test_SmallestFirst(SmallestFirst):
+    SmallestFirst = own(SmallestFirst, allow=[Work, Account], forbid=[without_holes])
+    size = lambda job: job.prompt + job.output - 1
+    came_together = passed = 0
+    for case in range(60):
+        rng = np.random.default_rng([9, case])
+        slots, most = int(rng.integers(40, 400)), int(rng.integers(3, 21))
+        system, waiting, step = SmallestFirst(slots), [], 0
+        running = []  # [job, stored tokens]
+        other = SmallestFirst(slots)  # two systems have nothing in common
+        while step < 40 or waiting or running:
+            for _ in range(int(rng.integers(0, 4)) if step < 40 else 0):
+                job = Job(float(step), int(rng.integers(1, most)), int(rng.integers(1, most)))
+                system.submit(job)
+                waiting.append(job)
+            old, new = len(running), []
+            for one in running:
+                one[1] += 1
+            context = sum(stored for _, stored in running)
+            free = slots - sum(size(job) for job, _ in running)
+            while waiting and size(min(waiting, key=size)) <= free:
+                new.append(waiting.pop(waiting.index(min(waiting, key=size))))
+                free -= size(new[-1])
+            running += [[job, job.prompt] for job in new]
+            came_together += len(new) > 1
+            passed += bool(new and waiting and waiting[0].arrival < new[-1].arrival)
+            where = f"{slots} slots, step {step}"
+            work, tokens = system.plan(), old + sum(job.prompt for job in new)
+            parts = work and (work.iterations, work.sequences, work.tokens, work.context)
+            wanted = (1, len(running), tokens, context) if running else None
+            said = f"{where}: (1, sequences, tokens, context)"
+            assert equal(parts, wanted), f"{said} should be {wanted}, not {parts}"
+            counts = system.num_waiting, system.num_running
+            wanted = len(waiting), len(running)
+            said = f"{where}: (waiting, running) should be {wanted}, not {counts}"
+            assert equal(counts, wanted), said
+            counts = other.num_waiting, other.num_running
+            assert equal(counts, (0, 0)), "two systems share a queue"
+            step += 1
+            if work is None:
+                continue
+            stored = sum(stored for _, stored in running)
+            wanted = Account(stored, slots - free - stored, 0, free)
+            got = system.account()
+            said = f"{where}: expected {wanted}, got {got}"
+            assert type(got) is Account and got == wanted, said
+            over = [job for job, stored in running if stored == size(job)]
+            done = system.finish(1)
+            good = isinstance(done, (list, tuple)) and sorted(done) == sorted(over)
+            assert good, f"{where}: expected {over} to be over, got {done}"
+            running = [one for one in running if one[1] < size(one[0])]
+        assert other.plan() is None, "two systems share something"
+    assert came_together > 50 and passed > 50
 
-        def allocate(self, size):
-            if size <= self.free:
-                self.free -= size
-                return 0, size
 
-        def release(self, piece):
-            self.free += piece[1]
-
-    for case in range(30):
-        some = draw(rate=0.5 + case / 10, seconds=30, seed=case) or [Job(0.0, 5, 5)]
-        slots, reserve = 2048 + 200 * case, RESERVE[list(RESERVE)[case % 3]]
-        system, server = NoHoles(slots, reserve), replace(opt, kv_memory=slots * opt.kv_bytes)
-        got, mine = simulate(system, some, server), serve(some, reserve, Bag(slots))
-        assert np.allclose(got.ends, [end for _, end in mine]), f"load {case}: other times"
-        assert system.num_waiting == system.num_running == 0, "somebody is left"
-    system = NoHoles(2048, RESERVE["max"])
-    system.submit(Job(0.0, 10, 90))
-    work = system.plan()
-    assert (work.tokens, work.sequences, work.context) == (10, 1, 0), "the first step: a prompt"
-    assert system.account() == Account(10, 89, 1949, 0), "99 slots of 2048 will be used"
-    assert system.finish(1) == [] and system.plan().context == 11
-
-
-attempt(test_NoHoles, NoHoles)
+attempt(test_SmallestFirst, SmallestFirst)
 
 # %% [markdown]
 # ## What's next
@@ -1324,3 +1392,6 @@ attempt(test_NoHoles, NoHoles)
 #   2009.
 # - Little, *A Proof for the Queuing Formula: L = λW*, 1961.
 # - NVIDIA, *A100 Tensor Core GPU* data sheet: bandwidth and peak.
+# - Patel et al., *Splitwise: Efficient Generative LLM Inference Using Phase Splitting*, ISCA 2024: the Azure traces of
+#   2023 (CC-BY 4.0).
+# - Qin et al., *Mooncake: Trading More Storage for Less Computation*, FAST 2025: the Mooncake trace (Apache 2.0).

@@ -4,10 +4,12 @@ A simulation with the package's own scheduler and memory manager beside the syst
 with, and a cost model instead of a GPU; and the same comparison live, on the real model. In reading order:
 
     loads.py         what requests look like, and when they come
+    traces.py        and those of real traces: quantiles in traces.json
     hardware.py      how long an iteration takes: a roofline
     systems.py       what a system is; FasterTransformer and Orca (their memory: buddy.py)
     paged.py         our own system; beams.py: the same for beam search, divergence.py: how beams part
     simulation.py    the clock
+    capacity.py      without one: a crowd is served once, and priced with any constants
     runs.py          a simulation as data; its cache; the search for the rate at which a system gives up
     study.py         all runs of a figure, on all processors
     paper.py         the paper's numbers

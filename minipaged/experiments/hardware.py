@@ -8,23 +8,25 @@ for the step and for each of its requests. Bytes go over a bandwidth, operations
             + layers * (kernels * launch + all-reduces)                          starting them
             + requests * HOST_PER_REQUEST                                       sampling, text, bookkeeping
 
-Everything but the last constant comes from data sheets or from what is commonly reached. HOST_PER_REQUEST is
-calibrated by one number that the paper prints, see there.
+Two constants are calibrated by the paper: HOST_PER_REQUEST by a number that it prints, and REACHED_BANDWIDTH, which was
+chosen anew when small batches came out too fast. All others come from data sheets, or from what is commonly reached.
 """
 
 from dataclasses import dataclass, replace
 
 GIB = 2**30
 # Of the data sheet's bandwidth. A plain copy reaches 0.8 or more, which was our first guess; with it small batches came
-# out a third faster than in the paper. Matrix products of few rows, and whole decoding steps, reach about two thirds.
+# out a third faster than in the paper. So this is calibrated, too: the latency of small batches proves nothing. (Matrix
+# products of few rows, and whole decoding steps, do reach about two thirds.)
 REACHED_BANDWIDTH = 0.67
 REACHED_COMPUTE = 0.6  # of the data sheet's: about what large fp16 matrix products reach inside a model
 KERNELS_PER_LAYER = 12  # norms, products, attention, cache write, activation, additions: an eager PyTorch layer
 LAUNCH = 10e-6  # seconds that Python and the driver need to start a kernel
 ALL_REDUCE = 25e-6  # seconds for one small all-reduce over NVLink; a layer of a model that is split needs two
 # Seconds of host work for each request in a step. Calibrated: with it, paging has about as many requests in its batch
-# at 30 requests a second on Alpaca (OPT-13B) as the paper's Figure 13 prints, 132.44. Nothing else is fitted. For each
-# request and not for each sequence, since vLLM's first release drew the tokens of all its samples or beams together.
+# at 30 requests a second on Alpaca (OPT-13B) as the paper's Figure 13 prints, 132.44. Beside it and
+# REACHED_BANDWIDTH nothing is fitted. For each request and not for each sequence, since vLLM's first release drew the
+# tokens of all its samples or beams together.
 HOST_PER_REQUEST = 0.25e-3
 # Moving blocks to CPU memory and back: a copy for each block and layer, keys and values apart (vLLM's first release),
 # started as a kernel is.

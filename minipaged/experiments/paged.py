@@ -55,11 +55,13 @@ class Group:
 class InformedScheduler(Scheduler):
     """The package's scheduler, which need not search: it is told who has something to compute, and how many run.
 
-    And its plans name no slots and no blocks, since there is no runner to read them.
+    Nor does it look again whether there is room for those who wait, if nobody came, went or gave way. And its plans
+    name no slots and no blocks, since there is no runner to read them.
     """
 
     due: list[Request]
     num_seqs = 0
+    stirred = True
 
     def ready(self) -> list[Request]:
         return self.due
@@ -67,7 +69,8 @@ class InformedScheduler(Scheduler):
     def num_live_seqs(self) -> int:
         return self.num_seqs
 
-    num_promised_seqs = num_live_seqs
+    def num_promised_seqs(self) -> int:
+        return self.num_seqs if self.stirred else NO_LIMIT
 
     def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
         for seq_id, count in counts.items():
@@ -138,20 +141,21 @@ class Paged:
     # --- iterations ---------------------------------------------------------------------------------------------
 
     def plan(self) -> Work | None:
-        clock, prompts, fresh, moved = self._clock, 0, 0, 0
+        clock, prompts, fresh, moved, preempted = self._clock, 0, 0, 0, False
         due = [group for group in self._due.pop(clock, ()) if group.due == clock and group.left == NEVER]
         for group in due:
             self._next_block(group)
         old = self._rows
         if due or (self._stirred and self.num_waiting):
             self.scheduler.due = sorted((group.request for group in due), key=arrival)
-            self.scheduler.num_seqs = self._rows
+            self.scheduler.num_seqs, self.scheduler.stirred = self._rows, self._stirred
             plan = self.scheduler.schedule()
             self.scheduler.update(plan, self._first_tokens(plan))
             prompts, fresh = self._carry_out(plan)
+            preempted = bool(plan.preempted)
             moved = len(plan.swap_out) + len(plan.swap_in)
             old = self._rows - len(plan.admitted)
-        self._stirred = bool(prompts and self._prefix)  # others may find now what these have published
+        self._stirred = preempted or bool(prompts and self._prefix)  # others may find now what these have published
         if not self._rows:
             return None
         self._stored += old
