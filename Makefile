@@ -21,7 +21,7 @@ run: $(READY)
 	  "What is the capital of France?" "Write one sentence about the sea." "Why is the sky blue?"
 
 test: $(READY)
-	$(RUN) pytest -n auto --dist loadfile
+	$(RUN) pytest -n auto --dist loadgroup
 
 serve: $(READY)
 	$(RUN) minipaged.serve --num-blocks 512

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -27,3 +28,10 @@ def pytest_addoption(parser):
     parser.addoption("--server-examples", type=int, default=15, help="bodies for each route of the server (15)")
     parser.addoption("--rank-examples", type=int, default=6, help="kills and stops of processes at random moments (6)")
     parser.addoption("--router-examples", type=int, default=1, help="times that a server is killed below a router (1)")
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a file run on one worker, which builds once what they share; those of a chapter, too."""
+    for item in items:
+        chapter = item.callspec.params.get("chapter") if hasattr(item, "callspec") else None
+        item.add_marker(pytest.mark.xdist_group(chapter.name if chapter else item.path.name))
