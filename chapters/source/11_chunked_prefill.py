@@ -5,9 +5,9 @@
 # document. This chapter shows what happens to the eight, why one number bounds their wait, and why the document may
 # be cut into pieces of any size without changing a single bit of its answer.
 #
-# **You need**: the plan and the flat batch of chapter 10, continuous batching, and the cost of a step from
-# [chapter 2](02_the_kv_cache.ipynb). **You get**: the longest gap as a function of one number, a planner of ten lines
-# that agrees with the package's, and the way in which guesses (speculation) use what is left.
+# **You need**: the plan and the flat batch of [chapter 10](10_continuous_batching.ipynb), continuous batching, and the
+# cost of a step from [chapter 2](02_the_kv_cache.ipynb). **You get**: the longest gap as a function of one number, a
+# planner of ten lines that agrees with the package's, and the way in which guesses (speculation) use what is left.
 
 # %% [markdown]
 # ## The question
@@ -460,7 +460,7 @@ show_source(Step.grant, Step._is_long)
 
 # %% [markdown]
 # And this is the step. Who runs goes first, then guesses (below), then newcomers. If memory runs out on the way,
-# somebody is preempted, which is chapter 12:
+# somebody is preempted, which is [chapter 12](12_preemption.ipynb):
 
 # %%
 show_source(Scheduler.schedule, Scheduler._continue_running)
@@ -819,7 +819,7 @@ attempt(test_Pace, Pace)
 #
 # A step has room for so many tokens, and the pool for so many blocks. The budget can be kept by cutting. Memory
 # can't: sequences grow, and one day the pool is full while everyone wants one block more. Who gives way then, and what
-# becomes of what it had? That is chapter 12, preemption.
+# becomes of what it had? That is [chapter 12](12_preemption.ipynb), preemption.
 #
 # ## Sources
 #

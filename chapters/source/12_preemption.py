@@ -6,8 +6,9 @@
 # why it should be the latest, and measures the two ways of giving way against each other.
 #
 # **You need**: page tables that grow block by block ([chapter 5](05_page_tables.ipynb)), and the idea of continuous
-# batching (chapter 10): requests come and go between steps, first come, first served. **You get**: a scheduler of
-# integers that agrees with the package's step by step, and an answer in bytes a second to "swap or recompute?".
+# batching ([chapter 10](10_continuous_batching.ipynb)): requests come and go between steps, first come, first served.
+# **You get**: a scheduler of integers that agrees with the package's step by step, and an answer in bytes a second to
+# "swap or recompute?".
 
 # %% [markdown]
 # ## The question
@@ -908,7 +909,7 @@ attempt(test_fits_for_good, fits_for_good)
 # ## What's next
 #
 # Until now, what a request had computed was gone when it ended. But the next one may begin with the same words, and
-# blocks that are free still hold what they held. Chapter 13 lets them be found again.
+# blocks that are free still hold what they held. [Chapter 13](13_prefix_caching.ipynb) lets them be found again.
 #
 # ## Sources
 #
