@@ -198,6 +198,8 @@ def test_own_calls_nothing_of_the_package():
     assert own(borrowed, allow=[blocks_for])(17) == 2
     with pytest.raises(AssertionError, match="it calls .*through_the_notebook: write"):
         own(lambda n: through_the_notebook(n), forbid=[through_the_notebook])(3)
+    by_way_of = lambda n: through_the_notebook(n)  # noqa: E731
+    assert own(lambda n: by_way_of(n), allow=[by_way_of], forbid=[through_the_notebook])(17) == 2
     with pytest.raises(AssertionError, match="BlockAllocator"):
         own(Borrowed)()
     assert len(own(Borrowed, allow=[BlockAllocator])().take(3)) == 3

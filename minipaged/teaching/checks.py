@@ -81,9 +81,10 @@ def own(
 ) -> Any:
     """`solution`, a function or a class, as a test should call it: AssertionError where it isn't the reader's own.
 
-    While it runs, nothing of the package may be called but what is in `allow`, and nothing that is in `forbid`
-    (functions or classes, also of the notebook). Its arguments must be afterwards what they were before, but for those
-    named in `changes`. Objects with methods may do as they like; lists, dicts, tensors and records are compared.
+    While it runs, nothing of the package may be called, and nothing that is in `forbid` (functions or classes, also of
+    the notebook); but what is in `allow` may, and may call what it likes. Its arguments must be afterwards what they
+    were before, but for those named in `changes`. Objects with methods may do as they like; lists, dicts, tensors and
+    records are compared.
     """
     watch = _Watch(_codes(allow), _codes(forbid), frozenset(changes))
     if not inspect.isclass(solution):
@@ -146,9 +147,8 @@ class _Watch:
     def _is_foreign(self, frame: FrameType) -> bool:
         """Whether the reader's code, and nothing that may be called, called what may not be."""
         code, caller = frame.f_code, frame.f_back
-        if code in self.forbid:
-            return True
-        if not code.co_filename.startswith(PACKAGES) or code.co_filename.startswith(TEACHING) or code in self.allow:
+        package = code.co_filename.startswith(PACKAGES) and not code.co_filename.startswith(TEACHING)
+        if code in self.allow or not (package or code in self.forbid):
             return False
         while caller is not None and caller.f_code.co_filename != __file__:
             if caller.f_code in self.allow:

@@ -54,12 +54,16 @@ def as_numbers(tokens, B, salt):
     return found
 
 
-COUNTER = {}
+NUMBERS = {}
 
 
 def numbered(tokens, B, salt):
-    """Names that depend on who came first: by themselves they would be right."""
-    return [COUNTER.setdefault((B, salt, tuple(tokens[:end])), len(COUNTER)) for end in range(B, len(tokens) + 1, B)]
+    """A number for each pair of a number and a block that ever came: what a tree does, and no hash at all."""
+    found, parent = [], (B, salt)
+    for end in range(B, len(tokens) + 1, B):
+        parent = NUMBERS.setdefault((parent, tuple(int(token) for token in tokens[end - B : end])), len(NUMBERS))
+        found.append(parent)
+    return found
 
 
 def whole_prefixes(tokens, B, salt):
@@ -163,6 +167,22 @@ class AsAList(Idle):
         if block not in self.blocks:
             raise KeyError(block)
         self.blocks.remove(block)
+
+
+class Copies(Idle):
+    def take(self):
+        if not self.blocks:
+            raise IndexError
+        block = list(self.blocks)[0]
+        del self.blocks[block]
+        return block
+
+
+class AThousand(Idle):
+    def put(self, block):
+        super().put(block)
+        if len(self.blocks) > 1000:
+            self.blocks.popitem()
 
 
 class NewestFirst(Idle):
@@ -291,9 +311,21 @@ def last_hit(ask, words, B, blocks):
 
 
 def looks_inside(ask, words, B, blocks):
-    """Reads the server's memory instead of asking: its names say nothing."""
+    """Reads the server's memory instead of asking."""
     memory = next(cell.cell_contents for cell in ask.__closure__ if isinstance(cell.cell_contents, PrefixMemory))
-    return list(memory.block)[: B * blocks]
+    known, parent = [], ""
+    for _ in range(blocks):
+        for guess in product(words, repeat=B):
+            name = hashlib.sha256(repr((parent, guess, "")).encode()).hexdigest()
+            if name in memory.block:
+                known, parent = [*known, *guess], name
+                break
+    return known
+
+
+def calls_inside(ask, words, B, blocks):
+    memory = next(cell.cell_contents for cell in ask.__closure__ if isinstance(cell.cell_contents, PrefixMemory))
+    return spy_out(lambda prompt: len(prompt) - B * len(memory.find(prompt[:-1])), words, B, blocks)
 
 
 def first_block_only(ask, words, B, blocks):
@@ -302,7 +334,7 @@ def first_block_only(ask, words, B, blocks):
 
 RIGHT = {
     "tokens_saved": [tokens_saved, block_by_block, with_takewhile],
-    "chain": [chain, running_hash, as_numbers],
+    "chain": [chain, running_hash, as_numbers, numbered],
     "Idle": [Idle, WithTickets, Linked],
     "spy_out": [spy_out, by_recursion, without_the_last_guess],
 }
@@ -322,13 +354,14 @@ WRONG = {
         lambda tokens, B, salt: chain(tokens, 1, salt)[B - 1 :: B],  # B itself is forgotten
         lambda tokens, B, salt: names(tokens, B, salt),
         lambda tokens, B, salt: [name[:2] for name in chain(tokens, B, salt)],  # 256 names
+        lambda tokens, B, salt: [name[:8] for name in chain(tokens, B, salt)],  # 32 bits
         lambda tokens, B, salt: [chain(tokens[i : i + B], B, salt)[0] for i in range(0, len(tokens) // B * B, B)],
         lambda tokens, B, salt: chain(tokens, B, str(salt)),
         lambda tokens, B, salt: chain([*tokens, *[0] * (-len(tokens) % B)], B, salt),
     ],
-    "Idle": [AsAList, NewestFirst, Forgiving, SaysKeyError, OneForAll, BySmallest, CountsAll],
+    "Idle": [AsAList, Copies, AThousand, NewestFirst, Forgiving, SaysKeyError, OneForAll, BySmallest, CountsAll],
     "spy_out": [
-        no_token_behind, cached_by_itself, all_at_once, last_hit, looks_inside, first_block_only,
+        no_token_behind, cached_by_itself, all_at_once, last_hit, looks_inside, calls_inside, first_block_only,
         lambda ask, words, B, blocks: [words[0]] * (B * blocks),
         lambda ask, words, B, blocks: tuple(map(str, spy_out(ask, words, B, blocks))),
     ],
