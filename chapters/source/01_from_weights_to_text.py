@@ -438,8 +438,8 @@ print(f"layer {carrier}; its heads' weight on France:", [f"{w:.2f}" for w in loo
 assert looks.max() > 0.8
 
 # %% [markdown]
-# One head gives it nine tenths of its weight. Keep this in mind for the whole course: later tokens learn about earlier ones through their keys and values, layer by
-# layer, and **through nothing else**.
+# One head gives it nine tenths of its weight. Keep this in mind for the whole course: later tokens learn about earlier
+# ones through their keys and values, layer by layer, and **through nothing else**.
 #
 # **Your turn.** Exchange the row of the last token, `at=4`, in place of that of " France". Where do you expect the
 # curves to cross, and which one is up on the left?
@@ -459,7 +459,7 @@ print(prompt)
 
 # %%
 asked = tokenizer.encode(prompt, add_special_tokens=False)  # the template has them all
-print("the first tokens:", [tokenizer.decode([t], skip_special_tokens=False) for t in asked[:3]])
+print([tokenizer.decode([token], skip_special_tokens=False) for token in asked[:3]])
 replied = greedy(asked, 8)[len(asked):]
 print(tokenizer.decode(replied, skip_special_tokens=False))
 assert replied[-1] in config.eos_token_ids
