@@ -5,19 +5,20 @@
 # holds the others: the block allocator. This chapter builds it in six steps, and then asks how we can be sure of it.
 # We plant mistakes that an ordinary test does not see, and let a machine look for them.
 #
-# **You need**: Python; chapter 3 for the reason. **You get**: an allocator that agrees with the package's block by
-# block, and a way of testing that you can use for anything that has a state.
+# **You need**: Python; [chapter 3](03_the_memory_wall.ipynb) for the reason. **You get**: an allocator that agrees with
+# the package's block by block, and a way of testing that you can use for anything that has a state.
 
 # %% [markdown]
 # ## The question
 #
 # A server that gives each request one contiguous piece of memory wastes most of it. In the paper's measurements only
-# 20.4 to 38.2 % of the memory for keys and values held tokens (Figure 2); chapter 3 showed where the rest went.
+# 20.4 to 38.2 % of the memory for keys and values held tokens (Figure 2); chapter 3 shows where the rest goes.
 # Operating systems had the same trouble, and solved it decades ago by cutting memory into **pages** of one size. We
 # call such a piece a **block**: room for the keys and values of B tokens, in all layers.
 #
 # So what does an allocator of equal blocks have to do? It is going to be short, and everything else stands on it. A
-# mistake in it does not crash. It lets one request read another one's words. How do we know that it is right?
+# mistake in it does not crash. It lets one request read another one's words; below, it will. How do we know that it is
+# right?
 
 # %% [markdown]
 # ## The idea
@@ -26,7 +27,7 @@
 # hole that is large enough. Blocks fit into any hole. Here B and D have ended, and E comes:
 
 # %%
-from minipaged.teaching import attempt, loads, plots, show_source
+from minipaged.teaching import attempt, equal, loads, own, plots, show_source
 
 A, C = (4, "tokens", "A"), (5, "other", "C")
 rows = {
@@ -82,10 +83,11 @@ for name, kind in {"ShareGPT": loads.SHAREGPT, "Alpaca": loads.ALPACA}.items():
 # %% [markdown]
 # ShareGPT holds long conversations, Alpaca short instructions: the shorter a request, the more its last block weighs.
 #
-# Then why not B = 1, with no waste at all? Because each block costs something: an entry in a table, and a jump when
-# attention reads it. The paper tried many sizes (Figure 18b): ShareGPT was served best with 16 to 128, Alpaca with 16
-# and 32, and much worse beyond. 16 is good for both. It is the paper's default, and ours. (Chapters 5 and 6 come
-# back to this.)
+# Then why not B = 1, with no waste at all? Because each block costs something: an entry in a table that is kept and
+# read, and another place to go to when attention reads the keys. Which of the two weighs more depends on the machine;
+# chapters [5](05_page_tables.ipynb) to [7](07_the_triton_kernel.ipynb) measure it. The paper tried many sizes (Figure
+# 18b): ShareGPT was served best with 16 to 128, Alpaca with 16 and 32, and much worse beyond. 16 is good for both. It
+# is the paper's default, and ours.
 
 # %% [markdown]
 # ## Build it
@@ -104,15 +106,40 @@ free.append(a)
 print("taken:", a, b, "  free:", list(free))
 
 # %% [markdown]
-# Block 0 came back, and stands behind 2 and 3. Why a list, when we could look for a block that nobody holds? Such a
-# search is slow exactly when memory is short, and a good server's memory is nearly full. The free list costs the same
-# at every fill.
+# Block 0 came back, and stands behind 2 and 3. Why a list, when we could look for a block that nobody holds? Let us
+# count how many of 1000 blocks a search from the left looks at, if some of them are free, anywhere:
+
+# %%
+from random import Random
+
+
+def looks(num_free, N=1000):
+    """Until it meets a free one; the mean of 300 tries."""
+    return sum(min(Random(i).sample(range(N), num_free)) + 1 for i in range(300)) / 300
+
+
+print({num_free: round(looks(num_free)) for num_free in (500, 50, 5, 1)})
+assert looks(1) > 100 * looks(500)
+
+# %% [markdown]
+# The search is slow exactly when memory is short, and a good server's memory is nearly full. The free list costs the
+# same at every fill.
 #
 # **Does the order matter?** Not for being right. Ours is first in, first out: the block that has been free longest
 # goes next. xv6, a small teaching system, takes from where it gives back, so the block that was freed last goes next;
 # its contents may still be in the processor's caches. For us, what a free block holds can be worth something later:
-# the next request may begin with the same words. So we take the oldest first.
+# the next request may begin with the same words ([chapter 13](13_prefix_caching.ipynb)). So we take the oldest first.
 #
+# **Your turn.** Which blocks are taken here, in our order? And which, if `append` becomes `appendleft`, as in xv6?
+
+# %%
+free, taken = deque(range(4)), []
+for _ in range(6):
+    taken.append(block := free.popleft())
+    free.append(block)  # and appendleft?
+print(taken)
+
+# %% [markdown]
 # For examples a chosen order is handy. Figure 6 of the paper hands out the blocks 7, 1 and 3. We let the caller say
 # which go first.
 #
@@ -165,7 +192,8 @@ print(pool.allocate(2), pool.allocate(3), pool.allocate(2))
 # ### 3. Reference counts
 #
 # Now several sequences may hold a block. `share` says that there is one holder more, `release` that there is one less.
-# The allocator keeps numbers, not names; who holds what is written in the page tables (chapter 5).
+# The allocator keeps numbers, not names; who holds what is written in the page tables
+# ([chapter 5](05_page_tables.ipynb)).
 
 # %%
 class Counted(AllOrNothing):
@@ -192,9 +220,9 @@ class Counted(AllOrNothing):
 
 
 # %% [markdown]
-# Figure 8 of the paper in these words. Two samples A1 and A2 share a prompt in the blocks 7 and 1. Then A1 wants to
-# write into block 1, which A2 reads too. It takes block 3 for a copy, and lets go of 1. Then A2 is alone with block
-# 1, and may write where it is.
+# Figure 8 of the paper in these words. Two samples (answers to the same prompt), A1 and A2, share it in the blocks 7
+# and 1. Then A1 wants to write into block 1, which A2 reads too. It takes block 3 for a copy, and lets go of 1. Then A2
+# is alone with block 1, and may write where it is.
 
 # %%
 def show(words):
@@ -208,8 +236,6 @@ table2 = list(table1)
 for block in table2:
     pool.share(block)
 show("A2 shares it")
-
-# %%
 (copy,) = pool.allocate(1)
 pool.release(table1[1])
 table1[1] = copy
@@ -223,6 +249,17 @@ assert len(pool.free) == 8
 # %% [markdown]
 # Neither sample knows of the other, and neither decides whether a block is free. The count does.
 #
+# **Your turn.** Write down the counts and the free list behind these calls, in a pool of three. Then run them, and make
+# up your own:
+
+# %%
+pool = Counted(3)
+calls = [("allocate", 2), ("share", 0), ("release", 1), ("allocate", 1), ("release", 0)]
+for op, number in calls:
+    getattr(pool, op)(number)  # pool.allocate(2), pool.share(0), ...
+print("counts:", pool.counts, "  free:", list(pool.free))
+
+# %% [markdown]
 # ### 4. Misuse stops at once
 #
 # What if a caller makes a mistake, and releases a block twice? In this version nothing is said:
@@ -274,7 +311,7 @@ pool = Strict(4)
 pool.release(block)
 for op, number in [("release", 0), ("share", 0), ("release", -1), ("allocate", -1)]:
     try:
-        getattr(pool, op)(number)  # pool.release(0), ...
+        getattr(pool, op)(number)
     except MisuseError as error:
         print(f"{op}({number}): {error}")
 assert pool.counts == [0] * 4 and len(pool.free) == 4  # and nothing changed
@@ -321,12 +358,22 @@ store[pool.take_freed()] = torch.nan
 print("when poisoned:", store[block].tolist(), " times 0:", (0 * store[block]).tolist())
 
 # %% [markdown]
-# Why not fill with zeros? A weighted sum with a few zeros is a slightly smaller number, and nobody notices.
-#
+# Why not fill with zeros? A weighted sum with a few zeros is a slightly smaller number, and nobody notices. **Your
+# turn.** Attention weighs four values, and one of them lies in a freed block. Try other poisons. Which of them would
+# you see?
+
+# %%
+your_poison = 0.0
+values, weights = torch.tensor([0.8, 1.1, 0.9, 1.2]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+values[0] = your_poison
+print(f"with {your_poison} the sum is {weights @ values:.2f}, and it should be 1.05")
+
+# %% [markdown]
 # Why note the blocks, and not fill them on the spot? The allocator knows numbers and no tensors; that lets us test it
-# fast, with integers alone. And the moment matters: the contents of a block that is swapped out
-# must be saved first. So the runner asks once at the start of a step. A block that was freed and taken again in
-# between is on the list too: its new owner has written nothing yet, and must not find old numbers either.
+# fast, with integers alone. And the moment matters: a block may be *swapped out*, copied to CPU memory to make room
+# ([chapter 12](12_preemption.ipynb)), and then its contents must be saved first. So the runner, the part of the engine
+# that computes, asks once at the start of a step. A block that was freed and taken again in between is on the list,
+# too: its new owner has written nothing yet, and must not find old numbers either.
 #
 # ### 6. A check that anyone may call
 #
@@ -464,7 +511,6 @@ print(f"the example test is content with all {len(BUGS)} of them")
 
 # %%
 from collections import Counter
-from random import Random
 
 
 def try_allocate(pool, held, count):
@@ -609,6 +655,20 @@ for bug in BUGS:
 # ours: it asks what we forgot to ask. (`derandomize` and `database=None` make each run the same; usually hypothesis
 # looks elsewhere every time, and remembers what failed.)
 #
+# **Your turn.** Plant a sixth mistake. It should be a small one, of the kind that you make yourself. Is it found? (If
+# none is, hypothesis says `NoSuchExample`.)
+
+# %%
+class Sixth(Allocator):
+    def share(self, block):
+        self.must_be_held(block)
+        self.counts[block] = 2  # for example
+
+
+test_examples(Sixth)
+print("the example test is content; hypothesis:", ops := smallest(Sixth), fault(Sixth, ops))
+
+# %% [markdown]
 # What does it *not* find? What is out of reach. With eight bits instead of two it would take 256 holders to see the
 # mistake, and lists of 30 calls do not get there. "Nothing found" means: not with these calls, not within these
 # lengths. So make limits small in tests (two bits instead of eight, two blocks instead of a thousand), and know which
@@ -630,11 +690,11 @@ show_source(BlockAllocator.share, BlockAllocator.release, BlockAllocator._drop)
 # You will recognize all of it. What it does more:
 #
 # - **`keep_free`**: take blocks only if so many stay free. A scheduler that admits a new request into the very last
-#   block may have to throw somebody out one step later. The blocks that it keeps are called the watermark.
-# - **`num_shared` and `peak_used`** are kept up to date at each call. Statistics after every step must not cost a walk
-#   through the pool.
-# - **`found` and a third place, *idle***. So far a block is free or in use. With a prefix cache, the keys and values of
-#   a finished request stay where they are and can be found by the next request with the same beginning:
+#   block may have to throw somebody out one step later. The blocks that it keeps are called the **watermark**.
+# - **`num_used`, `num_shared`, `num_idle` and `peak_used`** are kept up to date at each call. Statistics after every
+#   step must not cost a walk through the pool.
+# - **`found` and a third place, *idle***. So far a block is free or in use. With a prefix cache (chapter 13), the keys
+#   and values of a finished request stay where they are and can be found by the next request with the same beginning:
 #
 # ```
 #                 allocate                     release, count 0,
@@ -658,6 +718,20 @@ print("3 blocks are taken:", pool.allocate(3), " the cache still knows", known)
 
 # %% [markdown]
 # Block 0 went last, and the cache forgot it. The package's `check` does what ours does, and also looks at idle blocks.
+# Two methods forget more than one block. `forget_all` is for a cache that is of no use any more, as when the model has
+# got other weights. `renewed` is for a step that broke off half way: nobody knows what is in memory, so all blocks are
+# free, all count as lost, and only the sums go on.
+
+# %%
+known = {0, 1}
+pool = BlockAllocator(4, cache=known)
+for block in pool.allocate(3):
+    pool.release(block)
+print("idle:", pool.num_idle, " free:", pool.num_free, " the cache knows", known)
+pool.forget_all()
+print("idle:", pool.num_idle, " free:", pool.num_free, " the cache knows", known)
+new = pool.renewed()
+print("renewed: free:", new.num_free, " lost:", new.take_freed(), " peak_used:", new.peak_used)
 
 # %% [markdown]
 # ### Do they agree?
@@ -707,11 +781,48 @@ except NoSuchExample:
     print("nothing found")
 
 # %% [markdown]
+# ### The account
+#
+# Beside the allocator stands the engine's account of its memory. A `Pool` is an allocator with the page tables that are
+# made of its blocks, and an engine has two, for the GPU and for the CPU. `measure`, which chapter 3 reads, makes a
+# `MemoryUsage` of both and of `Counters`, which add up what was copied and moved since the beginning. Here is Figure 8
+# again, in the package's memory (`KVCacheManager`, chapter 5):
+
+# %%
+from dataclasses import asdict
+
+from minipaged.memory import KVCacheManager
+
+memory = KVCacheManager(num_blocks=8, block_size=4, free_order=[7, 1, 3])
+memory.allocate(1, num_tokens=7)
+memory.fork(1, 2)  # A2 shares what A1 has
+before = asdict(memory.usage())
+memory.append({1: 1})  # A1 writes
+for name, now in asdict(memory.usage()).items():
+    if now or before[name]:
+        print(f"{name:24} {before[name]:5.3g} {now:5.3g}")
+
+# %% [markdown]
+# The prompt of 7 tokens is stored once and read twice (`tokens_stored`, `tokens_logical`): two blocks are saved. When
+# A1 has its copy, one is, and 11 of 12 slots are full. What is not printed is zero: nothing was swapped or cached.
+#
+# The account is checked as well. `check_pool` counts anew who holds which block, and hands that to the allocator's
+# `check`. It also compares how full those who share a block believe it to be. (`num_published`: so many of its blocks
+# a prefix cache may find.)
+
+# %%
+from minipaged.memory.accounting import check_pool
+
+show_source(check_pool)
+
+# %% [markdown]
 # ### In the engine
 #
 # The engine lends its memory to be looked at. We give it 16 blocks of 4 tokens, so that they can be drawn, and two
 # requests: A asks for two samples, B for one. There is no prefix cache, so a block is free or in use, as in ours. With
 # `debug`, freed blocks are filled with NaN, and `check` runs after every step, with the page tables of all sequences.
+# After each step we keep a picture, and look which blocks of the engine's tensor, `cache [L, 2, G, N, B, D]`, hold
+# nothing but NaN:
 
 # %%
 from minipaged import LLM, SamplingParams
@@ -719,64 +830,60 @@ from minipaged.terminal.draw import block_map, page_tables
 from minipaged.terminal.slots import sheet
 from minipaged.terminal.snapshot import Observer
 
-llm = LLM("smollm2", device="cpu", num_blocks=16, block_size=4, prefix_cache="none", debug=True)
-observer = Observer(llm)  # gives sequences their short names
+two = SamplingParams(n=2, temperature=1.0, max_tokens=8, ignore_eos=True, seed=0)
+one = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 # %%
-def step():
+llm = LLM("smollm2", device="cpu", num_blocks=16, block_size=4, prefix_cache="none", debug=True)
+observer = Observer(llm)  # gives sequences their short names
+llm.observers.append(lambda plan, output: observer.follow(plan, output))
+llm.add_request("The capital of France is", two)
+llm.add_request("The capital of Italy is", one)
+moments = []
+while llm.has_unfinished_requests:
     llm.step()
-    snapshot = observer.snapshot()
+    poisoned = llm.executor.runner.cache.isnan().all(dim=(0, 1, 2, 4, 5))  # [N]
+    moments.append((observer.snapshot(), poisoned.tolist()))
+
+
+# %%
+def picture(step):
+    snapshot, _ = moments[step - 1]
     return sheet(block_map(snapshot), page_tables(snapshot))
 
 
-# %%
-two = SamplingParams(n=2, temperature=1.0, max_tokens=8, ignore_eos=True, seed=0)
-one = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-llm.add_request("The capital of France is", two)
-llm.add_request("The capital of Italy is", one)
-llm.observers.append(lambda plan, output: observer.follow(plan, output))  # to name who is new
-step()
+picture(step=1)
 
 # %% [markdown]
 # Each prompt has 5 tokens and takes two blocks. The two samples of A share theirs: four table entries, two blocks. In
 # the next step both samples write their first token into the block that has room, and they are not alone in it:
 
 # %%
-assert observer.snapshot().usage.shared == 2
-step()
+assert moments[0][0].usage.shared == 2
+picture(step=2)
 
 # %% [markdown]
 # A1 got block 4 and a copy of block 1, as in Figure 8. Block 0 is full and nobody writes into it again; it stays
 # shared to the end. Two steps later B is done, and its blocks are free:
 
 # %%
-step()
-step()
+picture(step=4)
 
 # %% [markdown]
-# One step later B's blocks are poisoned. The tensor of the engine, `cache [L, 2, G, N, B, D]`, holds nothing but NaN
-# in exactly the blocks that nobody holds (with `debug` it began full of NaN, and B's blocks went back to that):
+# One step later B's blocks are poisoned. NaN is in exactly the blocks that nobody holds (with `debug` the tensor began
+# full of NaN, and B's blocks went back to that):
 
 # %%
-step()
-unreadable = llm.executor.runner.cache.isnan().all(dim=(0, 1, 2, 4, 5))  # [N]
-held = set(observer.snapshot().holders())
-assert {block for block in range(16) if not unreadable[block]} == held
-print("can be read:", sorted(held))
+snapshot, poisoned = moments[4]
+assert [block for block in range(16) if not poisoned[block]] == sorted(snapshot.holders())
+print("can be read:", sorted(snapshot.holders()))
+print("blocks in use, step by step:", [snapshot.usage.used for snapshot, _ in moments])
 
 # %%
 show_source(type(llm.executor.runner)._move_memory)
 
 # %% [markdown]
-# The comment on the order is the reason why the allocator only takes notes. Now to the end:
-
-# %%
-used = []
-while llm.has_unfinished_requests:
-    llm.step()
-    used.append(llm.stats().memory.used)
-print("blocks in use, step by step:", used)
-assert used[-1] == 0
+# The comment on the order is the reason why the allocator only takes notes.
 
 # %% [markdown]
 # ## What must hold, and what breaks if it doesn't
@@ -801,8 +908,6 @@ assert block in theirs
 
 # %%
 from unittest.mock import patch
-
-from minipaged.memory import KVCacheManager
 
 memory = KVCacheManager(num_blocks=8, block_size=4)
 with patch.object(BlockAllocator, "_drop", lambda self, block: None):
@@ -842,38 +947,61 @@ print("all or nothing: ", serve(whole=True))
 # Each sits on two and waits for a third that the other one has. That is a deadlock, and no more asking resolves it.
 # With all or nothing B runs, and A gets the blocks when B is done.
 #
-# **Only holders release.** An allocator notices a double free as long as the block is free. If it was handed out again
-# in between, the count is 1, and the second release looks like any other. A's mistake takes B's block away:
+# **Only holders release.** An allocator knows numbers only. If somebody releases a block that is not theirs, it is a
+# right call at the wrong time, and the allocator can't see that. What does it look like from outside? Anna and Robert
+# tell the engine their secrets. Its memory has a single block, which is Anna's. After one step somebody releases it, by
+# mistake. Robert comes, and is given what is free:
 
 # %%
-pool = BlockAllocator(1)
-(block,) = pool.allocate(1)  # A
-pool.release(block)
-(block,) = pool.allocate(1)  # B gets the same one
-pool.release(block)  # A again, by mistake, and nothing is said
-print("free:", pool.num_free, " though B holds block", block)
+few = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+ANNA = "My name is Anna, and my secret number is 7351. I repeat: my secret number"
+ROBERT = "My name is Robert, and my secret number is 9842. I repeat: my secret number"
+
+
+def served(num_blocks, mistake, debug=False):
+    """-> {who: what the model said in seven steps}."""
+    sizes = dict(num_blocks=num_blocks, block_size=64, max_model_len=64, watermark=0)
+    llm = LLM("smollm2", device="cpu", prefix_cache="none", debug=debug, **sizes)
+    llm.add_request(ANNA, few, request_id="Anna")
+    llm.step()
+    if mistake:
+        llm.memory._gpu.allocator.release(0)
+    llm.add_request(ROBERT, few, request_id="Robert")
+    answers = [answer for _ in range(6) for answer in llm.step()]
+    return {answer.request_id: answer.outputs[0].text for answer in answers}
+
+
+# %%
+print("two blocks, no mistake:", served(2, mistake=False))
+print("one block, released:   ", wrong := served(1, mistake=True))
+assert "9842" in wrong["Anna"]
+
+# %% [markdown]
+# Anna is told Robert's number. No error, no strange characters: a good sentence, with the wrong secret. Page tables
+# know who holds what. That is why `check` asks for them, and why in the engine only the code that keeps them calls
+# `release`. With `debug` the engine stops in the step in which Robert gets the block:
+
+# %%
 try:
-    pool.check({block: 1})  # what the page tables hold: B's
+    served(1, mistake=True, debug=True)
 except AssertionError as error:
     print(error)
 
 # %% [markdown]
-# No allocator that knows only numbers can see that. Page tables can, and that is why `check` asks for them, and why
-# in the engine only the code that keeps the page tables calls `release` (chapter 5).
-#
 # **Freed memory is never read.** You saw above what it looks like if it is: like right numbers without poison, like
 # NaN with it.
 #
 # ## Exercises
 #
-# `Allocator`, `play` and `fault` are there to be used.
+# Fill in the functions and classes; each is followed by a test that says how far you are. `Allocator`, `play` and
+# `fault` are there to be used.
 #
 # **1. What sharing saves** (warm-up). The paper measures sharing as blocks saved, divided by the blocks that would be
-# needed without it. Compute it from the page tables.
+# needed without it. Compute it from the page tables, which stay as they are.
 
 # %% tags=["exercise"]
 def saved_by_sharing(tables):
-    """tables: for each sequence the list of its blocks -> 0 to 1; 0 if no block is held.
+    """tables: for each sequence the list of its blocks -> a float, 0 to 1; 0 if none is held.
 
     >>> saved_by_sharing([[7, 3], [7, 1]])
     0.25
@@ -883,11 +1011,11 @@ def saved_by_sharing(tables):
 
 # %% tags=["test"]
 def test_saved_by_sharing(saved_by_sharing):
-    assert saved_by_sharing([[7, 3], [7, 1]]) == 0.25
-    assert saved_by_sharing([]) == 0, "no sequences"
-    assert saved_by_sharing([[], []]) == 0, "no blocks"
-    for seed in range(50):
-        random, memory = Random(seed), KVCacheManager(200, block_size=4)
+    saved_by_sharing = own(saved_by_sharing)
+    cases = [([[7, 3], [7, 1]], 0.25), ([], 0.0), ([[], []], 0.0), ([[5]], 0.0)]
+    for seed in range(200):
+        random, N = Random(seed), 200
+        memory = KVCacheManager(N, 4, free_order=random.sample(range(N), N))
         for i in range(random.randint(1, 12)):
             if i and random.random() < 0.7:
                 memory.fork(random.randrange(i), i)
@@ -895,24 +1023,31 @@ def test_saved_by_sharing(saved_by_sharing):
                 memory.allocate(i, random.randint(0, 20))
             memory.append({random.randint(0, i): random.randint(0, 9)})
         tables = [memory.block_table(i) for i in memory.sequences()]
-        usage, without = memory.usage(), sum(map(len, tables))
-        expected = usage.blocks_saved_by_sharing / without if without else 0
-        assert abs(saved_by_sharing(tables) - expected) < 1e-9, f"{tables}: {expected:.3f}"
+        random.shuffle(tables)
+        without = sum(map(len, tables))
+        saved = memory.usage().blocks_saved_by_sharing
+        cases.append((tables, saved / without if without else 0.0))
+    for tables, right in cases:
+        got = saved_by_sharing(tables)
+        assert equal(got, right, tolerance=1e-9), f"{tables}: {right:.4f}, not {got}"
 
 
 attempt(test_saved_by_sharing, saved_by_sharing)
 
 # %% [markdown]
 # **2. The free list as one number.** Keep the free blocks in the bits of a Python integer: bit b is 1 if block b is
-# free. Always hand out the lowest free blocks, in ascending order. (`x & -x` is the lowest bit of x alone.)
+# free. Always hand out the lowest free blocks, in ascending order. (`x & -x` is the lowest bit of x alone.) The point
+# is the memory that it takes: a bit for each block, and besides that something for each block in use, and nothing else.
 
 # %% tags=["exercise"]
 class BitmapAllocator:
-    """What Allocator does, without check and take_freed; hands out the lowest free blocks.
+    """Does what Allocator does, without check and take_freed; hands out the lowest free blocks.
 
-    num_blocks; bits, an int; num_free; allocate(count) -> list or NoSpace;
-    share, release: MisuseError if the block is free or does not exist; ref_count.
-    Nothing changes when it refuses.
+    num_blocks; bits, an int that is kept and not made when asked for; num_free;
+    allocate(count) -> list, lowest first, or NoSpace(needed, free); MisuseError if count < 0;
+    share(block), release(block): MisuseError if the block is free or does not exist;
+    ref_count(block): how many hold it, any number; MisuseError if it does not exist.
+    Nothing changes when it refuses. 100,000 free blocks take less than 30,000 bytes.
     """
 
     def __init__(self, num_blocks):
@@ -921,20 +1056,72 @@ class BitmapAllocator:
 
 # %% tags=["test"]
 def test_BitmapAllocator(BitmapAllocator):
-    for seed in range(200):
-        pool = BitmapAllocator(3)
-        play(pool, random_ops(40, Random(seed)))
-        free = [block for block in range(3) if pool.ref_count(block) == 0]
-        assert type(pool.bits) is int, "the free blocks are the bits of an int"
-        assert pool.bits == sum(1 << block for block in free), f"{pool.bits:b}, free {free}"
-    pool = BitmapAllocator(70)
-    assert pool.allocate(70) == list(range(70)), "in ascending order"
-    for op, block in [("share", -1), ("share", 70), ("release", -1), ("release", 70)]:
-        assert answer(pool, op, block) == "misuse", f"{op}: there is no block {block}"
-    for block in (69, 3, 64, 8):
-        pool.release(block)
-    assert answer(pool, "allocate", 5) == (5, 4), "5 needed, 4 free"
-    assert pool.allocate(3) == [3, 8, 64], "the lowest first"
+    import tracemalloc
+
+    BitmapAllocator = own(BitmapAllocator)
+
+    def do(pool, op, number):
+        """What it answers, as plain data."""
+        try:
+            got = getattr(pool, op)(number)
+        except MisuseError:
+            return "MisuseError"
+        return (got.needed, got.free) if hasattr(got, "needed") else got
+
+    def expected(counts, op, number):
+        """The same from a list of counts, which is changed by it."""
+        free = [block for block, count in enumerate(counts) if count == 0]
+        if op == "allocate":
+            if not 0 <= number <= len(free):
+                return "MisuseError" if number < 0 else (number, len(free))
+            for block in free[:number]:
+                counts[block] = 1
+            return free[:number]
+        if not 0 <= number < len(counts) or counts[number] == 0:
+            return "MisuseError"
+        counts[number] += 1 if op == "share" else -1
+
+    def compare(pool, counts, op, number):
+        done = f"{op}({number}) with the counts {counts}"
+        right, got = expected(counts, op, number), do(pool, op, number)
+        assert equal(got, right), f"{done}: {right}, not {got}"
+        got = [pool.ref_count(block) for block in range(len(counts))]
+        assert equal(got, counts), f"{done}: now they are {counts}, not {got}"
+        bits = sum(1 << block for block, count in enumerate(counts) if count == 0)
+        assert type(pool.bits) is int and pool.bits == bits, f"{done}: bits {bits:b}"
+        assert equal(pool.num_free, counts.count(0)), f"{done}: num_free, not {pool.num_free}"
+        for block in (-1, len(counts)):
+            assert do(pool, "ref_count", block) == "MisuseError", f"there is no block {block}"
+
+    for seed in range(60):
+        random = Random(seed)
+        sizes = [random.choice([0, 1, 3, 8, 70]) for _ in range(2)]  # two, which share nothing
+        pools = [BitmapAllocator(size) for size in sizes]
+        counts = [[0] * size for size in sizes]
+        for _ in range(50):
+            i = random.randrange(2)
+            op = random.choice(["allocate", "share", "share", "release", "release"])
+            held = [block for block, count in enumerate(counts[i]) if count] or [0]
+            number = random.choice([random.choice(held), random.randint(-2, sizes[i] + 1)])
+            if op == "allocate":
+                number = random.randint(-1, random.choice([2, sizes[i] + 1]))
+            compare(pools[i], counts[i], op, number)
+    pool, counts = BitmapAllocator(2), [0, 0]
+    compare(pool, counts, "allocate", 1)
+    for op in ["share"] * 300 + ["release"] * 301:  # many holders
+        compare(pool, counts, op, 0)
+    BitmapAllocator(100)  # what is made only once, is made now
+    tracemalloc.start()
+    try:
+        pool = BitmapAllocator(100_000)
+        for block in pool.allocate(5):
+            pool.release(block)
+        taken = tracemalloc.get_traced_memory()[0]
+        kept = pool.bits is pool.bits
+    finally:
+        tracemalloc.stop()
+    assert taken < 30_000, f"100,000 free blocks take {taken:,} bytes, not less than 30,000"
+    assert kept, "bits is made anew when it is asked for: keep it"
 
 
 attempt(test_BitmapAllocator, BitmapAllocator)
@@ -947,29 +1134,52 @@ attempt(test_BitmapAllocator, BitmapAllocator)
 
 # %% tags=["exercise"]
 def shrink(new, ops):
-    """ops: a list in which fault(new, ops) finds something -> what is left, in the same order.
+    """ops: a list in which fault(new, ops) finds something -> a list of what is left, in order.
 
-    It still fails, and without any single one of its calls it doesn't. `ops` stays as it is.
+    It still fails, and without any single one of its calls it doesn't. It may be empty, if a
+    new pool fails by itself. `ops` stays as it is. Don't call hypothesis.
     """
     raise NotImplementedError
 
 
 # %% tags=["test"]
 def test_shrink(shrink):
-    random = Random(7)
-    for bug in BUGS:
-        for _ in range(40):
-            ops = random_ops(25, random)
-            if not fault(bug, ops):
-                continue
-            before, rest = list(ops), iter(ops)
-            small = shrink(bug, ops)
-            assert ops == before, "the list of the caller was changed"
-            assert all(op in rest for op in small), "other calls, or in another order"
-            assert fault(bug, small), f"{bug.__name__} passes {small}"
-            for i in range(len(small)):
-                without = small[:i] + small[i + 1 :]
-                assert not fault(bug, without), f"{small}: call {i} is not needed"
+    shrink = own(shrink, forbid=[find, smallest])
+
+    class NoPool(Allocator):
+        def __init__(self, num_blocks):
+            raise ValueError("no pool")
+
+    def forgets(most):
+        """A new mistake each time: it can count to `most` holders, on one of the blocks."""
+
+        class Forgets(Allocator):
+            def share(self, block):
+                super().share(block)
+                if block == most % 2:
+                    self.counts[block] = min(self.counts[block], most)
+
+        return Forgets
+
+    tried = 0
+    for seed in range(300):
+        random = Random(seed)
+        new = random.choice([*BUGS, NoPool, forgets(random.randint(1, 4))])
+        ops = random_ops(random.choice([3, 10, 25]), random)
+        if not fault(new, ops):
+            continue
+        tried, rest = tried + 1, iter(ops)
+        small = shrink(new, ops)
+        what = f"{new.__name__}, {ops}"
+        assert isinstance(small, (list, tuple)), f"{what}: a list, not {small}"
+        in_order = all(any(equal(op, one) for one in rest) for op in small)
+        assert in_order, f"{what}: {small} are others, or in another order"
+        small = list(small)
+        assert fault(new, small), f"{what}: {small} doesn't fail"
+        for i in range(len(small)):
+            without = small[:i] + small[i + 1 :]
+            assert not fault(new, without), f"{what}: {small} fails without {small[i]}, too"
+    assert tried > 100
 
 
 attempt(test_shrink, shrink)
@@ -977,17 +1187,24 @@ attempt(test_shrink, shrink)
 
 # %% [markdown]
 # **4. A third place** (open). Give `Allocator` the package's idle blocks. `keep(block)` says of a block in use that its
-# contents are worth keeping. The test compares with the package, block by block. When it passes, go on: is the block
-# that has been idle longest the best one to give up? What would you want to know about a block to choose better?
+# contents are worth keeping. The test compares with the package, block by block, also what is to be poisoned. When it
+# passes, go on: is the block that has been idle longest the best one to give up? What would you want to know about a
+# block to choose better?
 
 # %% tags=["exercise"]
 class Thrifty(Allocator):
     """Allocator with idle blocks: nobody holds them, but their contents are kept.
 
-    keep(block): mark a block that is in use. When its last holder releases it, it becomes idle.
+    keep(block): mark a block that is in use; MisuseError if it isn't. When its last holder
+        releases it, it becomes idle, and not free for good.
     idle(): the idle blocks, longest idle first. They count as free (num_free).
-    share brings an idle block back, marked as it was.
-    allocate takes idle blocks when no other is left, longest idle first; then the mark is gone.
+    share(block): brings an idle block back, marked as it was.
+    allocate(count): takes idle blocks when no other is left, longest idle first; their marks
+        are gone then.
+    take_freed(): the blocks that lost their contents since the last call, each once, in any
+        order.
+        An idle block has not lost them; one that was taken for something else has.
+    As before, nothing changes when it refuses. There is no need for check.
     """
 
     def __init__(self, num_blocks):
@@ -996,21 +1213,40 @@ class Thrifty(Allocator):
 
 # %% tags=["test"]
 def test_Thrifty(Thrifty):
-    for seed in range(300):
+    Thrifty = own(Thrifty)
+
+    def step(mine, theirs, marks, random, size):
+        op = random.choice("allocate share release release keep freed".split())
+        number = random.randint(-1, size + (op == "allocate"))
+        before = f"idle {theirs.idle()}, {theirs.num_free} free, marked {sorted(marks)}: {op}"
+        if op == "freed":
+            got, right = list(mine.take_freed()), sorted(theirs.take_freed())
+            what = f"{before}: {right} lost their contents, not {got}"
+            assert equal(sorted(got), right), what
+        elif op == "keep":
+            held = {number} if 0 <= number < size and theirs.ref_count(number) else set()
+            got, right = answer(mine, op, number), None if held else "misuse"
+            assert equal(got, right), f"{before} {number}: {right}, not {got}"
+            marks |= held
+        else:
+            got, right = answer(mine, op, number), answer(theirs, op, number)
+            assert equal(got, right), f"{before} {number}: the package says {right}, not {got}"
+        got, right = mine.idle(), theirs.idle()
+        assert equal(got, right), f"{before} {number}: now {right} are idle, not {got}"
+        assert equal(mine.num_free, theirs.num_free), f"{before} {number}: num_free"
+        counts = [theirs.ref_count(block) for block in range(size)]
+        got = [mine.ref_count(block) for block in range(size)]
+        assert equal(got, counts), f"{before} {number}: now the counts are {counts}, not {got}"
+
+    for seed in range(150):
         random = Random(seed)
-        size, marks = random.randint(1, 6), set()
-        mine, theirs = Thrifty(size), BlockAllocator(size, cache=marks)
-        for _ in range(60):
-            op = random.choice(["allocate", "share", "release", "release", "keep"])
-            number = random.randrange(size + (op == "allocate"))
-            if op != "keep":
-                got, expected = answer(mine, op, number), answer(theirs, op, number)
-                assert got == expected, f"{op} {number}: {got}, the package says {expected}"
-            elif theirs.ref_count(number):
-                mine.keep(number)
-                marks.add(number)
-            assert mine.idle() == theirs.idle(), f"idle after {op} {number}"
-            assert mine.num_free == theirs.num_free, f"num_free after {op} {number}"
+        sizes = [random.randint(1, 6) for _ in range(2)]  # two of them, which share nothing
+        marks = [set(), set()]
+        mine = [Thrifty(size) for size in sizes]
+        theirs = [BlockAllocator(size, cache=known) for size, known in zip(sizes, marks)]
+        for _ in range(80):
+            i = random.randrange(2)
+            step(mine[i], theirs[i], marks[i], random, sizes[i])
 
 
 attempt(test_Thrifty, Thrifty)
