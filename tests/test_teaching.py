@@ -5,6 +5,7 @@ import doctest
 import io
 import json
 import statistics
+from dataclasses import dataclass, field
 
 import nbformat
 import numpy as np
@@ -224,6 +225,24 @@ def test_own_classes_are_still_what_they_were():
         mine.spoils([3])
     with pytest.raises(AssertionError, match="changes its argument row"):
         mine.spoils([3])
+
+
+def test_own_objects_may_change_themselves():
+    @dataclass
+    class Record:
+        rows: list = field(default_factory=list)
+
+        def add(self, row):
+            self.rows.append(row)
+            return len(self.rows)
+
+        def spoils(self, row):
+            row.clear()
+
+    record = own(Record)()
+    assert record.add(1) == 1 and record.add(2) == 2
+    with pytest.raises(AssertionError, match="changes its argument row"):
+        record.spoils([3])
 
 
 def test_counted():

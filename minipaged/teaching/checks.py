@@ -94,7 +94,7 @@ def own(
             continue
         for name, thing in vars(kind).items():
             if name not in namespace and inspect.isfunction(thing):
-                namespace[name] = watch.wrap(thing)
+                namespace[name] = watch.wrap(thing, method=True)
     meta: Any = type(solution)
     return meta(solution.__name__, (solution,), namespace)
 
@@ -106,12 +106,14 @@ class _Watch:
         self.allow, self.forbid, self.changes = allow, forbid, changes
         self.inside = False
 
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, function: Callable[..., Any], method: bool = False) -> Callable[..., Any]:
+        """method: its first argument is the object itself, which it may change."""
+
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return function(*args, **kwargs)
-            named = _named(function, args, kwargs)
+            named = dict([*_named(function, args, kwargs).items()][method:])
             before = {name: _copy(value) for name, value in named.items() if name not in self.changes}
             result, culprit = self._run(function, args, kwargs)
             assert not culprit, f"it calls {culprit}: write it yourself"
