@@ -48,8 +48,10 @@
 # $$ A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}{\sum_{t=1}^{\lceil i/B \rceil} \exp(q_i^\top K_t \mathbf{1} /
 # \sqrt{d})}, \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top $$
 #
-# $A_{ij}$ is a row of B weights, those of the tokens in block $j$. The $\mathbf 1$ stands for "add up the block": take
-# the exponential of each score, then sum. It is the formula of chapter 1 with brackets around every B tokens.
+# $A_{ij}$ is a row of B weights, those of the tokens in block $j$. The bold $\mathbf 1$ is a column of B ones: a row
+# times $\mathbf 1$ is the sum of the row. To the letter, the formula would add up the scores of a block and take one
+# exponential of their sum. What is meant is one exponential for each score, and then the sum, $\exp(q_i^\top K_t /
+# \sqrt{d})\,\mathbf 1$: the formula of chapter 1 with brackets around every B tokens.
 #
 # One difficulty remains. The denominator needs *all* blocks before the first weight is known. The trick that
 # removes it is called **online softmax**, and most of this chapter is about it.
@@ -74,8 +76,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+import kernels
 from minipaged.memory import KVCacheManager, blocks_for
-from minipaged.teaching import attempt, loads, plots, show_source
+from minipaged.teaching import attempt, equal, loads, own, plots, show_source
 from minipaged.terminal.slots import physical_view, sheet
 from minipaged.terminal.snapshot import Snapshot
 
@@ -134,24 +137,94 @@ assert torch.allclose(gather_first(q, k_pool, v_pool, table, n), expected, atol=
 assert k_pool[table].data_ptr() != k_pool[7].data_ptr()  # new memory
 
 # %% [markdown]
-# It is right. What does it cost? Take the paper's OPT-13B, with 819,200 bytes of keys and values a token, and a
-# sequence of 2048 tokens that computes one more:
+# It is right. What does it cost? First in bytes, which are the same on every machine. Sixteen sequences compute one
+# token each, with G = 3 heads of keys and values, D = 64, fp32. Keys that lie in a row are read once. In place they are
+# read once, too, and 8 bytes of page table with each block. A gather reads them, writes a copy, and then attention
+# reads the copy:
 
 # %%
-kv = 819_200 * 2048 / 1e9
-read = (kv, "tokens", f"read blocks, {kv:.2f}")
-copy = [(kv, "other", "write a copy"), (kv, "third", "read the copy")]
-alt = "Gathering first moves three times the bytes that reading in place does."
-with plots.figure("Moved for one token", x="GB", size=(6.8, 1.6), alt=alt) as axes:
-    plots.strips(axes, {"gather first": [read, *copy], "in place": [read]}, kinds=False)
+def moved(context, S=16, G=3, D=64, B=16):
+    """Bytes that one layer moves for the keys and values of S sequences."""
+    kv = 2 * S * G * context * D * 4
+    table = 8 * S * blocks_for(context, B)
+    return {"in a row": kv, "gather first": 3 * kv, "in place": kv + table}
 
+
+CONTEXTS = [64, 1024, 4096]
+for context in CONTEXTS:
+    row = (f" {name} {count / 1e6:6.2f} MB" for name, count in moved(context).items())
+    print(f"context {context:4}: ", *row)
 
 # %% [markdown]
-# A small copy may stay in a cache near the processor, and then its second reading is cheap. A large one does not. And
-# it wants room: for one of the 40 layers 1.68 GB / 40 = 42 MB, for every sequence in the batch, out of the memory that
-# the blocks could use.
+# Then in time, on one thread. `sdpa` is PyTorch's own attention. What reads in place here is the package's kernel in
+# C++, which we meet again at the end (where there is no compiler, `auto` takes another one, made of PyTorch's calls).
+
+# %%
+sdpa = partial(scaled_dot_product_attention, enable_gqa=True)
+auto = kernels.load("auto", notice=lambda line: None)
+
+
+def scattered(context, S=16, G=3, D=64, B=16):
+    """Queries [S, 9, D], a cache in disorder, and what the kernel has to know."""
+    M = context // B
+    tables = torch.randperm(S * M).view(S, M)
+    where = torch.arange(S + 1), torch.full((S,), context), tables
+    batch = kernels.Batch(torch.empty(0), *where)  # no slot mapping: nothing is written
+    return torch.randn(S, 9, D), torch.randn(2, G, S * M, B, D), batch
+
+
+def gather(cache, tables):
+    return cache[:, :, tables].flatten(3, 4).transpose(1, 2)  # [2, S, G, context, D], a copy
+
+
+def rows_attention(q, kv):
+    return sdpa(q[:, :, None], *kv, scale=0.125)[:, :, 0]
+
+
+# %%
+def three_ways(context):
+    q, cache, batch = scattered(context)
+    in_a_row = gather(cache, batch.block_tables).contiguous()
+    return {"in a row": lambda: rows_attention(q, in_a_row),
+            "gather first": lambda: rows_attention(q, gather(cache, batch.block_tables)),
+            "in place": lambda: auto.paged_attention(q, cache, batch, 0.125)}  # fmt: skip
+
+
+def milliseconds(function, times=5):
+    """The best of so many times."""
+    return 1e3 * min(timeit.repeat(function, number=1, repeat=times))
+
+
+row, copied, in_place = (way() for way in three_ways(1024).values())
+assert torch.equal(row, copied) and torch.allclose(row, in_place, atol=1e-5)
+
+# %% tags=["measured"]
+taken = [{name: milliseconds(way) for name, way in three_ways(n).items()} for n in CONTEXTS]
+for context, one in zip(CONTEXTS, taken):
+    print(f"context {context:4}: ", *(f" {name} {ms:6.2f} ms" for name, ms in one.items()))
+
+# %% tags=["measured"]
+alt = "Rising with the context; gathering first is far above the other two, which are close"
+with plots.figure("One layer, one token each", "context", "ms", alt=alt) as axes:
+    for name, dy in (("in a row", 7), ("gather first", 0), ("in place", -7)):
+        plots.line(axes, CONTEXTS, [one[name] for one in taken], name, dy=dy)
+    plots.logarithmic(axes)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(CONTEXTS, CONTEXTS)
+
+# %% [markdown]
+# Gathering does all that "in a row" does, and makes a copy before. So it can't win; how much it loses is the machine's
+# business. A small copy may stay in a cache near the processor, where its second reading is cheap. A large one does
+# not, and memory for it has to be found first. And the blocks themselves? What lies scattered need not take longer to
+# read than what lies in a row.
 #
-# ### Eq. 4, word for word
+# The copy wants room, too. For one of the 40 layers of the paper's OPT-13B and 2048 tokens it is 42 MB, for every
+# sequence in the batch, out of the memory that the blocks could use.
+#
+# **Your turn.** In bf16 a number takes two bytes. Which of the printed megabytes change, and by how much? Does
+# "three times" stay?
+#
+# ### Eq. 4, block by block
 #
 # First a helper: which blocks does a sequence of n tokens use, and how many slots of each are filled?
 
@@ -183,12 +256,22 @@ assert k_pool[7, :4].data_ptr() == k_pool.data_ptr() + 7 * B * D * 4  # in place
 # %% [markdown]
 # Nothing was brought together: `k_pool[block, :c]` is a *view*, the pool's own memory, as the last line shows.
 #
+# And the $\mathbf 1$? To the letter it would be the exponential of a sum, which is a product of exponentials. Then the
+# weights would not add up to 1:
+
+# %%
+e = [torch.exp(k_pool[block, :c] @ q / D**0.5) for block, c in filled(table, n)]
+meant, letter = sum(piece.sum() for piece in e), sum(piece.prod() for piece in e)
+print(f"all weights together: {meant / meant:.2f} as meant, {meant / letter:.2f} to the letter")
+
+# %% [markdown]
 # ### Two troubles
 #
 # **The exponentials wait.** Between the passes all of them must be kept, or be computed again by reading the keys
-# again. For one query that is n numbers. For a chunk of a prompt it is n numbers for each of its tokens, in each head:
-# 512 new tokens on a context of 8192 make 512 · 8192, four million. (The first kernel of vLLM did it so, for one query
-# at a time: it kept a sequence's scores in a small memory inside the GPU.)
+# again. For one query that is n numbers. A step can also compute a *chunk* of a prompt, hundreds of tokens at once.
+# Then it is n numbers for each of these, in each head: 512 new tokens on a context of 8192 make four million. (The
+# first kernel of vLLM did it so, for one query at a time: it kept a sequence's scores in a small memory inside the
+# GPU.)
 #
 # **They overflow.** An exponential grows fast, and floating point ends:
 
@@ -240,7 +323,10 @@ def start(*shape, D):
 
 # %%
 def add_block(state, scores, values):
-    """A state; scores [..., c] and values [..., c, D] of other keys -> the state of all."""
+    """The state of one query; scores [c] and values [c, D] of other keys -> the state of all.
+
+    Or of R queries in each of G groups: scores [G, R, c], values [G, c, D].
+    """
     m = torch.maximum(state.m, scores.amax(-1))
     shrink = torch.exp(state.m - m)
     e = torch.exp(scores - m[..., None])
@@ -264,17 +350,22 @@ assert torch.allclose(state.o / state.z, expected, atol=1e-6)
 
 # %% [markdown]
 # In block 1 a larger score appears: what came from block 7 is scaled down. Block 3 brings none, and the old sums stay
-# as they are. Watch the weights that each token *would* have, if the sequence ended there:
+# as they are.
+#
+# **Your turn.** Walk through the blocks from the last to the first. Which of the numbers in the last line stay what
+# they are, and how often is something scaled down?
+#
+# Watch the weights that each token *would* have, if the sequence ended there:
 
 # %%
 s = k @ q / D**0.5
-running = torch.full((3, n), torch.nan)
+so_far = torch.full((3, n), torch.nan)
 for j, end in enumerate((4, 8, 9)):
-    running[j, :end] = torch.softmax(s[:end], -1)
+    so_far[j, :end] = torch.softmax(s[:end], -1)
 after = [f"after block {block}" for block in table]
 alt = "After block 7 four tokens share the weight; after block 1 eight, and the old have less."
 with plots.figure("Weights so far", size=(7.4, 2.2), alt=alt) as axes:
-    plots.matrix(axes, running.tolist(), after, words, form=".2f")
+    plots.matrix(axes, so_far.tolist(), after, words, form=".2f")
 
 # %% [markdown]
 # Up to rounding, each row sums to 1, and within a row the *ratios* between old tokens are those of the row above:
@@ -285,12 +376,12 @@ with plots.figure("Weights so far", size=(7.4, 2.2), alt=alt) as axes:
 # Put together: one pass over the page table, one block at a time, nothing gathered, nothing kept but the state.
 
 # %%
-def attend_one(q, k_pool, v_pool, table, n):
+def attend_one(q, k_pool, v_pool, table, n, add=add_block):
     """One query [D], one head, pools [N, B, D], a sequence of n tokens -> [D]."""
     state = start(D=D)
     for block, c in filled(table, n):
         scores = k_pool[block, :c] @ q / D**0.5
-        state = add_block(state, scores, v_pool[block, :c])
+        state = add(state, scores, v_pool[block, :c])
     return state.o / state.z
 
 
@@ -334,7 +425,8 @@ assert torch.equal(weights @ values, v_pool[3, 0])  # one token takes all the we
 # heads. And a sequence may bring t queries in one step: the tokens of its prompt, or a chunk of them. They are the
 # *last* t positions of its context, since their own keys and values were just written.
 #
-# One place where the pool is read, so that we can watch it later:
+# The pool is read in one place, and a block is added in one place. Both are arguments, so that we can watch the one
+# and spoil the other later:
 
 # %%
 def read_block(cache, block, count):
@@ -343,17 +435,17 @@ def read_block(cache, block, count):
 
 
 # %%
-def attend(q, cache, table, context, scale):
+def attend(q, cache, table, context, scale, read=read_block, add=add_block):
     """q [t, H, D], the last t of `context` positions -> [t, H, D]."""
     (t, H, D), (_, G, _, B, _) = q.shape, cache.shape
     q = rearrange(scale * q, "t (g r) d -> g (t r) d", g=G)
     position = repeat(torch.arange(context - t, context), "t -> (t r) 1", r=H // G)
     state = start(G, t * H // G, D=D)
     for j, block in enumerate(table[: blocks_for(context, B)]):
-        K, V = read_block(cache, block, min(B, context - j * B))
+        K, V = read(cache, block, min(B, context - j * B))
         here = j * B + torch.arange(K.shape[1])  # the positions of the tokens in this block
         scores = (q @ K.mT).masked_fill(here > position, -torch.inf)  # [G, t R, c]
-        state = add_block(state, scores, V)
+        state = add(state, scores, V)
     return rearrange(state.o / state.z[..., None], "g (t r) d -> t (g r) d", t=t)
 
 
@@ -369,6 +461,8 @@ for position in (6, 7, 8):
 
 # %% [markdown]
 # Full blocks far back need no mask at all; only those near the end do (exercise 3).
+#
+# **Your turn.** Draw the same for B = 3. Which blocks need a mask then? And which if only position 8 asks?
 #
 # Note how a position is found: it is `j * B + offset`, with the *logical* number `j`. The physical number `block` says
 # where to read, and nothing else.
@@ -389,12 +483,12 @@ for position in (6, 7, 8):
 # A prompt, a chunk of one, a single token: all the same to us, only with other numbers.
 
 # %%
-def paged_attention(q, cache, query_start, context_lens, block_tables, scale):
-    """q [T, H, D] of S sequences; block_tables [S, M] -> [T, H, D]."""
+def paged_attention(q, cache, query_start, context_lens, block_tables, scale, **parts):
+    """q [T, H, D] of S sequences; block_tables [S, M]; parts: see attend -> [T, H, D]."""
     out = torch.empty_like(q)
     for s, context in enumerate(context_lens.tolist()):
         mine = slice(query_start[s], query_start[s + 1])
-        out[mine] = attend(q[mine], cache, block_tables[s].tolist(), context, scale)
+        out[mine] = attend(q[mine], cache, block_tables[s].tolist(), context, scale, **parts)
     return out
 
 
@@ -418,7 +512,7 @@ def merge(a, b):
 # %%
 torch.manual_seed(2)
 long_k, long_v = torch.randn(2, 64, B, D)
-whole = ordinary(q, long_k.flatten(0, 1), long_v.flatten(0, 1))
+long_answer = ordinary(q, long_k.flatten(0, 1), long_v.flatten(0, 1))
 
 
 def work(blocks):
@@ -430,9 +524,9 @@ def work(blocks):
 
 # %%
 a, b, c, d = (work(blocks) for blocks in torch.randperm(64).chunk(4))
-assert not torch.allclose(a.o / a.z, whole, atol=1e-2)  # each alone knows only a part
+assert not torch.allclose(a.o / a.z, long_answer, atol=1e-2)  # each alone knows only a part
 for one in (merge(merge(merge(a, b), c), d), merge(merge(d, b), merge(c, a))):
-    assert torch.allclose(one.o / one.z, whole, atol=1e-6)
+    assert torch.allclose(one.o / one.z, long_answer, atol=1e-6)
 
 # %% [markdown]
 # Any order and any grouping gives the same answer.
@@ -481,9 +575,6 @@ def random_batch(seed):
 
 
 # %%
-sdpa = partial(scaled_dot_product_attention, enable_gqa=True)
-
-
 def textbook(q, starts, in_a_row, scale):
     """PyTorch's own attention on the same, sequence by sequence, nothing paged."""
     out = []
@@ -499,22 +590,17 @@ def textbook(q, starts, in_a_row, scale):
 # has was read once, and no other.
 
 # %%
-plain_read, visited = read_block, []
-
-
-def read_block(cache, block, count):
-    visited.append(block)
-    return plain_read(cache, block, count)
-
-
-# %%
 def check(seed):
     """Compare one batch; then say what was special about it."""
     (q, cache, starts, contexts, tables, scale), in_a_row = random_batch(seed)
-    visited.clear()
-    got = paged_attention(q, cache, starts, contexts, tables, scale)
+    visited, owned, B = [], [], cache.shape[3]
+
+    def watched(cache, block, count):
+        visited.append(block)
+        return read_block(cache, block, count)
+
+    got = paged_attention(q, cache, starts, contexts, tables, scale, read=watched)
     assert torch.allclose(got, textbook(q, starts, in_a_row, scale), atol=2e-5)
-    B, owned = cache.shape[3], []
     for table, context in zip(tables.tolist(), contexts.tolist()):
         owned += table[: blocks_for(context, B)]
     assert visited == owned and len(owned) == sum(-(-contexts // B))
@@ -529,7 +615,6 @@ def check(seed):
 found = [check(seed) for seed in range(300)]
 for special in found[0]:
     print(f"{sum(one[special] for one in found)} of {len(found)} batches have {special}")
-read_block = plain_read
 
 # %% [markdown]
 # All 300 equal the textbook, and no poison ever reached an answer.
@@ -537,36 +622,41 @@ read_block = plain_read
 # ### On the real model
 #
 # The strongest check is the engine itself. Its layers call `backend.paged_attention`; for a while we put ours there,
-# and let three requests run with everything the engine has: continuous batching, a prompt cut in chunks, and
-# `debug=True`, which fills freed blocks with NaN just as we did.
+# and let three requests run: side by side, with a prompt that takes several steps since a step computes 12 tokens at
+# most, and with `debug=True`, which fills freed blocks with NaN just as we did.
 
 # %%
 from unittest.mock import patch
 
 from minipaged import LLM, SamplingParams
 
-small = {"num_blocks": 32, "max_num_seqs": 3, "max_num_batched_tokens": 12}
+small = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 3, "max_num_batched_tokens": 12}
 llm = LLM("smollm2", device="cpu", kernels="torch", debug=True, prefix_cache="none", **small)
+
+
+def greedy(max_tokens):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+# %%
+def with_ours(prompts, params, **parts):
+    """-> the engine's outputs with our attention; the tokens of each sequence, call by call."""
+    calls = []
+
+    def ours(q, layer_cache, batch, scale):
+        calls.append(batch.query_start.diff().tolist())
+        where = batch.query_start, batch.context_lens, batch.block_tables
+        return paged_attention(q, layer_cache, *where, scale, **parts)
+
+    with patch.object(llm.executor.runner.backend, "paged_attention", ours):
+        return llm.generate(prompts, params), calls
+
 
 # %%
 prompts = ["The capital of France is", "Twinkle, twinkle, little star, how I wonder",
            "1, 2, 3, 4, 5,"]  # fmt: skip
-greedy = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
-standard = llm.generate(prompts, greedy)
-before, calls = llm.stats().num_steps, []
-
-
-# %%
-def ours(q, layer_cache, batch, scale):
-    calls.append(batch.query_start.diff().tolist())  # how many tokens each sequence computes
-    where = batch.query_start, batch.context_lens, batch.block_tables
-    return paged_attention(q, layer_cache, *where, scale)
-
-
-with patch.object(llm.executor.runner.backend, "paged_attention", ours):
-    again = llm.generate(prompts, greedy)
-
-# %%
+standard, before = llm.generate(prompts, greedy(7)), llm.stats().num_steps
+again, calls = with_ours(prompts, greedy(7))
 for a, b in zip(standard, again):
     assert a.outputs[0].token_ids == b.outputs[0].token_ids
     print(repr(b.prompt + b.outputs[0].text))
@@ -587,8 +677,7 @@ print(*calls[::layers])
 # it:
 
 # %%
-import kernels
-from kernels import reference, torch_attention
+from kernels import reference
 
 show_source(reference.paged_attention)
 
@@ -599,20 +688,22 @@ show_source(reference.paged_attention)
 # ### In plain PyTorch
 #
 # `TorchBackend` runs where there is nothing but PyTorch. A Python loop over blocks would be far too slow, so it looks
-# for PyTorch calls that do much at once. This is a step with one query for each sequence:
+# for calls that do much at once. One of them reads in place: `embedding_bag` takes rows of a table, given by their
+# numbers, and adds them up with weights. Take the pool for the table, slots for the numbers, and it is $\sum_j a_j v_j$
+# without a copy:
 
 # %%
-show_source(torch_attention._decode, torch_attention.AttentionPlan._bucket)
+weights = torch.softmax(k @ q / D**0.5, -1)
+rows, numbers = v_pool.flatten(0, 1), torch.tensor([slots])  # [N B, D], [1, n]
+bag = partial(torch.nn.functional.embedding_bag, mode="sum")
+answer = bag(numbers, rows, per_sample_weights=weights[None])[0]
+assert torch.allclose(answer, expected, atol=1e-6)
 
 # %% [markdown]
-# - **Keys are gathered** (`index_select`), for PyTorch has no product that follows a table. But only for a few
-#   sequences at a time, a *bucket*, so that the copy is still in the processor's cache when the product reads it.
-# - **Values are not.** `embedding_bag` takes a weighted sum of rows of a table, rows given by number. That is what
-#   $\sum_j a_j v_j$ through a slot mapping is, so values are read in place. (A pool may also hold its numbers in eight
-#   bits, with a scale for each token and head. `embedding_bag` knows nothing of these, so then values are gathered.)
-# - Look for the comment "Subtle": what lies beyond the context is not even read. It is our $0 \cdot \mathrm{NaN}$: the
-#   slots beyond are replaced by the sequence's first slot, which is harmless with weight 0.
-# - Everything that is the same in all layers, which slots, which mask, is prepared once a step.
+# For keys there is no such call: PyTorch has no product that follows a table. So they are gathered, but only for a few
+# sequences at a time, so that the copy is still in the processor's cache when the product reads it. What is the same in
+# all layers (which slots, which mask) is prepared once a step. What lies beyond the context is not even read, because
+# of our $0 \cdot \mathrm{NaN}$. All this stands in `kernels/torch_attention.py`, in 170 lines.
 #
 # ### In C++
 #
@@ -633,7 +724,7 @@ print(cpp[begin : cpp.index("\n}\n", begin) + 2])
 # - **Steps of 64 keys, not of one block.** The function around it walks the page table to find 64 keys, whichever
 #   blocks they lie in, and writes them, transposed, to a small buffer that stays in the processor's cache. So the
 #   number of steps does not depend on B.
-# - **fp32 inside.** Keys and values may be kept in bf16, to take half the room; $m$, $z$ and $o$ never are.
+# - **fp32 inside.** Keys and values may be kept in 16 bits, to take half the room; $m$, $z$ and $o$ never are.
 # - **Threads.** Each takes a few queries of one sequence with all heads of a group, so that a block is read once for
 #   all of them. Every 1,024 keys are summed up by themselves and merged as above, so a long context can be shared out.
 # - **Ahead of time.** While one step is computed, the keys and values of the next are already called from memory.
@@ -644,7 +735,6 @@ print(cpp[begin : cpp.index("\n}\n", begin) + 2])
 # where there is a compiler (`auto` falls back to PyTorch where there is none).
 
 # %%
-auto = kernels.load("auto", notice=lambda line: None)
 plain = kernels.load("torch")
 for seed in range(1000, 1300):
     (Q, pool, *where, scale), _ = random_batch(seed)
@@ -686,14 +776,24 @@ for name, lens in running.items():
 # to share, since only whole blocks are found again. A shared prefix of 80 tokens, one of the two that the paper tries,
 # is five blocks of 16, one of 64 with a rest, and not even one of 128.
 #
-# So why not B = 1? No waste, everything shared. Because starting on a block has its price: look up its number, compute
-# an address, jump there. And what is read in one piece gets short. Suppose that starting a block costs as much as
+# So why not B = 1? No waste, everything shared. But each block has a price of its own, in four coins:
+#
+# - **Entries.** Python keeps an entry for each block and hands it to the device at each step, and every program of a
+#   GPU's kernel that reads the sequence reads it ([chapter 7](07_the_triton_kernel.ipynb)).
+# - **Waiting.** The block's number must be there before its contents can be asked for, and then these take their time,
+#   too. A larger block has more to ask for at once ([chapter 15](15_the_experiments.ipynb) reckons with that).
+# - **Idle hands.** In the paper's kernel a group of 32 threads, a *warp*, reads a block. If there is little in it, they
+#   have little to do (section 7.2).
+# - **Short runs.** What lies side by side is read faster than what doesn't. That counts on a CPU; on a GPU only for
+#   odd sizes of D (chapter 7 counts it).
+#
+# All four grow with the number of blocks, so one number may stand for them. Suppose that a block costs as much as
 # reading $a$ slots, and that work is done on whole blocks, empty slots and all. For a sequence of n tokens that is
 #
 # $$ \lceil n/B \rceil \cdot (a + B) \;\approx\; n + a\,\frac{n}{B} + \frac{a + B}{2} $$
 #
 # The middle term falls with B and the last one rises, so their sum is a **U**. It is lowest at $B = \sqrt{2 a n}$. We
-# draw it with $a = 4$. That number is ours; try others.
+# draw it with $a = 4$, a number of ours.
 
 # %%
 def cost(lens, B, a=4):
@@ -718,30 +818,27 @@ with plots.figures("Empty slots", "Work for a token", size=(7.8, 3.2), alt=alt) 
 # The formula puts the bottom at $\sqrt{2 \cdot 4 \cdot 331} \approx 51$ for ShareGPT and at $\sqrt{2 \cdot 4 \cdot 49}
 # \approx 20$ for Alpaca: longer sequences want larger blocks, but only as the square root.
 #
+# **Your turn.** Where is the bottom for $a = 0$, and where for $a = 40$? Say it before you draw it.
+#
 # The paper measured the real thing (its Figure 18b): latency over B is a U. ShareGPT does best with 16 to 128, Alpaca
-# with 16 and 32, and larger blocks are much worse for it. Its reasons (section 7.2): small blocks may leave a part of
-# the GPU without work, large ones waste more and are shared less. **16** is the smallest that is good for both, and it
-# is the default of the paper and of this package.
+# with 16 and 32, and larger blocks are much worse for it. **16** is the smallest that is good for both, and it is the
+# default of the paper and of this package.
 #
 # And on a CPU? 16 sequences of 1024 tokens in blocks of every size, on one thread. The package takes them all;
 # your loop takes one.
 
 # %%
-def nanoseconds(times, function, *arguments):
-    """The best of so many times."""
-    return 1e9 * min(timeit.repeat(partial(function, *arguments), number=1, repeat=times))
+def in_blocks_of(B):
+    """Nanoseconds for a token of context: (the package, your loop)."""
+    q, cache, batch = scattered(1024, B=B)
+    one = torch.tensor([0, 1]), torch.tensor([1024]), batch.block_tables[:1]
+    package = milliseconds(lambda: auto.paged_attention(q, cache, batch, 0.125), times=15)
+    yours = milliseconds(lambda: paged_attention(q[:1], cache, *one, 0.125), times=3)
+    return 1e6 * package / (16 * 1024), 1e6 * yours / 1024
 
 
 # %% tags=["measured"]
-package, loop = [], []
-for size in sizes:
-    Q, M = torch.randn(16, 9, 64), 1024 // size
-    pool, tables = torch.randn(2, 3, 16 * M, size, 64), torch.randperm(16 * M).view(16, M)
-    batch = kernels.Batch(torch.empty(0), torch.arange(17), torch.full((16,), 1024), tables)
-    one = torch.tensor([0, 1]), torch.tensor([1024]), tables[:1]
-    taken = nanoseconds(15, auto.paged_attention, Q, pool, batch, 0.125)
-    package.append(taken / (16 * 1024))
-    loop.append(nanoseconds(3, paged_attention, Q[:1], pool, *one, 0.125) / 1024)
+package, loop = zip(*map(in_blocks_of, sizes))
 
 # %% tags=["measured"]
 alt = "On a log scale your loop's time falls steeply with B; the package's is far below."
@@ -758,9 +855,8 @@ with plots.figure("Time for a token of context", "block size B", "ns", alt=alt) 
 # B = 256 does in four rounds what B = 1 does in 1024. The package is far below and bends far less, since it takes 64
 # keys at a time whatever B is. It does gain from larger blocks: values that lie side by side are read in one piece.
 #
-# What can this not show? The paper's GPU, where a group of threads, a *warp*, reads a block (section 5.1); a block of
-# one token gives it little to do. Nor the right arm of the U: that comes from empty slots, and our 1024 tokens fill
-# all their blocks.
+# What can this not show? The idle hands of a GPU. Nor the right arm of the U: that comes from empty slots, and our 1024
+# tokens fill all their blocks.
 #
 # ## What must hold, and what breaks if it doesn't
 #
@@ -784,43 +880,54 @@ print("with poison: NaN. With old numbers in the slots: finite, plausible, and w
 # %% [markdown]
 # The second is what happens without a debug mode. Three tokens that nobody wrote took part, and no one is told.
 #
-# **When m grows, z and o shrink.** Both. Forget it, and the result depends on where the largest score stands:
+# **When m grows, z and o shrink.** Forget it, and the result depends on where the largest score stands:
 
 # %%
-right_add_block = add_block
-
-
-def add_block(state, scores, values):
-    new = right_add_block(state, scores, values)
-    return new._replace(o=state.o + torch.exp(scores - new.m) @ values)  # o not shrunk
+def no_shrink(state, scores, values):
+    m = torch.maximum(state.m, scores.amax(-1))
+    e = torch.exp(scores - m[..., None])
+    return State(m, state.z + e.sum(-1), state.o + e @ values)
 
 
 # %%
 for name, order in (("first", s.argsort(descending=True)), ("last", s.argsort())):
     pools = torch.full((2, N, B, D), torch.nan)
     pools.flatten(1, 2)[:, slots] = torch.stack([k, v])[:, order]
-    right = torch.allclose(attend_one(q, *pools, table, n), expected, atol=1e-5)
+    got = attend_one(q, *pools, table, n, add=no_shrink)
+    right = torch.allclose(got, expected, atol=1e-5)
     print(f"largest score {name}: {'right' if right else 'wrong'}")
     assert right == (name == "first")
-add_block = right_add_block
 
 # %% [markdown]
 # If the first block holds the largest score, $m$ never grows, and the mistake can't be seen. A test in which that is so
-# by chance (a single block, say) passes. And trained models give much of the weight to the very first tokens, whatever
-# these say (*attention sinks*), so even a model's text may look fine.
+# by chance (a single block, say) passes. And the real model? It gets the mistake in all its layers:
+
+# %%
+prompts = ["1, 2, 3, 4, 5,", "Once upon a time there was a little girl who lived in a small "
+           "house at the edge of the forest. Every morning she"]  # fmt: skip
+whole = llm.generate(prompts, greedy(10))
+broken, _ = with_ours(prompts, greedy(10), add=no_shrink)
+for a, b in zip(whole, broken):
+    print(f"right: {a.outputs[0].text!r}\nwrong: {b.outputs[0].text!r}")
+assert [a.outputs[0].text == b.outputs[0].text for a, b in zip(whole, broken)] == [True, False]
+
+# %% [markdown]
+# Fluent, and nobody who reads it would look for a mistake in the attention. (Trained models give much of the weight to
+# the very first tokens, whatever these say, the *attention sinks*. So the first block often has the largest score.)
+# Only whoever compares with the right tokens finds out.
 #
 # **A block of which a query sees nothing must leave its state alone.** With the blocks in order, every query sees
 # position 0 in the first one, and $m$ is finite from then on. Read the same blocks from the end, which should not
 # matter:
 
 # %%
-def backwards(position):
+def backwards(position, add=add_block):
     """The answer of `q` at this position, the blocks read from the last to the first."""
     state = start(D=D)
     for j in (2, 1, 0):
         K, V = k[j * B : j * B + B], v[j * B : j * B + B]
         unseen = j * B + torch.arange(len(K)) > position
-        state = add_block(state, (K @ q / D**0.5).masked_fill(unseen, -torch.inf), V)
+        state = add(state, (K @ q / D**0.5).masked_fill(unseen, -torch.inf), V)
     return state.o / state.z
 
 
@@ -833,14 +940,14 @@ print("at position 6:", backwards(6).tolist()[:3], "...")
 # subtract.
 
 # %%
-def add_block(state, scores, values):
+def add_any_block(state, scores, values):
     m = torch.maximum(state.m, scores.amax(-1))
     safe = torch.where(m == -torch.inf, 0.0, m)
     shrink, e = torch.exp(state.m - safe), torch.exp(scores - safe[..., None])
     return State(m, state.z * shrink + e.sum(-1), state.o * shrink[..., None] + e @ values)
 
 
-assert torch.allclose(backwards(6), ordinary(q, k[:7], v[:7]), atol=1e-6)
+assert torch.allclose(backwards(6, add=add_any_block), ordinary(q, k[:7], v[:7]), atol=1e-6)
 
 # %% [markdown]
 # It matters as soon as blocks are dealt out to workers, for a worker may get only blocks that its query must not
@@ -878,46 +985,70 @@ assert attend_one(q, k_pool, v_pool, sorted(table), n).isnan().all()
 #
 # ## Exercises
 #
-# Fill in the functions; each is followed by a test that says how far you are.
-#
+# Fill in the functions; each is followed by a test that says how far you are. What was built above may be used, the
+# package not (but for `blocks_for`); and what a function is given belongs to its caller, and stays as it is. Memory is
+# counted in what follows, wherever it is kept:
+
+# %%
+import gc
+import tracemalloc
+
+
+def memory_held():
+    """Bytes of all tensors that exist, and of what Python took since tracemalloc.start()."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    storages = [x.untyped_storage() for x in tensors if x.layout == torch.strided]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values()) + tracemalloc.get_traced_memory()[0]
+
+
+# %% [markdown]
 # **1. The logarithm of a sum, piece by piece** (warm-up). $\log \sum_j e^{s_j}$, the *log-sum-exp*, is the softmax's
-# denominator in a form that does not overflow. Compute it in one pass over pieces, keeping two numbers.
+# denominator in a form that does not overflow. Compute it in one pass over pieces, keeping a few numbers, however many
+# pieces there are.
 
 # %% tags=["exercise"]
 def running_lse(pieces):
-    """pieces: an iterator over tensors [c], c >= 1, had only once -> log-sum-exp, a float.
+    """pieces: an iterator over fp32 tensors [c], c >= 1, had only once -> log-sum-exp, a float.
 
-    Scores may be as large as 10,000. Some, though not all, may be -inf; so may a whole piece.
+    Scores lie between -20,000 and 20,000. Some may be -inf, and so may whole pieces, but not
+    all. The answer may be off by a ten-thousandth.
     """
     raise NotImplementedError
 
 
 # %% tags=["test"]
 def test_running_lse(running_lse):
+    running_lse = own(running_lse, allow=[blocks_for])
     g = torch.Generator().manual_seed(0)
-    for case in range(200):
+    for case in range(300):
         count, factor = int(torch.randint(1, 8, (), generator=g)), 10 ** (case % 4)
-        pieces = [factor * torch.randn(1 + (case + i) % 5, generator=g) for i in range(count)]
-        if case % 3 == 0:
-            pieces.insert(case % 2 * count, torch.full((3,), -torch.inf))
-        want = torch.logsumexp(torch.cat(pieces), -1).item()
-        got = float(running_lse(iter(pieces)))
-        near = abs(got - want) <= 1e-4 * max(1, abs(want))
-        assert near, f"{got} for {pieces}, should be {want}"
+        level = float(torch.randint(-10_000, 10_000, (), generator=g)) * (case % 3 == 1)
+        sizes = torch.randint(1, 7, (count,), generator=g).tolist()
+        pieces = [level + factor * torch.randn(size, generator=g) for size in sizes]
+        if case % 2 == 0:
+            place = int(torch.randint(count + 1, (), generator=g))
+            pieces.insert(place, torch.full((3,), -torch.inf))
+            pieces[-1] = torch.cat([pieces[-1], torch.tensor([-torch.inf])])
+        want = torch.cat(pieces).double().logsumexp(-1).item()
+        got = running_lse(iter(pieces))
+        assert equal(got, want, tolerance=1e-4), f"{got} for {pieces}, should be {want}"
+    held = []
 
-    import weakref
+    def long():
+        for i in range(1000):
+            if i in (10, 999):
+                held.append(memory_held())
+            yield 10 * torch.randn(100, generator=g)
 
-    def one_by_one():
-        held = []
-        for i in range(50):
-            piece = torch.full((4,), float(i))
-            held.append(weakref.ref(piece))
-            yield piece
-            del piece
-            assert sum(ref() is not None for ref in held) <= 2, "keep numbers, not pieces"
-
-    want = torch.arange(50.0).repeat(4).logsumexp(-1)
-    assert abs(float(running_lse(one_by_one())) - want) < 1e-3
+    tracemalloc.start()
+    try:
+        running_lse(long())
+    finally:
+        tracemalloc.stop()
+    kept = held[1] - held[0]
+    assert kept < 100_000, f"1000 pieces of 100 numbers, and {kept:,} bytes are kept"
 
 
 attempt(test_running_lse, running_lse)
@@ -930,28 +1061,36 @@ attempt(test_running_lse, running_lse)
 def merge_answers(o_a, lse_a, o_b, lse_b):
     """Two answers o [..., D], each divided by its z, and their lse [...] -> (o, lse) of both.
 
-    lse may be large, or -inf for a worker that saw nothing (its o is 0; not both are so).
+    [...] is any shape, [] as well. lse may be large, or -inf for a worker that saw nothing
+    (its o is 0; it is never so with both, for the same query).
     """
     raise NotImplementedError
 
 
 # %% tags=["test"]
 def test_merge_answers(merge_answers):
+    merge_answers = own(merge_answers, allow=[blocks_for])
     g = torch.Generator().manual_seed(0)
-    for case in range(200):
-        scores = torch.randn(3, 12, generator=g) * (1, 10, 300)[case % 3]
-        values = torch.randn(3, 12, D, generator=g)
-        cut = case % 12  # 0: the first one saw nothing
+    shapes = [(), (1,), (3,), (4, 4), (2, 3), (3, 1, 2), (2, 2, 2, 2)]
+    for case in range(140):
+        shape, width = shapes[case % 7], int(torch.randint(1, 6, (), generator=g))
+        n, level = 1 + int(torch.randint(12, (), generator=g)), (0, 5000, -5000)[case % 3]
+        scores = level + torch.randn(*shape, n, generator=g) * (1, 10, 300)[case // 7 % 3]
+        values = torch.randn(*shape, n, width, generator=g)
+        first = torch.rand(*shape, n, generator=g) < (case % 5) / 4  # who sees which keys
         parts = []
-        for s_, v_ in ((scores[:, :cut], values[:, :cut]), (scores[:, cut:], values[:, cut:])):
-            parts += [(s_.softmax(-1)[:, None] @ v_)[:, 0], s_.logsumexp(-1)]
-        want = (scores.softmax(-1)[:, None] @ values)[:, 0]
+        for seen in (first, ~first):
+            masked = scores.masked_fill(~seen, -torch.inf)
+            lse = masked.logsumexp(-1)
+            weights = masked.softmax(-1).nan_to_num(0)  # nothing seen: 0
+            parts += [(weights[..., None, :] @ values)[..., 0, :], lse]
+        o = (scores.softmax(-1)[..., None, :] @ values)[..., 0, :]
+        lse = scores.logsumexp(-1)
         for order in (parts, parts[2:] + parts[:2]):
-            o, lse = merge_answers(*order)
-            assert o.shape == want.shape, f"{list(o.shape)}, not {list(want.shape)}"
-            assert torch.allclose(o, want, atol=1e-4), f"wrong answer, cut at {cut}"
-            same = torch.allclose(lse, scores.logsumexp(-1), rtol=1e-5)
-            assert same, f"wrong log-sum-exp, cut at {cut}"
+            got_o, got_lse = merge_answers(*(x.clone() for x in order))
+            what = f"o of shape {[*o.shape]}, lse {[x.tolist() for x in order[1::2]]}"
+            assert equal(got_o, o, tolerance=1e-3), f"{what}: o is {o}, not {got_o}"
+            assert equal(got_lse, lse, tolerance=1e-4), f"{what}: lse is {lse}, not {got_lse}"
 
 
 attempt(test_merge_answers, merge_answers)
@@ -963,70 +1102,93 @@ attempt(test_merge_answers, merge_answers)
 
 # %% tags=["exercise"]
 def blocks_to_mask(context, t, B):
-    """Queries at positions context - t .. context - 1, t >= 1 -> list of logical blocks.
+    """Queries at positions context - t .. context - 1, 1 <= t <= context.
 
-    No loop over positions: contexts are long.
+    -> list or range of logical blocks, in order. No search through positions or blocks:
+    contexts are long.
     """
     raise NotImplementedError
 
 
 # %% tags=["test"]
 def test_blocks_to_mask(blocks_to_mask):
+    import sys
+
+    ran = []
+
+    def count(frame, event, _):
+        ran.extend([event] * (event == "line"))
+        assert len(ran) < 1000, "1,000 lines run for a context of 50,000: is there a search?"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        blocks_to_mask(50_000, 20, 16)
+    finally:
+        sys.settrace(before)
+    blocks_to_mask = own(blocks_to_mask, allow=[blocks_for])
     for B in (1, 2, 3, 4, 16):
         for context in range(1, 36):
-            for t in {1, 2, context // 2, context - 1, context} - {0}:
-                if t > context:
-                    continue
+            for t in range(1, context + 1):
                 first_query = context - t  # it sees least
                 want = [j for j in range(-(-context // B))
                         if any(slot > first_query for slot in range(j * B, j * B + B))]
-                got = list(blocks_to_mask(context, t, B))
-                assert got == want, f"context {context}, t {t}, B {B}: {got}, not {want}"
-    assert list(blocks_to_mask(10**12, 20, 16)) == [62499999998, 62499999999]
+                got = blocks_to_mask(context, t, B)
+                assert equal(got, want), f"context {context}, t {t}, B {B}: {want}, not {got}"
+    got = blocks_to_mask(10**12, 20, 16)
+    assert equal(got, [62499999998, 62499999999]), f"context 10**12, t 20, B 16: not {got}"
 
 
 attempt(test_blocks_to_mask, blocks_to_mask)
 
 # %% [markdown]
 # **4. A sliding window.** Some models let a token see only the last `window` positions, itself included. Blocks that
-# lie wholly before the window need not be read, and a server gives them away: their entries in the table are then
-# meaningless. Read what is needed and nothing else.
+# lie wholly before the window need not be read, and a server gives them away: to others, who write there. Read what
+# is needed and nothing else.
 
 # %% tags=["exercise"]
 def windowed_attention(q, read, table, n, window, B):
     """One query [D] at position n - 1 sees the last `window` of n positions -> [D].
 
-    read(block) -> keys and values [B, D] of a physical block. table: logical -> physical,
-    -1 where given away. Slots outside of the window may hold NaN. Divide by sqrt(D).
+    read(block) -> keys and values [B, D] of a physical block, once for each that is needed.
+    table: logical -> physical, one entry for each block of the n positions; of a block that
+    was given away it is -1, or what it was. Slots outside of the window hold anything, NaN or
+    plausible numbers. Divide scores by sqrt(D).
     """
     raise NotImplementedError
 
 
 # %% tags=["test"]
 def test_windowed_attention(windowed_attention):
+    windowed_attention = own(windowed_attention, allow=[blocks_for])
     g = torch.Generator().manual_seed(0)
-    for case in range(300):
-        B, n, window = (1, 2, 4, 5)[case % 4], 1 + case % 37, 1 + case * 7 % 23
+    up_to = lambda most: 1 + int(torch.randint(most, (), generator=g))
+    for case in range(200):
+        B, n, window, D = up_to(6), up_to(40), up_to(25), up_to(9)
         (k, v), q = torch.randn(2, n, D, generator=g), torch.randn(D, generator=g)
-        first, M = max(0, n - window), -(-n // B)
+        first, M = max(0, n - window), blocks_for(n, B)
         blocks = (torch.randperm(M, generator=g) + 3).tolist()
-        table = [-1 if j < first // B else block for j, block in enumerate(blocks)]
         pool = torch.full((2, M + 3, B, D), torch.nan)
-        for position in range(first, n):
+        if case % 4:
+            pool = (1 + case % 3) * torch.randn(2, M + 3, B, D, generator=g)
+        for position in range(first if case % 4 < 2 else 0, n):  # old ones may still be there
             block, offset = blocks[position // B], position % B
             pool[0, block, offset], pool[1, block, offset] = k[position], v[position]
-        seen = []
+        gone = [-1] * (first // B) if case % 3 else blocks[: first // B]
+        table, seen, before = gone + blocks[first // B :], [], pool.clone()
 
         def read(block, pool=pool, seen=seen):
-            assert block >= 0, "that block was given away"
-            seen.append(block)
+            seen.append(int(block))
             return pool[0, block], pool[1, block]
 
         got = windowed_attention(q, read, table, n, window, B)
         want = torch.softmax(k[first:] @ q / D**0.5, -1) @ v[first:]
         where = f"n {n}, window {window}, B {B}"
-        assert torch.allclose(got, want, atol=1e-5), f"{where}: not the right answer"
-        assert sorted(seen) == sorted(table[first // B :]), f"{where}: read {seen} of {table}"
+        needed = blocks[first // B :]
+        assert sorted(seen) == sorted(needed), f"{where}: {needed} is needed, {seen} was read"
+        assert equal(got, want, tolerance=1e-4), f"{where}: {want}, not {got}"
+        assert equal(pool, before), f"{where}: the pool has changed"
 
 
 attempt(test_windowed_attention, windowed_attention)
@@ -1038,9 +1200,10 @@ attempt(test_windowed_attention, windowed_attention)
 
 # %% tags=["exercise"]
 class Int8Pool:
-    """One head's keys and values in int8.
+    """One head's keys and values in int8, kept in whatever form you like.
 
-    Its attributes hold the tensors, together at most 0.3 of the bytes that were given.
+    All that an object keeps (anywhere) is at most a third of the bytes that it was given. What
+    it was given is its caller's, who writes other things there afterwards.
     """
 
     def __init__(self, k_pool, v_pool):
@@ -1048,29 +1211,44 @@ class Int8Pool:
         raise NotImplementedError
 
     def attention(self, q, table, n):
-        """One query [D] over the n tokens of a page table -> [D]; divides by sqrt(D)."""
+        """One query [D], scores divided by sqrt(D), over n tokens in the blocks of `table`,
+        a list of exactly so many as they need -> [D], off by 0.05 at most.
+        """
         raise NotImplementedError
 
 
 # %% tags=["test"]
 def test_Int8Pool(Int8Pool):
+    Int8Pool = own(Int8Pool, allow=[blocks_for])
     g = torch.Generator().manual_seed(0)
-    N, B, D = 12, 16, 32
-    for case in range(30):
-        n = 1 + case * 5 % 100
-        table = torch.randperm(N - 1, generator=g).tolist()
+    up_to = lambda most: 1 + int(torch.randint(most, (), generator=g))
+    pairs = []
+    for case in range(20):
+        N, B, D, loud = 40, 15 + up_to(9), 60 + up_to(20), (1, 1000)[case % 2]
         pools = torch.zeros(2, N, B, D)
-        rows = torch.randn(2, n, D, generator=g)
+        n, order = up_to((N - 1) * B), torch.randperm(N, generator=g).tolist()
+        table, rows = order[: blocks_for(n, B)], torch.randn(2, n, D, generator=g)
         for position in range(n):
             pools[:, table[position // B], position % B] = rows[:, position]
-        pools[:, N - 1] = 1000 * torch.randn(2, B, D, generator=g)  # somebody else's, and loud
-        small, q = Int8Pool(*pools.clone()), torch.randn(D, generator=g)
-        kept = sum(x.nbytes for x in vars(small).values() if isinstance(x, torch.Tensor))
-        assert 0 < kept <= 0.3 * pools.nbytes, f"keeps {kept} bytes of {pools.nbytes}"
-        got = small.attention(q, table[: -(-n // B)], n)
-        want = torch.softmax(rows[0] @ q / D**0.5, -1) @ rows[1]
-        off = (got - want).abs().max().item()
-        assert off < 0.05, f"off by {off:.2f}; a loud block elsewhere must not matter"
+        pools[:, order[-1]] = loud * torch.randn(2, B, D, generator=g)  # somebody else's
+        q = torch.randn(D, generator=g)
+        if case >= 3:
+            small = Int8Pool(*pools)
+        else:
+            tracemalloc.start()
+            try:
+                before = memory_held()
+                small = Int8Pool(*pools)
+                kept = memory_held() - before
+            finally:
+                tracemalloc.stop()
+            assert kept <= pools.nbytes / 3, f"it keeps {kept:,} bytes of {pools.nbytes:,}"
+        pools.fill_(7)
+        pairs.append((small, q, table, n, torch.softmax(rows[0] @ q / D**0.5, -1) @ rows[1]))
+    for small, q, table, n, want in pairs:
+        got = small.attention(q, table, n)
+        case = f"{n} tokens, blocks {table}"
+        assert equal(got, want, tolerance=0.05), f"{case}: {want}, not {got}"
 
 
 attempt(test_Int8Pool, Int8Pool)
