@@ -79,6 +79,7 @@ def scores(text):
     return row
 
 
+# %%
 colours = scores("My favourite colour is")
 chances, ids = colours.softmax(0).sort(descending=True)
 for chance, token in zip(chances[:6].tolist(), ids[:6].tolist()):
@@ -102,15 +103,16 @@ def scaled(logits, temperature):
 
 
 # %%
-alt = "Three rising curves: at 0.5 ten tokens hold nearly all, at 1.5 a thousand hold half"
+alt = "Three rising curves: at 0.5 ten tokens hold nine tenths, at 1.5 a thousand two thirds"
 title = "What the best tokens hold together"
 with plots.figure(title, "so many best tokens", "% of the probability", alt=alt) as axes:
+    few = [2**i for i in range(16)]
     for temperature, at in ((0.5, 4), (1.0, 6), (1.5, 8)):
         held = scaled(colours, temperature).softmax(0).sort(descending=True).values.cumsum(0)
-        counts = [2**i for i in range(16)]
-        percent = [100 * float(held[count - 1]) for count in counts]
-        plots.line(axes, counts, percent, f"T = {temperature}", at=at, dy=-9)
+        percent = [100 * float(held[count - 1]) for count in few]
+        plots.line(axes, few, percent, f"T = {temperature}", at=at, dy=-9)
     axes.set(xscale="log", ylim=(0, 105))
+    axes.xaxis.set_major_formatter("{x:g}")
 
 # %% [markdown]
 # Low temperatures make the tail small, but they also make the best token win all the time. At temperature 0 it always
@@ -152,6 +154,7 @@ def cut_top_p(x, top_p):
     return x.index_fill(0, ids[before >= enough], -torch.inf)
 
 
+# %%
 def cut(logits, temperature=1.0, min_p=0.0, top_k=0, top_p=1.0):
     """All steps, in the package's order."""
     x = cut_min_p(scaled(logits, temperature), min_p)
@@ -163,12 +166,14 @@ def left(x):
     return int((x > -torch.inf).sum())
 
 
+france = scores("The capital of France is")
 for wish in (dict(), dict(min_p=0.1), dict(top_k=10), dict(top_p=0.5), dict(top_p=0.9)):
-    print(f"{wish or 'nothing is cut'}: {left(cut(colours, **wish))} left")
+    print(f"{wish or 'nothing is cut'}: {left(cut(colours, **wish))} colours are left,",
+          f"and {left(cut(france, **wish))} capitals")
 
 # %% [markdown]
-# Top-k keeps its k tokens whether the model is sure or not. Min-p and top-p adapt: after "The capital of France is"
-# they would keep a few.
+# Top-k keeps its k tokens whether the model is sure or not. Min-p and top-p adapt: of France's capital the model is
+# sure.
 #
 # The order counts. Top-p is a part of what is *left*: after `top_k=10` the ten hold everything there is, and half of
 # it is held by fewer tokens. And the temperature comes first, so a hotter row keeps more:
@@ -195,17 +200,16 @@ print(left(cut(colours, your_temperature, min_p=your_min_p)), "by min-p,",
 # sum, is a place on that line. Whoever lies there is drawn. A token that is twice as wide is hit twice as often:
 
 # %%
-def laid_out(x):
-    best, weights = best_first(x)[:4].tolist(), x.softmax(0).tolist()
-    kinds = "tokens", "other", "third", "tokens"
-    pieces = [(weights[t], kind, tokenizer.decode([t]).strip()) for t, kind in zip(best, kinds)]
-    return [*pieces, (1 - sum(piece[0] for piece in pieces), "external", "")]
+rows, kinds = {}, ("tokens", "other", "third", "shared")
+for name, wish in {"as it is": {}, "top-p 0.5": {"top_p": 0.5},
+                   "and T = 0.5": {"top_p": 0.5, "temperature": 0.5}}.items():
+    best = cut(colours, **wish).softmax(0).sort(descending=True)
+    words = [tokenizer.decode([token]).strip() for token in best.indices[:4].tolist()]
+    rest = float(best.values[4:].sum()), "external", ""
+    rows[name] = [*zip(best.values[:4].tolist(), kinds, words), rest]
 
-
-wishes = {"as it is": {}, "top-p 0.5": dict(top_p=0.5),
-          "and T = 0.5": dict(temperature=0.5, top_p=0.5)}
-rows = {name: laid_out(cut(colours, **wish)) for name, wish in wishes.items()}
-alt = "Four tokens hold a quarter of the first line, half of the second, all of the third"
+# %%
+alt = "Four tokens fill 30 % of the first line and 60 % of the second; two fill the third"
 with plots.figure("The line of chances", "u", size=(6.8, 2.4), alt=alt) as axes:
     plots.strips(axes, rows, kinds=False)
 
@@ -222,6 +226,7 @@ def draw(x, u, order):
     return int(order[place])
 
 
+# %%
 def next_token(logits, u, temperature=1.0, min_p=0.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return int(best_first(logits)[0])
@@ -251,7 +256,7 @@ print(f"{len(hits)} tokens, each as often as it should be")
 #
 # u is usually taken from a generator: an object with a state, which it changes at each call. A server has many requests
 # at a time, and if they draw from one generator, each call changes the state for all. Here requests get six colours
-# each, one in a step. A has the same seed in both runs:
+# each, one in a step, from a generator that begins alike in both runs:
 
 # %%
 def six_colours(names, number):
@@ -291,6 +296,7 @@ def uniform(seed, sample, position):
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+# %%
 def computed(names):
     return six_colours(names, lambda name, position: uniform(ord(name), 0, position))
 
@@ -301,15 +307,11 @@ assert computed("A")["A"] == computed("CAB")["A"]
 
 # %% [markdown]
 # A good hash makes of texts that differ by a letter numbers that have nothing in common, and no more is asked of random
-# numbers. (53 bits, because a float has so many: with 64 the largest would be rounded to 1.) Is it even? And can one
-# number be told from its neighbour? A **correlation** is 1 if it can, and 0 if they have nothing to do with each other:
+# numbers. (53 bits, because a float has so many: with 64 the largest would be rounded to 1.) Is it even?
 
 # %%
-u = torch.tensor([[uniform(seed, 0, at) for at in range(200)] for seed in range(100)])
-print("in each tenth:", torch.histc(u, bins=10, min=0, max=1).int().tolist())
-for name, a, b in (("position", u[:, 1:], u[:, :-1]), ("seed", u[1:], u[:-1])):
-    alike = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
-    print(f"correlation with the next {name}: {alike:+.3f}")
+many = torch.tensor([uniform(seed, 0, at) for seed in range(100) for at in range(200)])
+print("of 20,000, in each tenth:", torch.histc(many, bins=10, min=0, max=1).int().tolist())
 
 # %% [markdown]
 # **Your turn.** Write the text without its slashes. Some requests get the same number then. Find two, and look:
@@ -331,6 +333,7 @@ others = [("My favourite colour is", SamplingParams(temperature=1.5, max_tokens=
           ("One, two, three,", SamplingParams(top_k=20, max_tokens=25))]
 
 
+# %%
 def answer_of_mine(requests):
     outputs = llm.generate(*zip(*requests))
     return outputs[requests.index(mine)].outputs[0].token_ids
@@ -405,15 +408,6 @@ class Growing(Samples):
                 needs[name], holders[last] = "copy", left - 1
         return needs
 
-
-# %%
-three = Growing(N=8, B=4)
-three.start("A1", 7)
-three.fork("A1", "A2")
-three.fork("A1", "A3")
-print("all write:  ", three.needs(["A1", "A2", "A3"]))
-print("two of them:", three.needs(["A1", "A2"]))
-
 # %% [markdown]
 # Now all blocks are taken in one go, or none. The memory knows no contents, so it tells which blocks have to be copied:
 
@@ -450,6 +444,7 @@ def put(memory, stored, name, at, word):
     stored[memory.tables[name][at // memory.B], at % memory.B] = word
 
 
+# %%
 def say(memory, stored, words):
     """One step: each of these sequences says a word. stored [N, B]. -> the copies."""
     copies = memory.step([*words])
@@ -475,6 +470,7 @@ def figure_8():
     return memory, stored
 
 
+# %%
 def counts(memory):
     return {block: memory.pool.ref_count(block) for block in (7, 1, 3)}
 
@@ -546,8 +542,8 @@ def with_sharing(n, P, T, B=16):
     return P // B + n * (-(-T // B) - P // B)
 
 
-sizes = 6, 93, 122
-print("6 samples of 93 + 29 tokens:", with_sharing(*sizes), "blocks, not", without_sharing(*sizes))
+six = 6, 93, 122
+print("6 samples of 93 + 29 tokens:", with_sharing(*six), "blocks, not", without_sharing(*six))
 
 # %% [markdown]
 # The saving is n - 1 times the full blocks of the prompt. A prompt of 15 tokens saves nothing at all with B = 16.
@@ -594,7 +590,7 @@ for n in NUMBERS:
 
 # %%
 for tokens in shared[6][0]:
-    print("... and saw a", tokenizer.decode(tokens)[:60].replace("\n", " "), "...")
+    print("... and saw a" + tokenizer.decode(tokens)[:60].replace("\n", " "), "...")
 
 # %% [markdown]
 # The same tokens in both, sample by sample. The prompt was computed once instead of six times, and the peak is what the
@@ -615,9 +611,9 @@ with plots.figure("n answers to one prompt", "n", "blocks at the peak", alt=alt)
 # %% [markdown]
 # ### The paper's Figure 15
 #
-# The paper measured how much n = 2, 4 and 6 samples save on short instructions (Alpaca): 6.09, 8.53 and 9.79 %. That
-# is, of the blocks that there would be without sharing. We do the same on lengths like Alpaca's, with the package's
-# account of memory, summed over all steps in which samples run:
+# The paper measured how much n = 2, 4 and 6 samples save on short instructions (Alpaca): 6.09, 8.53 and 9.79 % of the
+# blocks that there would be without sharing. We do the same on lengths like Alpaca's, with the package's account of
+# memory, summed over all steps in which samples run:
 
 # %%
 def saving(jobs, n):
@@ -637,9 +633,9 @@ def saving(jobs, n):
 
 
 # %% [markdown]
-# The formula gives the same, and is faster. A few long answers weigh much, so we take 5,000 requests. And we know only
-# the means of the paper's lengths, and have chosen how they spread: beside our choice, 0.9, stand a narrower and a
-# wider one.
+# The formula gives the same, and is faster. A few long answers weigh much, so we take 5,000 requests. Of the paper's
+# lengths we know the means only. How they spread is the choice of our first chapters, 0.9; beside it stand a narrower
+# and a wider one.
 
 # %%
 from dataclasses import replace
@@ -647,9 +643,11 @@ from dataclasses import replace
 
 def by_formula(jobs, n):
     steps = [(n, job.prompt, job.prompt + t) for job in jobs for t in range(1, job.output)]
-    return 100 * (1 - sum(with_sharing(*s) for s in steps) / sum(without_sharing(*s) for s in steps))
+    shared, alone = (sum(f(*s) for s in steps) for f in (with_sharing, without_sharing))
+    return 100 * (1 - shared / alone)
 
 
+# %%
 jobs = loads.draw(loads.ALPACA, 40, rate=1)
 assert math.isclose(saving(jobs, 2), by_formula(jobs, 2))
 assert math.isclose(saving(jobs, 6), by_formula(jobs, 6))
@@ -667,7 +665,7 @@ for name, row in figure_15.items():
 # wide spread saves less, since long answers are there for many steps, and all they share is a short prompt.
 #
 # One thing holds for any lengths. If all samples of a request run equally long, the saving is (n - 1)/n times one
-# number: the share that full blocks of prompts have in all blocks. Turned round, each row should give one number:
+# number, the share that full blocks of prompts have in all blocks. Divided by (n - 1)/n, a row should always give it:
 
 # %%
 for name, row in figure_15.items():
@@ -675,9 +673,9 @@ for name, row in figure_15.items():
 
 # %% [markdown]
 # Nearly so in the paper, and not quite. So its samples, or its way of counting, differ a little from ours. Why it is so
-# little is clear: Alpaca's prompts have 19 tokens, mostly one full block, and the answers three times as many tokens.
-# With ShareGPT's long prompts the paper has 16.2 to 30.5 %. Beams share parts of their *answers*, too, and save much
-# more: [chapter 9](09_beam_search.ipynb).
+# little is clear: Alpaca's prompts have 19 tokens, mostly one full block, and the answers three times as many. With
+# ShareGPT's long prompts the paper has 16.2 to 30.5 %. Beams share parts of their *answers*, too, and save much more:
+# [chapter 9](09_beam_search.ipynb).
 
 # %% [markdown]
 # ## Check it
@@ -724,11 +722,8 @@ def live(random):
 
 # %%
 lives = [live(Random(seed)) for seed in range(200)]
-seen = Counter()
-for _, _, history in lives:
-    for op, _, answer, _ in history:
-        if op == "step":
-            seen["refused" if isinstance(answer, NoSpace) else f"copies: {len(answer)}"] += 1
+steps = [answer for *_, history in lives for op, _, answer, _ in history if op == "step"]
+seen = Counter("refused" if isinstance(a, NoSpace) else f"copies: {len(a)}" for a in steps)
 print(dict(sorted(seen.items())))
 assert min(seen["refused"], seen["copies: 1"], seen["copies: 2"]) > 100
 
@@ -737,9 +732,8 @@ assert min(seen["refused"], seen["copies: 1"], seen["copies: 2"]) > 100
 #
 # ### The sampler
 #
-# `decoding/sampling.py` draws for a whole batch at once: `logits [R, V]`, and for each row a `Draw`, which has the
-# request's wishes, its seed, which sample it is, how many are drawn, and the tokens so far. Here are the
-# temperature and min-p, and the number u:
+# `decoding/sampling.py` draws for a whole batch at once: `logits [R, V]`, and for each row a `Draw`. That has the
+# request's wishes and seed, which sample it is, how many are drawn, and the tokens so far. Temperature, min-p, and u:
 
 # %%
 from minipaged.decoding import sampling
@@ -753,9 +747,9 @@ show_source(sampling.scale, sampling.uniform)
 show_source(sampling.nucleus)
 
 # %% [markdown]
-# It is your `cut_top_k` and `cut_top_p` in one, and it is longer because it avoids a sort of 49,152 numbers. First it
-# looks at the best 128 only (a `rung`). For many rows that is enough. If not, it tries 4,096, and then all. How many a
-# row needs depends on that row alone. And the drawing:
+# It is your `cut_top_k` and `cut_top_p` in one, and longer because it avoids to sort 49,152 numbers. It looks at the
+# best 128 first, then at 4,096, and then at all (a `rung`). Most rows need no more than the first. How many a row needs
+# depends on that row alone. And the drawing:
 
 # %%
 show_source(sampling._draw, sampling.first_above)
@@ -773,6 +767,7 @@ CHOICES = {"temperature": [0, 0.5, 1.0, 1.7], "min_p": [0, 0, 0.02, 0.3],
            "top_k": [0, 0, 1, 3, 20], "top_p": [1, 1, 0.3, 0.8]}
 
 
+# %%
 def draws_agree(seed):
     """Five rows of 60 scores, three samples of each; -> tokens compared."""
     random, n = Random(seed), 3
@@ -786,12 +781,13 @@ def draws_agree(seed):
     return n * len(logits)
 
 
+# %%
 print(sum(draws_agree(seed) for seed in range(300)), "tokens are the same")
 
 # %% [markdown]
-# What it does more stands before the temperature. A request may forbid or allow tokens, or have a grammar that says
-# which may come, add a bias, and punish repetition; `adjust.py` has these steps. A row that has NaN gives `BadLogits`:
-# it ends its own request with a reason, and no other row notices. vLLM has a generator for each request with a seed.
+# What it does more comes before the temperature: a request may forbid or allow tokens, have a grammar that says which
+# may come, add a bias, punish repetition. `adjust.py` has these steps. A row that has NaN gives `BadLogits`, which ends
+# its own request with a reason, and no other row notices. (vLLM has a generator for each request with a seed.)
 #
 # ### Who forks, and when
 #
@@ -804,27 +800,26 @@ from minipaged.scheduling.growth import LiveSequences
 show_source(LiveSequences._append, LiveSequences._fork)
 
 # %% [markdown]
-# `rows` has one list of new tokens, or n of them if the prompt of n samples has just been computed. Then n - 1 children
-# are forked, and each appends what was drawn for it. `parent.child` copies the tokens, and `memory.fork` shares the
-# blocks. At this moment all slots of the parent are written: the step is over.
+# `rows` has one list of new tokens, or n of them when the prompt of n samples has just been computed. Then n - 1
+# children are forked, and each appends what was drawn for it. `parent.child` copies the tokens, `memory.fork` shares
+# the blocks. The step is over, so all slots of the parent are written.
 
 # %%
 parts = LiveSequences
 show_source(parts.add, parts.new_id, parts.end, parts._append_tokens)
 
 # %% [markdown]
-# `add` gives an id that nobody had. `_append_tokens` says why a sequence ended: a token that stops, or the limit. `end`
-# frees its memory at once. The other samples go on, and what was shared stays theirs, because it is counted.
-# (`transfers` is for blocks that another engine wants: [chapter 13](13_prefix_caching.ipynb).) Around these:
+# `_append_tokens` says why a sequence ended: a token that stops, or the limit. `end` frees its memory at once. The
+# other samples go on, and what was shared stays theirs, because it is counted. (`transfers` is for blocks that another
+# engine wants: [chapter 13](13_prefix_caching.ipynb).)
 
 # %%
 show_source(LiveSequences.grow, LiveSequences._settle)
 
 # %% [markdown]
-# `grow` takes a request's share of the step's output: errors first, then beams ([chapter 9](09_beam_search.ipynb),
-# with `_grow_beams`), then samples. `_settle` puts right what memory and sequence think of each other. A sequence may
-# have got slots for guesses that turned out wrong; then there are too many slots, and they are taken back. `start_over`
-# forgets all, after a step that was broken off.
+# `grow` takes what a step has for one request: errors first, then beams ([chapter 9](09_beam_search.ipynb)), then
+# samples. `_settle` makes memory and sequence agree. A sequence may have got slots for guesses that turned out wrong;
+# these are taken back. `start_over` forgets all, after a step that was broken off.
 #
 # ### The manager
 #
@@ -839,9 +834,9 @@ show_source(KVCacheManager.append, copy_on_write.Appended, copy_on_write.grow)
 show_source(copy_on_write._Growth, copy_on_write._growths)
 
 # %% [markdown]
-# `_growths` is your `needs`, and `holders` counts the same. A sequence that gets several tokens may need a copy *and*
-# new blocks behind it. Page tables are replaced and never changed, so that whoever was handed `current_table` can see
-# with `is` that nothing happened. `keep_free` leaves blocks for others; growing asks for none, admission does.
+# `_growths` is your `needs`. Who gets several tokens may need a copy *and* new blocks behind it. Page tables are
+# replaced and never changed, so that who was handed `current_table` can see with `is` that nothing happened.
+# `keep_free` leaves blocks for others; growing asks for none, admission does.
 #
 # Do both agree? The package lives through the lives of above, event by event:
 
@@ -855,7 +850,7 @@ for B, order, history in lives:
         if op == "step":
             assert theirs == (ours if isinstance(ours, NoSpace) else Appended(ours))
         assert {name: manager.block_table(name) for name in manager.sequences()} == tables
-print(sum(seen.values()), "steps: the same copies, refusals and page tables")
+print(len(steps), "steps: the same copies, refusals and page tables")
 
 # %% [markdown]
 # A step of the engine calls `append` once for each request. Their copies go into one list, `plan.copies`, and the
@@ -884,10 +879,9 @@ assert [plan.copies for plan in plans] == [[], [(1, 2), (1, 3)], [], []]
 #
 # ### Branches: a fork from an earlier token
 #
-# A fork begins at the end of its parent. `memory/branching.py` has one that begins earlier. It is for
+# A fork begins at the end of its parent. One that begins earlier is in `memory/branching.py`. It is for
 # **speculation**: somebody cheap guesses the next tokens, and the model checks all guesses in one step, which costs
-# hardly more than one token. With several guesses at a time, each needs slots for its own tokens, from the newest sure
-# token on:
+# hardly more than one token. Each of several guesses needs slots of its own, from the newest sure token on:
 
 # %%
 from minipaged.memory import branching
@@ -909,23 +903,25 @@ print("goes on with", manager.block_table(1), "and has", manager.num_tokens(1), 
       manager.num_free, "of 8 are free")
 
 # %% [markdown]
-# `adopt` ends the name of the branch: the sequence goes on with the branch's page table, and what only the sequence
-# held is free. If of the three tokens the last was wrong after all, its slot is taken back:
+# `adopt` ends the name of the branch: the sequence goes on with its page table, and what only the sequence held is
+# free. If the last of the three tokens was wrong after all, its slot is taken back:
 
 # %%
 show_source(branching.take_back)
 
 # %%
-manager.take_back(1, 1)
+manager = KVCacheManager(num_blocks=8, block_size=4)
+manager.allocate(1, num_tokens=13)
+manager.take_back(1, 2)
 print(manager.num_tokens(1), "tokens left, in", manager.block_table(1))
-manager.fork(1, 5)
+manager.fork(1, 2)
 try:
     manager.take_back(1, 1)
 except MisuseError as error:
     print("refused:", error)
 
 # %% [markdown]
-# One who takes slots back will write others into them. So it must be alone there, and nobody may find the block.
+# Who takes slots back will write others into them. So it must be alone there, and nobody may find the block.
 #
 # In a step of speculation a sequence may first get a copy of its last block, and then branch from that very block. Then
 # the copy would be source and target in one launch. The plan puts that right, with the source of the source:
@@ -955,6 +951,7 @@ def with_one_generator(requests):
         return answer_of_mine(requests)
 
 
+# %%
 again, beside = with_one_generator([mine]), with_one_generator([*others, mine])
 print("alone:     ", tokenizer.decode(again)[:60])
 print("in company:", tokenizer.decode(beside)[:60])
@@ -983,6 +980,7 @@ class AllCopy(Stepping):
         return dict.fromkeys(names, "copy") | super().needs(names)
 
 
+# %%
 for kind in (Stepping, AllCopy):
     memory = kind(N=6, B=2)
     for name in "AC":
@@ -1140,7 +1138,7 @@ def test_plan_step(plan_step):
     plan_step = own(plan_step, forbid=[Samples, Growing, Stepping])
     for seed in range(500):
         random = Random(seed)
-        B, memory, truth = random.randint(1, 4), None, {}
+        B = random.randint(1, 4)
         memory = Stepping(40, B, random.sample(range(40), 20))
         stored = np.full((40, B), None, object)
         for first in range(random.randint(1, 3)):
@@ -1191,11 +1189,11 @@ def test_plan_step(plan_step):
 attempt(test_plan_step, plan_step)
 
 # %% [markdown]
-# **4. What could be shared at best?** (open). At a low temperature samples often say the same for a while. By then they
-# have parted in memory, though not in words. Suppose that whatever is the same were shared: a block of one and a block
-# of another if they hold the same tokens, and all tokens before are the same. How many blocks would be enough? Look at
-# each token a few times only, so don't compare whole beginnings again and again. Then try it on answers of the model,
-# at temperatures of 0.2 and 1. What would an engine need to share so? (Chapters 9 and 13 have two answers.)
+# **4. What could be shared at best?** (open). At a low temperature samples often say the same for a while, and by then
+# they have parted in memory. Suppose that whatever is the same were shared: two blocks, if they hold the same tokens
+# and all tokens before are the same. How many blocks would be enough? Look at each token a few times only, so don't
+# compare whole beginnings again and again. Then try it on answers of the model, at temperatures of 0.2 and 1. What
+# would an engine need to share so? (Chapters 9 and 13 have two answers.)
 
 # %% tags=["exercise"]
 def least_blocks(texts, B):
