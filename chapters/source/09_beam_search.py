@@ -34,8 +34,8 @@
 #
 # How likely is a text? Its first token has a probability, the second has one given the first, and so on; that of the
 # text is their **product**. Products of many small numbers become too small for a computer, so one adds up their
-# logarithms instead. A **log-probability** is 0 for what is certain, and negative for all else. The **score** of a beam
-# is the sum over its tokens. It can only fall.
+# logarithms instead. A **log-probability** is 0 for what is certain, and negative for all else. The **score** of a
+# beam is the sum over its tokens. It can only fall.
 
 # %% [markdown]
 # ## Build it
@@ -54,6 +54,7 @@ from types import SimpleNamespace
 
 from minipaged.teaching import attempt, equal, own, plots, show_source
 
+# %%
 LANGUAGE = {
     (): {"It": 0.5, "We": 0.4, "Oh": 0.1},
     ("It",): {"rains": 0.4, "snows": 0.35, "hails": 0.25},
@@ -66,15 +67,6 @@ LANGUAGE = {
 def words(tokens):
     """A model: a tuple of tokens -> {next token: log-probability}."""
     return {word: log(p) for word, p in LANGUAGE[tokens].items()}
-
-
-def greedy(model, length):
-    """-> (score, tokens): the best token, each time."""
-    score, tokens = 0.0, ()
-    while len(tokens) < length:
-        token, logprob = max(model(tokens).items(), key=lambda pair: pair[1])
-        score, tokens = score + logprob, (*tokens, token)
-    return score, tokens
 
 
 # %% [markdown]
@@ -97,17 +89,17 @@ def all_texts(model, length, score=0.0, tokens=()):
 # %%
 for score, text in sorted(all_texts(words, 2), reverse=True):
     print(f"{score:6.2f} = log {exp(score):.3f}  {' '.join(text)}")
-print("greedy:", greedy(words, 2)[1])
-assert max(all_texts(words, 2))[1] == ("We", "won") != greedy(words, 2)[1]
+assert max(all_texts(words, 2))[1] == ("We", "won")
 
 # %% [markdown]
-# After "It" the probability is spread over three words, and after "We" nearly all of it is on one. When the first word
-# is chosen, nobody knows that yet. Whoever takes "It" can't come back.
+# Taking the best word each time is called **greedy**: "It", and then "rains". The likeliest text is another one. After
+# "It" the probability is spread over three words, and after "We" nearly all of it is on one. When the first word is
+# chosen, nobody knows that yet.
 #
 # ### One step of a search
 #
-# So don't decide yet, and keep two. All continuations of all beams are ranked together; of equal scores, that of the
-# better beam comes first (Python's `sorted` leaves equals in their order).
+# So don't decide yet. All continuations of all beams are ranked together; of equal scores, that of the better beam
+# comes first (Python's `sorted` leaves equals in their order).
 
 # %%
 def rank(beams, offers):
@@ -121,6 +113,7 @@ def rank(beams, offers):
     return sorted(every, key=lambda one: -one[0])
 
 
+# %%
 def search(model, W, length):
     """-> the W beams after `length` tokens."""
     beams = [(0.0, ())]
@@ -133,7 +126,7 @@ def search(model, W, length):
 # %%
 for W in (1, 2, 3):
     print(f"W = {W}:", [" ".join(text) for _, text in search(words, W, 2)])
-assert search(words, 1, 2) == [greedy(words, 2)]
+assert search(words, 1, 2)[0][1] == ("It", "rains")
 assert search(words, 2, 2)[0][1] == ("We", "won")
 
 # %% [markdown]
@@ -143,8 +136,8 @@ assert search(words, 2, 2)[0][1] == ("We", "won")
 #
 # ### How wide is wide enough?
 #
-# To answer that we need many models. This one makes up its log-probabilities from a seed and **all** tokens so far,
-# by a random generator that begins with them. So it says the same whenever it is asked:
+# To answer that we need many models. This one makes up its log-probabilities from a seed and **all** tokens so far, by
+# a random generator that begins with them. So it says the same whenever it is asked:
 
 # %%
 def made_up(seed, tokens_of_it=(1, 2, 3, 4)):
@@ -181,13 +174,10 @@ with plots.figure(title, "width W", "% of 200 models", alt=alt) as axes:
 
 # %%
 assert all(search(model, 256, 5)[0][1] == text for model, (_, text) in zip(MODELS[:20], best))
-worse = [(a, b, seed) for a, b in zip(WIDTHS, WIDTHS[1:]) for seed in range(200)
-         if found[b][seed][0] < found[a][seed][0] - 1e-9]  # fmt: skip
-for narrow, wide, seed in worse[:3]:
-    scores = found[narrow][seed][0], found[wide][seed][0]
-    print("model %d: W = %d finds %.2f, W = %d" % (seed, narrow, scores[0], wide), "%.2f" % scores[1])
-print(len(worse), "of", 200 * (len(WIDTHS) - 1), "times the next width finds something worse")
-assert worse
+pairs = [(found[a][i][0], found[b][i][0])
+         for a, b in zip(WIDTHS, WIDTHS[1:]) for i in range(200)]  # fmt: skip
+worse = [(narrow, wide) for narrow, wide in pairs if wide < narrow - 1e-9]
+print(f"{len(worse)} of {len(pairs)} times the next width finds something worse, as {worse[0]}")
 
 # %% [markdown]
 # ### Texts that end
@@ -203,10 +193,11 @@ assert worse
 #
 # Three rules make a search of it, the rules of transformers:
 #
-# - A continuation with `END` ends if it is among the W best of its step. Below that it is dropped, since nothing of that
-#   rank would have been kept.
+# - A continuation with `END` ends if it is among the W best of its step. Below that it is dropped, since nothing of
+#   that rank would have been kept.
 # - The W best continuations without `END` run on. At the longest length everything ends.
-# - It stops when W texts have ended, and the best that runs, scored as if it ended now, doesn't beat the worst of them.
+# - It stops when W texts have ended, and the best that runs, scored as if it ended now, doesn't beat the worst of
+#   them.
 
 # %%
 class Search:
@@ -219,8 +210,9 @@ class Search:
     def step(self, offers):
         """-> the beams that go on, as (number of the beam before, token)."""
         ranked, length = rank(self.beams, offers), len(self.beams[0][1]) + 1
-        ending = [one for one in ranked[: self.W] if one[2] in self.ends or length == self.limit]
-        going = [one for one in ranked if one[2] not in self.ends and length < self.limit]
+        full = length == self.limit
+        ending = [one for one in ranked[: self.W] if full or one[2] in self.ends]
+        going = [one for one in ranked if not full and one[2] not in self.ends]
         texts = [(one[0] / length**self.alpha, self.text(one)) for one in ending]
         self.ended = sorted(self.ended + texts, key=lambda text: -text[0])[: self.W]
         going = going[: self.W] if going and self.hopes(going[0][0], length) else []
@@ -244,6 +236,7 @@ def run(search, model):
     return search.ended
 
 
+# %%
 ending = made_up(7, tokens_of_it=(END, 1, 2, 3))
 for alpha in (0, 1, 2):
     print(f"alpha {alpha}:", run(Search(W=3, limit=6, alpha=alpha), ending)[0])
@@ -272,13 +265,13 @@ def moves(parents, count):
     return keep, fork, [old for old in range(count) if old not in keep]
 
 
+# %%
 print(moves([0, 2, 0], 3))
 assert moves([0, 2, 0], 3) == ({0: 0, 2: 1}, [(0, 2)], [1])  # as drawn above, from 0
 
 # %% [markdown]
-# Chapter 5 built the memory, and the package's has the same operations: `fork` copies a page table and no block, `free`
-# gives back what nobody else holds, `append` gives each sequence slots for more tokens, and says which blocks have to
-# be copied before they are written.
+# Chapter 5 built the memory. The package's has the same operations: `fork` copies a page table and no block, `free`
+# gives back what nobody else holds, `append` gives slots for more tokens and says which blocks must be copied first.
 
 # %%
 from minipaged.memory import KVCacheManager, NoSpace
@@ -298,12 +291,15 @@ class Beams:
             heirs[new] = self.next_name
             self.memory.fork(self.names[old], self.next_name)
             self.next_name += 1
-        for old in free:
-            self.memory.free(self.names[old])
+        self.drop([self.names[old] for old in free])
         self.names = [heirs[new] for new in range(len(parents))]
 
+    def drop(self, names):
+        for name in names:
+            self.memory.free(name)
+
     def grow(self, count=1):
-        return self.memory.append({name: count for name in self.names})
+        return self.memory.append(dict.fromkeys(self.names, count))
 
     def tables(self):
         return [self.memory.block_table(name) for name in self.names]
@@ -311,8 +307,8 @@ class Beams:
 
 # %% [markdown]
 # The order is **fork, free, append**. Forks take no block, so they can't fail. Frees give some back. Only then are
-# blocks taken, for all beams in one call: either each gets its slot, or none does and nothing has changed. So a request
-# never needs room for more than W beams, whatever happens in a step.
+# blocks taken, for all beams in one call: either each gets its slot, or none does and nothing has changed. So a
+# request never needs room for more than W beams, whatever happens in a step.
 #
 # ### Figure 9
 #
@@ -331,6 +327,7 @@ def figure_9():
     return beams
 
 
+# %%
 before = figure_9().tables()
 print(before)
 assert before == [[0, 1, 3, 5], [0, 1, 3, 6], [0, 1, 3, 7], [0, 2, 4, 8]]
@@ -393,11 +390,12 @@ with plots.figures(*titles, size=(8.6, 2.4), alt=alt) as (left, right):
 # %%
 from minipaged import LLM, BeamSearchParams, SamplingParams
 
+# %%
 llm = LLM("smollm2", num_blocks=400, block_size=4, prefix_cache="none", device="cpu")
 
 
-def look_for(prompt, W, limit=20):
-    (out,) = llm.generate(prompt, BeamSearchParams(W, limit, ignore_eos=True))
+def look_for(prompt, W):
+    (out,) = llm.generate(prompt, BeamSearchParams(W, max_tokens=20, ignore_eos=True))
     return out.outputs[0].cumulative_logprob, out.outputs[0].text
 
 
@@ -436,17 +434,18 @@ for alpha in (0, 1, 2):
 #
 # ### Trunk and twigs
 #
-# Where does the real model's tree branch? We look at each step of a search: the page tables with which it computes, and
-# the **paths**, all output tokens of each beam that runs on.
+# Where does the real model's tree branch? We look at each step of a search: the page tables with which it computes,
+# and the **paths**, all output tokens of each beam that runs on.
 
 # %%
 def watch(llm, prompt, W, limit):
-    """-> outputs, best first; of each step: page tables, blocks copied, and paths after it."""
-    seen = SimpleNamespace(tables=[], copies=[], paths=[])
+    """-> outputs, best first; of each step: tables, copies, tokens computed, paths after it."""
+    seen = SimpleNamespace(tables=[], copies=[], computed=[], paths=[])
 
     def look(plan, output):
         seen.tables.append([s.block_table for s in plan.sequences])
         seen.copies.append(len(plan.copies))
+        seen.computed.append(plan.num_tokens)
         running = [beam for request in llm.scheduler.running for beam in request.sequences]
         seen.paths.append([tuple(beam.output_token_ids) for beam in running])
 
@@ -457,6 +456,7 @@ def watch(llm, prompt, W, limit):
     return out.outputs, seen
 
 
+# %%
 KEEPER = "Write a short story about a lighthouse keeper who finds a message in a bottle."
 outputs, seen = watch(llm, KEEPER, 4, 32)
 tables, paths = seen.tables, seen.paths
@@ -470,6 +470,7 @@ def parents_of(paths):
     return [[before.index(path[:-1]) for path in now] for before, now in zip(paths, paths[1:])]
 
 
+# %%
 alt = "One thick line of descent; many short grey twigs that end after a few steps"
 title = "Who descends from whom? Grey: died before the end"
 with plots.figure(title, "step", "rank of the beam", size=(8.6, 2.6), alt=alt) as axes:
@@ -498,34 +499,29 @@ with plots.drawing(*titles, size=(8.6, 4.2), rows=3) as (picture, rows):
 # %%
 used = [len({block for table in step for block in table}) for step in tables]
 without = [sum(map(len, step)) for step in tables]
-alt = "Without sharing blocks rise four times as steeply; with it, they rise slowly"
-with plots.figure("Blocks of four beams", "step", "blocks of 4", size=(6.8, 2.8), alt=alt) as axes:
-    plots.line(axes, range(32), without, "if nobody shared", at=20, dy=10)
-    plots.line(axes, range(32), used, "really used", at=20, dy=-12)
 print(f"at the end {used[-1]} blocks instead of {without[-1]}")
 assert used[-1] < without[-1] / 2
 
 # %% [markdown]
-# How much was copied for that? If beams lie in rows of their own, as in a tensor [W, length], a fork copies a row. Many
-# programs copy all W rows in every step, to bring them in order. Blocks copy the last one, if it isn't full:
+# How much was copied for that? If beams lie in rows of a tensor [W, length], each fork copies a row, and many programs
+# copy all W rows in every step, to bring them in order. Blocks copy the last one, if it isn't full:
 
 # %%
 forks = [len(moves(parents, 4)[1]) for parents in parents_of(paths)]
 lengths = range(len(llm.tokenizer.encode(KEEPER)) + 1, 1000)  # after each of these steps
 every_row = sum(4 * length for _, length in zip(forks, lengths))
 forked_rows = sum(fork * length for fork, length in zip(forks, lengths))
-blocks = sum(seen.copies)
-print(f"{sum(forks)} forks; tokens copied: {every_row} if all rows are in each step, "
-      f"{forked_rows} if forked rows are, {4 * blocks} in {blocks} blocks")
-assert 4 * blocks < forked_rows / 5 < every_row / 10
+print(f"tokens copied: {every_row} with all rows, {forked_rows} with those that fork, "
+      f"{4 * sum(seen.copies)} in blocks")
+assert 4 * sum(seen.copies) < forked_rows / 5 < every_row / 10
 
 # %% [markdown]
 # ### Figure 15
 #
-# The paper asks how many blocks sharing saves, in percent of what there would be without it, for beams 2, 4 and 6 wide.
-# Its load is Alpaca: short questions, answers of 58 tokens on average, blocks of 16. Here is the same for one question
-# and 58 tokens of our model, and from the package's experiments, whose load has Alpaca's lengths, and where the
-# log-probabilities are made up, so that no model is needed ([chapter 15](15_the_experiments.ipynb)):
+# The paper asks how many blocks sharing saves, in percent of what there would be without it, for beams 2, 4 and 6
+# wide. Its load is Alpaca: short questions, answers of 58 tokens on average, blocks of 16. Here is one question with
+# 58 tokens of our model; and the package's experiments, which have Alpaca's lengths and made-up log-probabilities
+# ([chapter 15](15_the_experiments.ipynb)):
 
 # %%
 from minipaged.experiments import paper
@@ -540,44 +536,35 @@ def saved_percent(tables):
     return 100 * (1 - used / sum(len(table) for step in tables for table in step))
 
 
+# %%
 ours = {W: saved_percent(watch(engine, KEEPER, W, 58)[1].tables) for W in (2, 4, 6)}
 made = {W: saving("alpaca", "beams", W, 60) for W in (2, 4, 6)}
 theirs = paper.SAVED["beams", "alpaca"]
 for W in (2, 4, 6):
-    print(f"W = {W}: this question {ours[W]:.0f} %, experiments {made[W]:.0f} %, paper {theirs[W]}")
+    print(f"W = {W}: one question {ours[W]:.0f} %, simulated {made[W]:.0f} %, paper {theirs[W]} %")
 assert ours[2] < ours[4] < ours[6]
 
-# %%
-alt = "Three rising lines that flatten from 4 to 6 beams; ours, the experiments', the paper's"
-title = "Blocks saved by sharing"
-with plots.figure(title, "width W", "%", size=(6.8, 3), alt=alt) as axes:
-    plots.line(axes, [2, 4, 6], [made[W] for W in made], "experiments", dy=4)
-    plots.line(axes, [2, 4, 6], [theirs[W] for W in theirs], "paper", dy=0)
-    plots.line(axes, [2, 4, 6], [ours[W] for W in ours], "this question", dy=0)
-    axes.set(ylim=(0, 70), xticks=[2, 4, 6])
-
 # %% [markdown]
-# One question is one question, and another model on another load; but the size is the same, and so is the bend. It can
-# be understood: the trunk is shared by all W, and W copies of it would be W times as much. So at best 1 - 1/W of all
-# blocks is saved, 50, 75 and 83 %, and the twigs take their part of that. A longer answer has a longer trunk, and twigs
-# of the same length: then more is saved. (The paper's ShareGPT, with answers of 338 tokens, is at 44 to 66 %.)
+# Another model, another load; but the size is the same, and so is the bend. It can be understood: all W share the
+# trunk, so at best 1 - 1/W of the blocks is saved, which is 50, 75 and 83 %, and the twigs take their part of that. A
+# longer answer has a longer trunk, and twigs of the same length. (The paper's ShareGPT, with answers of 338 tokens, is
+# at 44 to 66 %.)
 #
 # ### What it costs to send beams again
 #
-# A server without forks can search, too. In each step a client sends every beam as a new prompt, and asks for one token
-# with the best alternatives. Our `Search` does it in a few lines, with the package's engine as the model:
+# A server without forks can search, too. In each step a client sends every beam as a new prompt, and asks for one
+# token with the best alternatives. Here our `Search` does that to the package's engine:
 
 # %%
 def resend(engine, prompt, W, limit, salted):
     """-> texts that have ended, best first; tokens that were computed."""
-    computed, search, asked = [], Search(W, limit, ends=()), 0
+    computed, search = [], Search(W, limit, ends=())
     ask = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * W, ignore_eos=True)
     engine.observers.append(lambda plan, output: computed.append(plan.num_tokens))
     while search.beams:
         offers = []
-        for _, tokens in search.beams:
-            asked += 1
-            salt = f"{salted}{asked}" if salted else "known"
+        for number, (_, tokens) in enumerate(search.beams):
+            salt = f"{len(tokens)}, {number}" if salted else "one for all"
             text = {"prompt_token_ids": [*prompt, *tokens]}
             (out,) = engine.generate(text, ask, cache_salt=salt)
             best = out.outputs[0].logprobs[0]
@@ -588,39 +575,28 @@ def resend(engine, prompt, W, limit, salted):
 
 
 # %% [markdown]
-# Nothing is kept between two requests unless the server has a prefix cache (chapter 13): it finds full blocks that begin
-# alike. We try both, without it by giving each request a salt of its own, so that nobody finds anything. And the same
-# search by fork and free:
+# If the server has a prefix cache (chapter 13), it finds full blocks that begin alike. We try it with and without:
+# when each request has a salt of its own, nothing is found. And then the same search by fork and free:
 
 # %%
 prompt = engine.tokenizer.encode(KEEPER)
-slow, computed_slow = resend(engine, prompt, 4, 12, salted="first ")
-cached, computed_cached = resend(engine, prompt, 4, 12, salted="")
-
-
-def forked(engine, prompt, W, limit):
-    computed = []
-    engine.observers.append(lambda plan, output: computed.append(plan.num_tokens))
-    ask = BeamSearchParams(W, limit, ignore_eos=True)
-    (out,) = engine.generate({"prompt_token_ids": prompt}, ask, cache_salt="forked")
-    engine.observers.pop()
-    return [(one.score, tuple(one.token_ids)) for one in out.outputs], sum(computed)
-
-
-# %%
+W, T, P = 4, 12, len(prompt)
 engine.reset_prefix_cache()
-fast, computed_fast = forked(engine, prompt, 4, 12)
-assert fast == slow == cached
-P, T, W = len(prompt), 12, 4
+slow, computed_slow = resend(engine, prompt, W, T, salted=True)
+cached, computed_cached = resend(engine, prompt, W, T, salted=False)
+engine.reset_prefix_cache()
+outs, seen_fast = watch(engine, KEEPER, W, T)
+computed_fast = sum(seen_fast.computed)
+assert [(one.score, tuple(one.token_ids)) for one in outs] == slow == cached
 assert computed_fast == P + W * (T - 1)
 assert computed_slow == P + W * sum(P + t for t in range(1, T))
 print(f"tokens computed: {computed_slow} sent again, {computed_cached} with a prefix cache,"
       f" {computed_fast} forked")
 
 # %% [markdown]
-# The same four texts with the same scores, to the last bit. So Search is right for the real model, too, and these counts
-# are the same on every machine. With P tokens of prompt and T of output it is P + W (T - 1) against P + W times the sum
-# of P + t: the second grows with the square of T. For 64 tokens and 64 more:
+# The same four texts with the same scores, to the last bit. So `Search` is right for the real model, too. And these
+# counts are the same on every machine: P + W (T - 1) for P tokens of prompt and T of output, against P + W times the
+# sum of P + t, which grows with the square of T. For 64 tokens and 64 more:
 
 # %%
 P, T, W = 64, 64, 4
@@ -628,52 +604,45 @@ again, once = P + W * sum(P + t for t in range(1, T)), P + W * (T - 1)
 print(f"{again} against {once} tokens: {again / once:.0f} times as many")
 
 # %% [markdown]
-# A prefix cache saves most of it. It finds full blocks only, so the tokens of the last block are computed in each step
-# for each beam, and there is a whole request for every token: read, queued, looked up, ranked, answered. The README has
-# a run of the package's bench with eight such searches, on two cores: transformers, which keeps its beams in rows, made
-# 2.3 times fewer tokens a second than this engine, and vLLM, which sends each beam again with a prefix cache, 7.6 times
-# fewer. All three found the same texts.
+# A prefix cache saves most of it. It finds full blocks only, so each beam computes the tokens of its last block in
+# each step, and there is a whole request for every token. In the README is a run of the package's bench with eight
+# such searches on two cores: transformers, whose beams lie in rows, made 2.3 times fewer tokens a second than this
+# engine, and vLLM, which sends each beam again and has a prefix cache, 7.6 times fewer. All three found the same
+# texts.
 #
 # ## Check it
 #
-# **Against brute force.** All texts of small models are scored, with ends and length penalties. A search that is wide
-# enough, and that never stops early, must find the best of all:
+# **Against brute force.** All texts of small models are scored, with ends and length penalties. A search as wide as
+# there are texts must find the best of all:
 
 # %%
-class Patient(Search):
-    def hopes(self, score, length):
-        return True
-
-
 checked = 0
 for seed in range(40):
     model = made_up(seed, tokens_of_it=(END, 1, 2, 3))
     for alpha in (-1, 0, 0.5, 1, 2):
         texts = [(score / len(text)**alpha, text) for score, text in all_texts(model, 4)]
         expected = sorted(texts, reverse=True)[:5]
-        assert run(Patient(W=200, limit=4, alpha=alpha), model)[:5] == expected
+        assert run(Search(W=200, limit=4, alpha=alpha), model)[:5] == expected
         checked += len(texts)
 print(checked, "texts scored, and the five best found each time")
 
 # %% [markdown]
-# **What each beam reads.** Searches in small pools, with words in the slots. A copy is carried out before anybody writes,
-# freed blocks are filled with junk, and each beam must read its own tokens, from the first to the last. When there is no
-# room, nothing may have changed:
+# **What each beam reads.** Searches in small pools, with words in the slots. A copy is carried out before anybody
+# writes, freed blocks are filled with junk, and each beam must read its own tokens, from the first to the last. When
+# there is no room, nothing may have changed:
 
 # %%
 def live(random, B, seen):
     W, prompt = random.randint(1, 5), random.randint(1, 6)
     search, model = Search(W, limit=12, ends=()), made_up(random.random())
     memory = KVCacheManager(random.randint(6, 30), B)
-    if prompt > memory.num_blocks * B:
-        return
-    beams, slots = Beams(memory, prompt), {}
-    slots.update({slot: 9 for slot in memory.slots(0, 0, prompt)})
+    beams = Beams(memory, prompt)
+    slots = dict.fromkeys(memory.slots(0, 0, prompt), 9)
     while search.beams:
         moved = search.step([model(tokens) for _, tokens in search.beams])
         beams.move([parent for parent, _ in moved])
         for block in memory.take_freed():
-            slots.update({block * B + i: "junk" for i in range(B)})
+            slots.update(dict.fromkeys(range(block * B, block * B + B), "junk"))
         before = beams.tables(), memory.num_free
         grown = beams.grow()
         if isinstance(grown, NoSpace):
@@ -701,8 +670,8 @@ print(dict(seen_lives))
 assert len(seen_lives) == 3 and min(seen_lives.values()) > 30
 
 # %% [markdown]
-# **Against transformers**, with the weights of the real model in its Llama, as in [chapter 1](01_from_weights_to_text.ipynb).
-# Three prompts, three length penalties, and texts that end where the model says so:
+# **Against transformers**, on the real model's weights (loaded as in [chapter 2](02_the_kv_cache.ipynb)). Three
+# prompts, three length penalties, and texts that end where the model says so:
 
 # %%
 import torch
@@ -715,22 +684,24 @@ from minipaged.models.llama import Llama
 checkpoint = open_checkpoint("smollm2")
 stored = checkpoint.names(Llama.tensor_shapes(ModelConfig.from_hf(checkpoint.config)))
 weights = {name: floats(checkpoint.tensor(key, torch.float32)) for key, name in stored.items()}
-fields = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
-with torch.device("meta"):  # the shapes alone
-    hf_llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
 weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
+# %%
+fields = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
+with torch.device("meta"):  # the shapes alone; the weights come next
+    hf_llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
 hf_llama.load_state_dict(weights, assign=True)
 hf_llama.model.rotary_emb = type(hf_llama.model.rotary_emb)(hf_llama.config)
 hf_llama.generation_config = transformers.GenerationConfig()
 
 
 # %%
-def theirs_of(tokens, W, limit, alpha):
-    """-> (score, tokens) of their W best."""
+def theirs_of(tokens, alpha):
+    """-> (score, tokens) of their best four, of up to 14 tokens."""
     ids, (end,) = torch.tensor([tokens]), llm.config.eos_token_ids
     out = hf_llama.generate(
-        ids, attention_mask=torch.ones_like(ids), num_beams=W, num_return_sequences=W,
-        max_new_tokens=limit, length_penalty=alpha, eos_token_id=end, pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), num_beams=4, num_return_sequences=4,
+        max_new_tokens=14, length_penalty=alpha, eos_token_id=end, pad_token_id=0,
         do_sample=False, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     counts = (out.beam_indices >= 0).sum(1)
@@ -740,15 +711,15 @@ def theirs_of(tokens, W, limit, alpha):
 
 # %%
 ends = set()
-for text, alpha in [(question, 0.0), (question, 1.0), (WINTER, 1.0), (KEEPER, 2.0)]:
-    ask = BeamSearchParams(4, 16, length_penalty=alpha)
-    (out,) = llm.generate([text] if isinstance(text, list) else text, ask)
-    theirs4 = theirs_of(out.prompt_token_ids, 4, 16, alpha)
+for ask, text, alpha in [(llm.chat, question, 0.0), (llm.chat, question, 1.0),
+                         (llm.generate, WINTER, 1.0), (llm.generate, KEEPER, 2.0)]:  # fmt: skip
+    (out,) = ask(text, BeamSearchParams(4, 14, length_penalty=alpha))
+    theirs4 = theirs_of(out.prompt_token_ids, alpha)
     assert [one.token_ids for one in out.outputs] == [tokens for _, tokens in theirs4]
     gaps = [abs(one.score - score) for one, (score, _) in zip(out.outputs, theirs4)]
     assert max(gaps) < 1e-3
     ends |= {one.finish_reason for one in out.outputs}
-    print(f"alpha {alpha}: the same 4 texts, of {[len(one.token_ids) for one in out.outputs]} tokens")
+    print(f"alpha {alpha}: the same, with", [len(one.token_ids) for one in out.outputs], "tokens")
 assert ends == {"stop", "length"}
 
 # %% [markdown]
@@ -766,33 +737,17 @@ show_source(BeamSearch.advance, BeamSearch._rank, BeamSearch._finish, BeamSearch
 
 # %% [markdown]
 # A running beam is a `Beam`, what goes on is a `Continuation`, and a text that has ended is a `Hypothesis`, which also
-# says why it ended. `num_candidates` is our 2W, or more if there are several stop tokens: each beam could end by any of
-# them. `num_wanted` is how many of the W the user wants back (`n`), and `hypotheses` gives them. What it does more:
+# says why it ended. `num_candidates` is our 2W, or more if there are several stop tokens: each beam could end by any
+# of them. `num_wanted` is how many of the W the user wants back (`n`), and `hypotheses` gives them. What it does more:
 #
 # - It refuses candidates that don't fit or hold a NaN, before anything has changed.
 # - `early_stopping` chooses among three ways to stop, which are those of transformers. Ours is `False`. With `True` it
-#   stops as soon as W texts have ended. With `"never"` it goes on as long as any running beam **could** still win: if α
-#   is positive, by getting as long as allowed and losing nothing more.
-#
-# Two texts of score -1 have ended, and a beam of log-probability -2.2 and length 2 could run on, to ten tokens:
-
-# %%
-def two_have_ended(early_stopping):
-    params = BeamSearchParams(2, early_stopping=early_stopping)
-    two = BeamSearch(params, max_tokens=10, eos_token_ids=[0])
-    two.advance([[(5, -1.0), (6, -1.0), (7, -8.0)]])
-    two.advance([[(0, -1.0), (5, -1.2)], [(0, -1.0), (5, -9.0)]])
-    return two
-
-
-for early in (True, False, "never"):
-    ended = two_have_ended(early)
-    print(f"{early!s:6}", "stops" if ended.done else "goes on", [h.score for h in ended.finished])
-print(f"-2.2 is {-2.2 / 2:.2f} a token now; ten tokens of the same sum would be {-2.2 / 10:.2f}")
+#   stops as soon as W texts have ended. With `"never"` it goes on as long as any running beam **could** still win: if
+#   α is positive, by getting as long as allowed and losing nothing more.
 
 # %% [markdown]
-# Do both searches agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit, and
-# the same texts at the end. Both get all tokens as offers, and the package also the best `num_candidates` alone:
+# Do both searches agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit,
+# and the same texts at the end. Both get all tokens as offers, and the package also the best `num_candidates` alone:
 
 # %%
 def compare(random):
@@ -811,10 +766,12 @@ def compare(random):
         keep, fork, free = moves(parents, len(offers))
         assert (dict(plan.keep), plan.fork, plan.free) == (keep, fork, free)
         steps += 1
-    assert package.done and [h[1::-1] for h in package.hypotheses()] == mine.ended
+    ended = [(text.score, text.token_ids) for text in package.hypotheses()]
+    assert package.done and ended == mine.ended
     return steps
 
 
+# %%
 print(sum(compare(Random(seed)) for seed in range(500)), "steps, and no difference")
 
 # %% [markdown]
@@ -836,45 +793,46 @@ from minipaged.scheduling.growth import LiveSequences
 show_source(LiveSequences.grow, LiveSequences._grow_beams, LiveSequences._fork)
 
 # %% [markdown]
-# Fork, keep, free, and only then the new tokens. If any beam has no candidates yet, nothing happens. (After a preemption
-# they compute at different speeds; see below.) If the logits of one are broken, all of them end: **beams are nothing
-# without each other**. Chapter 8 has the other way, `_append`, for samples.
+# Fork, keep, free, and only then the new tokens. If any beam has no candidates yet, nothing happens. (After a
+# preemption they compute at different speeds; see below.) If the logits of one are broken, all of them end: **beams
+# are nothing without each other**. Chapter 8 has the other way, `_append`, for samples.
 
 # %%
-show_source(LiveSequences.add, LiveSequences.new_id, LiveSequences.end, LiveSequences.start_over)
+show_source(LiveSequences.add, LiveSequences.new_id, LiveSequences.end,
+            LiveSequences.start_over)  # fmt: skip
 
 # %% [markdown]
 # `add` gives a sequence its id, which nobody had before (`new_id`); `end` frees its memory at once, on whichever side
-# it is; `start_over` is for a step that was broken off in the middle, after which all is computed again. So the id tells
-# what happened to a beam: who is kept keeps it, and a fork has a new one. The real engine beside our `Beams`, on the
-# same search: the same ids, and the same page tables to the block number:
+# it is; `start_over` is for a step that was broken off in the middle, after which all is computed again. So the id
+# tells what happened to a beam: who is kept keeps it, and a fork has a new one. The real engine beside our `Beams`, on
+# the same search: the same ids, and the same page tables to the block number:
 
 # %%
 def side_by_side(limit=24, W=4):
-    ids, seen_ids = [], []
-    with LLM("smollm2", num_blocks=60, block_size=4, prefix_cache="none", device="cpu") as small:
+    ids, options = [], dict(num_blocks=60, block_size=4)
+    with LLM("smollm2", prefix_cache="none", device="cpu", **options) as small:
         small.observers.append(lambda plan, _: ids.append([s.seq_id for s in plan.sequences]))
         _, seen = watch(small, KEEPER, W, limit)
-    memory = KVCacheManager(num_blocks=60, block_size=4)
+    memory = KVCacheManager(**options)
     beams = Beams(memory, prompt=len(llm.tokenizer.encode(KEEPER)))
     for step, parents in enumerate([[0] * W, *parents_of(seen.paths)]):
         assert (ids[step], seen.tables[step]) == (beams.names, beams.tables())
         beams.move(parents)
-        copies = len(beams.grow().copies)
-        assert copies == seen.copies[step + 1]
+        assert len(beams.grow().copies) == seen.copies[step + 1]
     return ids
 
 
+# %%
 for step, names in enumerate(side_by_side()[:7]):
     print(f"step {step}: sequences {names}")
 
 # %% [markdown]
 # ### All or nothing
 #
-# Forks and frees of a step can't fail. What can is the `append` of the next step: the scheduler asks for one slot for
-# each beam in a single call, and if that is refused, somebody gives way, with all beams of a request (chapter 12). How
-# many blocks a search can need at the worst is known when it comes: the full blocks of the prompt once, and all the
-# rest W times. A request that can't fit by that count is refused at once.
+# Forks and frees of a step can't fail. What can fail is the `append` of the next step: the scheduler asks for one slot
+# for each beam in a single call, and if that is refused, somebody gives way, with all beams of a request (chapter 12).
+# How many blocks a search can need at the worst is known when it comes: the full blocks of the prompt once, and all
+# the rest W times. A request that can't fit by that count is refused at once.
 
 # %%
 from minipaged.requests.request import Request
@@ -889,10 +847,9 @@ assert max(used) <= worst
 # %% [markdown]
 # ### After a preemption
 #
-# Say the victim's blocks are dropped and computed again. What it had shared was a result of its history, of forks in
-# the right moments, and that is gone. Each beam has all its tokens, but if each computed all of them, the prompt would
-# be there W times, and the request would need more than its worst case. So the first beam computes the prompt, and the
-# others fork it:
+# Say the victim's blocks are dropped and computed again. What it shared came from forks in the right moments, and
+# these are gone. Each beam has all its tokens; if each computed all of them, the prompt would be there W times, and
+# the request would need more than its worst case. So the first beam computes the prompt, and the others fork it:
 
 # %%
 from minipaged.scheduling import preemption
@@ -911,41 +868,36 @@ PAIR = [" ".join(PROMPTS[i : i + 3]) for i in (0, 3)]
 
 
 def squeezed(mode, blocks):
-    """-> all texts; for each step of the second request (tokens computed, blocks, unshared)."""
-    rows, ways = [], []
+    """-> all texts; for each step of the second request (tokens computed, different blocks)."""
+    rows = []
 
     def look(plan, output):
-        tables = [s.block_table for s in plan.sequences if s.request_id == "1"]
-        tokens = [len(s.token_ids) for s in plan.sequences if s.request_id == "1"]
-        held = len({block for table in tables for block in table})
-        rows.append((tokens, held, sum(map(len, tables))))
-        ways.extend(plan.preempted)
+        mine = [s for s in plan.sequences if s.request_id == "1"]
+        held = {block for s in mine for block in s.block_table}
+        rows.append(([len(s.token_ids) for s in mine], len(held)))
 
     with LLM("smollm2", num_blocks=blocks, num_cpu_blocks=40, prefix_cache="none",
              device="cpu", preemption=mode) as small:  # fmt: skip
         small.observers.append(look)
         outs = small.generate(PAIR, BeamSearchParams(4, 32, ignore_eos=True))
-    return [one.token_ids for out in outs for one in out.outputs], rows, ways
+    return [one.token_ids for out in outs for one in out.outputs], rows
 
 
 # %%
-calm, _, ways = squeezed("auto", 100)
-assert not ways
+calm, _ = squeezed("auto", 100)
 for mode in ("recompute", "swap"):
-    texts, rows, ways = squeezed(mode, 18)
-    assert texts == calm and ways == [("1", mode)]
-    gone = [i for i, (tokens, _, _) in enumerate(rows) if not tokens]
-    back = [(tokens, held, of) for tokens, held, of in rows[gone[-1] + 1 :]]
-    print(f"{mode}: before it held {rows[gone[0] - 1][1]} blocks instead of {rows[gone[0] - 1][2]};"
-          " when it comes back")
-    for tokens, held, of in back[:2]:
-        print(f"   computes {tokens}, holds {held} instead of {of}")
+    texts, rows = squeezed(mode, 18)
+    assert texts == calm
+    away = [step for step, (tokens, _) in enumerate(rows) if not tokens]
+    print(f"{mode}: held {rows[away[0] - 1][1]} blocks before, then away for {len(away)} steps")
+    for tokens, held in rows[away[-1] + 1 :][:2]:
+        print(f"    computes {tokens}, holds {held}")
 
 # %% [markdown]
-# The texts are the same. Whoever was swapped comes back as it went: a block that was shared moves once, and stays shared.
-# Whoever is recomputed shares its prompt again, and of its answers nothing: the trunk is there four times. With a prefix
-# cache the trunk's full blocks may be found again, as long as nobody needed them. That is why `preemption="auto"` swaps
-# a request with several sequences.
+# The texts are the same. Whoever was swapped comes back as it went: a block that was shared moves once, and stays
+# shared. Whoever is recomputed shares its prompt again, and of its answers nothing: the trunk is there four times.
+# With a prefix cache the trunk's full blocks may be found again, as long as nobody needed them. That is why
+# `preemption="auto"` swaps a request with several sequences.
 #
 # ## What must hold, and what breaks if it doesn't
 #
@@ -955,105 +907,287 @@ for mode in ("recompute", "swap"):
 # %%
 def shifted(model, by):
     """The same model; its scores are moved by something that depends on the beam."""
-    return lambda tokens: {token: x + by * len(set(tokens)) for token, x in model(tokens).items()}
+    return lambda tokens: {t: x + by * len(set(tokens)) for t, x in model(tokens).items()}
 
 
 right = [search(model, 4, 5)[0] for model in MODELS[:100]]
 wrong = [search(shifted(model, 3), 4, 5)[0] for model in MODELS[:100]]
 same = sum(a[1] == b[1] for a, b in zip(right, wrong))
-print(f"with scores that are shifted for each beam, {same} of 100 searches end with the same text")
+print(f"scores shifted for each beam: {same} of 100 searches end with the same text")
 assert same < 60
 
 # %% [markdown]
 # **Fork before the tokens.** A child begins with what its parent had, and not with what the parent gets now. If the
-# first child has already written its token, the second reads it as its own past:
+# first child has its token already, the second takes it for its own past:
 
 # %%
-def two_children(fork_first):
-    """Parent "a", children "a b" and "a c". -> what the second reads."""
-    memory, slots = KVCacheManager(num_blocks=4, block_size=4), ["."] * 16
-    memory.allocate(0, num_tokens=1)
-    slots[memory.slots(0, 0, 1)[0]] = "a"
-    if fork_first:
-        memory.fork(0, 1)
-    for name, token in ((0, "b"), (1, "c")):
-        if name == 1 and not fork_first:
-            memory.fork(0, 1)
-        for source, target in memory.append({name: 1}).copies:
-            slots[4 * target : 4 * target + 4] = slots[4 * source : 4 * source + 4]
-        slots[memory.slots(name, memory.num_tokens(name) - 1, 1)[0]] = token
-    return "".join(slots[slot] for slot in memory.slots(1, 0, memory.num_tokens(1)))
-
-
-print("fork first:", two_children(True), "  token first:", two_children(False))
-assert two_children(True) == "ac" != two_children(False)
+memory = KVCacheManager(num_blocks=4, block_size=4)
+memory.allocate(0, num_tokens=7)
+memory.append({0: 1})  # the first child's token
+memory.fork(0, 1)
+print("the second child begins with", memory.num_tokens(1), "tokens instead of 7")
+assert memory.num_tokens(1) == 8
 
 # %% [markdown]
-# **Free before you append.** The dead hold blocks that the living are about to need. Free them afterwards, and the same
-# search wants more memory than W beams ever have:
+# **Free before you append.** The dead hold blocks that the living are about to need. Free them afterwards, and the
+# same search can want more memory than W beams ever have:
 
 # %%
 class LateBeams(Beams):
-    def move(self, parents):
-        heirs = {}
-        for new, old in enumerate(parents):
-            heirs[new] = self.next_name = self.next_name + 1
-            self.memory.fork(self.names[old], heirs[new])
-        self.late, self.names = self.names, [*heirs.values()]
+    late = ()
+
+    def drop(self, names):
+        self.late = names
 
     def grow(self, count=1):
         grown = super().grow(count)
-        for name in self.late:
-            self.memory.free(name)
+        super().drop(self.late)
         return grown
 
 
-def most(kind, B):
-    """Blocks in use at the worst moment of a search."""
-    memory = KVCacheManager(num_blocks=500, block_size=B)
+def most(kind, model, B):
+    """Blocks in use at the worst moment of a search, 4 beams wide."""
+    memory, some = KVCacheManager(num_blocks=200, block_size=B), Search(4, 30, ends=())
     beams = kind(memory, prompt=3)
-    for parents in [[0] * 4, *parents_of(paths)]:
+    while some.beams:
+        parents = [parent for parent, _ in some.step([model(text) for _, text in some.beams])]
         beams.move(parents)
         beams.grow()
     return memory.usage().peak_used
 
 
+# %%
 for B in (1, 4, 16):
-    print(f"B = {B:2}: {most(Beams, B)} blocks, {most(LateBeams, B)} if the dead are freed late")
-assert all(most(LateBeams, B) > most(Beams, B) for B in (1, 4, 16))
+    right = sum(most(Beams, model, B) for model in MODELS[:30]) / 30
+    wrong = sum(most(LateBeams, model, B) for model in MODELS[:30]) / 30
+    print(f"B = {B:2}: at its worst {right:.1f} blocks; {wrong:.1f} if the dead are freed late")
+    assert right < wrong
 
 # %% [markdown]
-# **2W offers of each beam.** With W offers, a beam whose best tokens all end, or whose siblings are all bad, leaves too
-# few that run. How often is a step short of beams, though there are enough tokens?
+# ## Exercises
+#
+# Fill in the functions; each is followed by a test that says how far you are.
+#
+# **1. Who survives?** (warm-up). One step, without ends. Mind the ties: of equal scores, the continuation of the
+# better beam comes first, and of one beam that which stands first in its offers.
 
-# %%
-def short_steps(count):
-    """Steps with fewer than 3 beams, if each offers its `count` best of 8 tokens."""
-    short = 0
-    for seed in range(100):
-        some, model = Search(3, limit=6, alpha=3), made_up(seed, range(8))
-        while some.beams:
-            rows = [sorted(model(tokens).items(), key=lambda x: -x[1]) for _, tokens in some.beams]
-            some.step([dict(row[:count]) for row in rows])
-            short += 0 < len(some.beams) < 3
-    return short
+# %% tags=["exercise"]
+def survivors(scores, offers, W):
+    """scores: of the beams, best first. offers: for each a list of (token, log-probability),
+    in any order. -> the W best continuations, best first, as (number of the beam, token);
+    all of them if there are fewer.
+    """
+    raise NotImplementedError
 
 
-print(f"offers of each beam: 3: short in {short_steps(3)} steps, 6: in {short_steps(6)}")
-assert short_steps(3) > 0 == short_steps(6)
+# %% tags=["test"]
+def test_survivors(survivors):
+    survivors = own(survivors, forbid=[rank, search, Search])
+    for seed in range(400):
+        random = Random(seed)
+        W, size = random.randint(1, 6), random.randint(1, 5)
+        count = random.randint(1, 6)
+        scores = sorted((-random.randint(0, 6) / 2 for _ in range(count)), reverse=True)
+        some = random.sample(range(90), size)
+        offers = [[(token, -random.randint(0, 8) / 2) for token in random.sample(some, size)]
+                  for beam in range(count)]  # fmt: skip
+        every = [(scores[i] + offers[i][j][1], -i, -j)
+                 for i in range(count) for j in range(size)]  # fmt: skip
+        right = [(-i, offers[-i][-j][0]) for _, i, j in sorted(every, reverse=True)[:W]]
+        got = survivors(scores, offers, W)
+        assert equal(got, right), f"scores={scores}, offers={offers}, W={W}: {right}, not {got}"
+
+
+attempt(test_survivors, survivors)
 
 # %% [markdown]
-# **Don't stop at the first end.** Then it is greedy again in the one thing that matters. How often does the text that
-# ends first have the best score of what the same search finds by going on?
+# **2. In rows.** A server without blocks keeps W beams in the rows 0 to W - 1 of a tensor. After a step, each new beam
+# needs a row that holds what its parent had. Rows may be in any order, and only a copy of a row costs something.
+# Copies are carried out one after the other. Make as few as possible.
+
+# %% tags=["exercise"]
+def row_plan(parents):
+    """parents: for each of W new beams, the row of the beam that it comes from.
+
+    -> (rows, copies): for each new beam a row of its own; and a list of (from row, to row).
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_row_plan(row_plan):
+    row_plan = own(row_plan, forbid=[moves])
+    for seed in range(400):
+        random = Random(seed)
+        W = random.randint(1, 8)
+        some = random.sample(range(W), random.randint(1, W))
+        parents = [random.choice(some) for _ in range(W)]
+        got = row_plan(parents)
+        case = f"parents={parents}: {got}"
+        assert isinstance(got, (tuple, list)) and len(got) == 2, f"{case} is not (rows, copies)"
+        rows, copies = got
+        assert equal(sorted(rows), [*range(W)]), f"{case}: each new beam needs a row of its own"
+        held = [*range(W)]
+        for source, target in copies:
+            held[target] = held[source]
+        read = [held[row] for row in rows]
+        assert equal(read, parents), f"{case}: the new beams read what {read} had"
+        few = W - len(set(parents))
+        assert len(copies) == few, f"{case}: {len(copies)} copies, and {few} are enough"
+
+
+attempt(test_row_plan, row_plan)
+
+# %% [markdown]
+# **3. How many blocks?** Given what W beams have said, how many different blocks do they hold, when all their tokens
+# have a slot? Two beams share a block if they agree in all tokens up to its end. Look at each token a few times only,
+# however long the beams are; `Watched` integers note whenever somebody looks at them.
 
 # %%
-class Hasty(Search):
-    def hopes(self, score, length):
-        return not self.ended
+LOOKS = []
 
 
-pairs = [[run(kind(4, 8), made_up(seed, range(5)))[0][0] for kind in (Hasty, Search)]
-         for seed in range(200)]  # fmt: skip
-missed = sum(hasty < patient for hasty, patient in pairs)
-print(f"{missed} of 200 searches would have found something better")
-assert missed > 20 and all(hasty <= patient for hasty, patient in pairs)
+class Watched(int):
+    pass
+
+
+def noting(method):
+    return lambda *args: LOOKS.append(None) or method(*args)
+
+
+for name in "eq ne lt gt le ge hash repr str format index int".split():
+    setattr(Watched, f"__{name}__", noting(getattr(int, f"__{name}__")))
+
+
+# %% tags=["exercise"]
+def blocks_held(prompt, paths, B):
+    """prompt: how many tokens all begin with. paths: the output tokens of each beam, lists of
+    one length, no two of them equal. -> the number of different blocks of B slots.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_blocks_held(blocks_held):
+    blocks_held = own(blocks_held)
+    for seed in range(400):
+        random = Random(seed)
+        W, B, prompt = random.randint(1, 6), random.randint(1, 5), random.randint(1, 9)
+        length = random.randint(3, 9)
+        paths = []
+        while len(paths) < W:
+            begin = random.choice(paths)[: random.randrange(length)] if paths else []
+            path = begin + [random.randrange(3) for _ in range(length - len(begin))]
+            paths += [path] if path not in paths else []
+        random.shuffle(paths)
+        right = 0
+        for end in range(B, prompt + length + B, B):
+            right += len({tuple(path[: max(0, end - prompt)]) for path in paths})
+        got = blocks_held(prompt, paths, B)
+        assert equal(got, right), f"{prompt=}, {paths=}, {B=}: {right}, not {got}"
+    ends = [250 + 9 * beam for beam in range(5)]
+    long = [[Watched(i if i < end else -1) for i in range(300)] for end in ends]
+    LOOKS.clear()
+    got = blocks_held(20, long, 1)
+    assert equal(got, 20 + 300 + 50 + 41 + 32 + 23), f"5 beams of 300 tokens: 466, not {got}"
+    looks = len(LOOKS)
+    assert looks <= 10 * 1500, f"1,500 tokens were looked at {looks} times"
+
+
+attempt(test_blocks_held, blocks_held)
+
+# %% [markdown]
+# **4. Can it still win?** The rule by which we stop is a guess: a beam that loses now might win later. Write the one
+# that is certain. A beam has `length` tokens and the log-probability `score`. Its text will have at least one token
+# more, and at most `limit` in all, and each of them adds something from minus infinity to 0, 0 included.
+
+# %% tags=["exercise"]
+def could_win(score, length, limit, alpha, worst):
+    """-> whether there is a text that it could become which scores above `worst`.
+
+    A text's score is its log-probability / tokens ** alpha; alpha may be negative.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_could_win(could_win):
+    could_win = own(could_win, forbid=[BeamSearch])
+    said = Counter()
+    for seed in range(600):
+        random = Random(seed)
+        limit, alpha = random.randint(2, 30), random.choice([-2, -1, 0, 0.5, 1, 2])
+        length = random.randint(1, limit - 1)
+        score = random.choice([0.0, -random.randint(1, 40) / 4])
+        best = max(score / tokens**alpha for tokens in range(length + 1, limit + 1))
+        near = score / random.randint(1, limit) ** alpha
+        exact = alpha == 0 or (alpha in (1, 2) and limit in (2, 4, 8, 16))  # no rounding
+        worst = random.choice([best - 0.01, best + 0.01, near - 0.01] + [best] * 2 * exact)
+        got = could_win(score, length, limit, alpha, worst)
+        case = f"{score=}, {length=}, {limit=}, {alpha=}, {worst=}"
+        assert equal(got, best > worst), f"{case}: it can reach {best}, so not {got}"
+        said[best > worst] += 1
+    assert min(said.values()) > 100
+
+
+attempt(test_could_win, could_win)
+
+# %% [markdown]
+# **5. A search that is certain** (open). Beam search may miss the best text. Write one that can't, and that asks no
+# more than it must: the model may be asked only about beginnings that are likelier than the best text, and about none
+# of them twice. (A log-probability only falls. What does that say about all texts with a given beginning?) Then count:
+# how often does it ask where beam search asks W times a step? What does it need that no server could promise?
+
+# %% tags=["exercise"]
+def likeliest(model, limit):
+    """model(tokens): a tuple of tokens -> {next token: log-probability}. A text ends with END,
+    or when it has `limit` tokens. -> (log-probability, tokens) of the likeliest text of all.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["test"]
+def test_likeliest(likeliest):
+    likeliest = own(likeliest, forbid=[all_texts, search, rank, Search, BeamSearch])
+    for seed in range(60):
+        random = Random(seed)
+        limit, first = random.randint(1, 5), random.choice([END, 1])
+        model, asked = made_up(random.random(), range(first, first + random.randint(2, 4))), []
+        best = max(all_texts(model, limit))
+
+        def ask(tokens, model=model, asked=asked, best=best, limit=limit):
+            assert isinstance(tokens, tuple), f"the model takes a tuple, not {tokens!r}"
+            assert tokens not in asked, f"asked about {tokens} twice"
+            assert END not in tokens and len(tokens) < limit, f"{tokens} has ended"
+            asked.append(tokens)
+            score = 0.0
+            for place, token in enumerate(tokens):
+                score += model(tokens[:place])[token]
+            why = f"{tokens} has {score:.3f}, the best text {best[0]:.3f}: why ask about it?"
+            assert score > best[0], why
+            return dict(model(tokens))
+
+        got = likeliest(ask, limit)
+        assert equal(got, best, 1e-9), f"model {seed}, {limit=}: {best}, not {got}"
+
+
+attempt(test_likeliest, likeliest)
+
+# %% [markdown]
+# ## What's next
+#
+# All beams of a request grow in the same step, and so do all requests of a server. When one of them ends, should the
+# others wait for a new one to begin? [Chapter 10](10_continuous_batching.ipynb) lets requests come and go between
+# steps.
+#
+# ## Sources
+#
+# - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023: section 4.4
+#   (Figures 8 and 9), Figure 15.
+# - Lowerre, *The Harpy Speech Recognition System*, 1976: beam search.
+# - Wolf et al., *Transformers*: `GenerationMixin._beam_search`, whose rules for ends, penalties and stopping these
+#   are.
+# - Wu et al., *Google's Neural Machine Translation System*, 2016: length penalties.
+# - Holtzman et al., *The Curious Case of Neural Text Degeneration*, 2020: the likeliest text repeats itself.
+# - Stahlberg and Byrne, *On NMT Search Errors and Model Errors: Cat Got Your Tongue?*, 2019: exercise 5 on real
+#   models, whose likeliest text is often the empty one.
