@@ -26,11 +26,11 @@
 # Four prompts, in blocks of two letters. Beside them is a tree in which each is a path:
 #
 # ```
-#   abcdefgh
-#   abcdefxy                              +-- gh
-#   abcdpq          root --- ab cd --+-- ef --+
-#   mnop                 |           |    +-- xy
-#                        |           +-- pq
+#                        +-- ab cd --+-- ef --+-- gh
+#   abcdefgh             |           |        |
+#   abcdefxy     root ---+           |        +-- xy
+#   abcdpq               |           +-- pq
+#   mnop                 |
 #                        +-- mn op
 # ```
 #
@@ -69,6 +69,7 @@ class Node:
         self.holders = self.used = 0  # who holds it; when that was last given up
 
 
+# %%
 def cut(tokens, B):
     """-> the tokens of each full block."""
     return [tuple(tokens[end - B : end]) for end in range(B, len(tokens) + 1, B)]
@@ -110,6 +111,7 @@ def split(node, at):
     return upper
 
 
+# %%
 def insert(root, wanted, blocks):
     """Hang on what isn't there yet. -> the node in which the path ends."""
     node, at, found = match(root, wanted)
@@ -163,6 +165,7 @@ def path(node):
     return nodes[::-1]
 
 
+# %%
 def below(node):
     """All nodes below it."""
     for child in node.children.values():
@@ -170,6 +173,7 @@ def below(node):
         yield from below(child)
 
 
+# %%
 @dataclass
 class Running:
     node: Node  # where what it holds of the tree ends
@@ -278,6 +282,7 @@ chats = Tree(N=40, B=4)
 for turn in (24, 32, 40):
     print("found:", [serve(chats, talk[:turn]) for talk in TALKS])
 draw(chats.root)
+print(sum(len(node.blocks) for node in below(chats.root)), "blocks")
 
 # %% [markdown]
 # Everything is in that picture. All three share the system prompt, two of them also `name one red`, and each has a tail
@@ -285,11 +290,7 @@ draw(chats.root)
 #
 # In chapter 13 the same blocks stand in a table of 23 names, and to see who shares what one has to follow each name to
 # its parent. The tree *is* the answer.
-
-# %%
-assert sum(len(node.blocks) for node in below(chats.root)) == 23
-
-# %% [markdown]
+#
 # **Your turn.** Give the pool 12 blocks instead of 40, and draw it after each turn. Who loses its tail first?
 #
 # ### In which order?
@@ -302,6 +303,7 @@ assert sum(len(node.blocks) for node in below(chats.root)) == 23
 BATCH = ["sfa1", "sgb2", "sfa3", "sga4", "sfb5", "sgb6"]
 
 
+# %%
 def computed(order, N, B=1):
     """Tokens that are not found, if they come in this order."""
     tree = Tree(N, B)
@@ -369,6 +371,9 @@ print(dict(total))
 assert total["longest first"] == total["the least there is"] < total["as they came"]
 
 # %% [markdown]
+# (That each request has a last token of its own matters a little. A prompt with which another one begins has its last
+# token computed though it is there.)
+#
 # **Your turn.** Give the pools five blocks more. Why does the first number come closer to the others?
 #
 # ### They keep coming
@@ -385,6 +390,7 @@ class Ask:
     overtaken: int = 0  # how many came in before it that arrived later
 
 
+# %%
 def arrivals(seed, count=300, kinds=10, B=4):
     random = Random(seed)
     for name in range(count):
@@ -408,6 +414,7 @@ def next_of(waiting, tree, patience):
     return max(waiting, key=lambda one: len(tree.find(one.tokens[:-1])))  # the first of equals
 
 
+# %%
 def play(asks, N, patience, backlog=30, B=4):
     """-> (the names in the order in which they came in, tokens found)."""
     tree, asks, waiting, order, found = Tree(N, B), iter(asks), [], [], 0
@@ -458,14 +465,14 @@ def lonely_crowd(others):
     return [first, Ask(0, [7] * 12), *crowd]
 
 
+# %%
 def lonely(others, patience):
     """-> how many came in before number 0, which shares nothing."""
     order, _ = play(lonely_crowd(others), 16, patience, backlog=4)
     return order.index(0) - 1
 
 
-for others in (10, 100, 500):
-    print(f"{others} others: {lonely(others, ENDLESS)} came in before it")
+print("with 10, 100, 500 others:", [lonely(others, ENDLESS) for others in (10, 100, 500)])
 assert lonely(500, ENDLESS) == 500
 
 # %% [markdown]
@@ -476,9 +483,7 @@ assert lonely(500, ENDLESS) == 500
 # patience allows it is **tired**, and then it comes first. Among tired ones the first come is first.
 
 # %%
-for patience in (0, 4, 16, 64):
-    print(f"patience {patience:2}: {lonely(500, patience)} of 500 others came in before it")
-    assert lonely(500, patience) == patience
+print("with patience 0, 4, 16, 64:", [lonely(500, patience) for patience in (0, 4, 16, 64)])
 
 # %% [markdown]
 # What does the bound cost? The same 300 requests, with more and more patience. Left what is found, right how often the
@@ -490,6 +495,7 @@ def worst(order):
     return max(sum(other > name for other in order[:at]) for at, name in enumerate(order))
 
 
+# %%
 PATIENCES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
 results = [play(arrivals(0), 12, patience) for patience in PATIENCES]
 ALL = sum(len(one.tokens) for one in arrivals(0))
@@ -614,6 +620,7 @@ def start(manager, name, tokens):
     manager.allocate(name, len(tokens), prefix=manager.find(tokens[:-1]))
 
 
+# %%
 def publish(manager, name, tokens):
     if name in manager.sequences():
         manager.publish(name, len(tokens), lambda at, count: tokens[at : at + count])
@@ -627,6 +634,7 @@ def three_turns(manager):
             manager.free(name)
 
 
+# %%
 package = KVCacheManager(40, 4, cache=RadixCache(4))
 three_turns(package)
 print(package.cache.draw("".join))
@@ -678,6 +686,7 @@ def idle(tree):
     return [block for part in parts for block in reversed(part.blocks)]
 
 
+# %%
 def the_same(tree, running, N, *managers):
     for manager in managers:
         tables = [manager.block_table(name) for name in manager.sequences()]
@@ -743,10 +752,11 @@ from minipaged.scheduling.plan import StepOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 
+# %%
 def play_package(asks, N, patience, backlog=30, B=4, schedule="prefix", kind=Admission):
     memory = KVCacheManager(N, B, cache=RadixCache(B))
     scheduler = Scheduler(memory, max_num_seqs=1, watermark=0, schedule=schedule)
-    scheduler.admission.__class__ = kind
+    scheduler.admission.__class__ = kind  # for what must hold
     scheduler.admission.patience, asks, order = patience, iter(asks), []
     while True:
         while len(scheduler.waiting) < backlog and (one := next(asks, None)):
@@ -770,6 +780,9 @@ for seed in range(12):
     fcfs = play_package(arrivals(seed, 100, kinds), N, 0, backlog, schedule="fcfs")
     assert fcfs == play(arrivals(seed, 100, kinds), N, 0, backlog)
 print("12 loads: the same order, and as many tokens found")
+for patience in (ENDLESS, admission.PATIENCE):
+    order, _ = play_package(lonely_crowd(100), 16, patience, backlog=4)
+    print(f"patience {patience}: {order.index(0) - 1} of 100 come in before the lonely one")
 
 # %% [markdown]
 # ### Nine questions for the real model
@@ -842,7 +855,7 @@ assert small["prefix"][1] <= runs["radix"][1] < 0.6 * small["fcfs"][1]
 # no texts. In their place there is a number for every 512 tokens of a prompt, and equal numbers are equal beginnings.
 # That is all a prefix cache needs: each number is taken for a block's only "token", and both caches are replayed.
 #
-# The trace is public and too large for a course (`mooncake_trace.jsonl` and others, in the folder `FAST25-release` of
+# The trace is public and too large for a course (`conversation_trace.jsonl`, in the folder `FAST25-release/traces` of
 # github.com/kvcache-ai/Mooncake). If you have it, `python -m minipaged.experiments.prefixes FILE` takes a minute or two
 # and prints what follows. The package keeps these numbers:
 
@@ -853,6 +866,9 @@ hour = prefixes.known()["mooncake"]
 print(f"{hour.requests:,} requests, {hour.blocks:,} full blocks, {hour.different:,} different")
 print(f"in a tree: {hour.runs:,} runs; found if nothing is evicted: {100 * hour.ideal:.1f} %")
 assert hour.found["hash"] == hour.found["radix"]
+first_come, in_order = (100 * found[3] for found in (hour.found["radix"], hour.in_order))
+print(f"at 4,000 blocks {first_come:.1f} % as they came, {in_order:.1f} % longest first")
+print(f"half of those that go on do so after more than {hour.back[12]} requests")
 
 # %%
 alt = "An S from 4 % at 500 blocks to 38 %; longest first lies above it where memory is short"
@@ -873,19 +889,14 @@ with plots.figure(title, "blocks of 512 tokens in the pool", "% of blocks", alt=
 # To read in it:
 #
 # - Hash and radix are one line, to the block.
-# - The line begins at 4 %, which is the one block that all requests begin with. Conversations come in only when the
-#   pool holds what was said some hundred requests ago: so long does a person read and type.
+# - The line begins at 4 %, which is the one block that all requests begin with. Conversations are found only when the
+#   pool holds what was said some hundred requests ago. Half of those that go on do so after more than 423 requests, two
+#   minutes: so long it takes to be answered, to read and to type.
 # - That takes memory. Chapter 15's server of today has room for 426,000 tokens beside the model, which is 832 of these
 #   blocks: far to the left. That is why such services keep blocks in the machines' other memories as well. It is what
 #   Mooncake is about.
 # - If there is always a queue of 64 and the longest beginning comes first, more is found where memory is short: at
 #   4,000 blocks it is a third more. Where all fits, order is worth nothing.
-
-# %%
-at = prefixes.CAPACITIES.index(4000)
-both = hour.found["radix"][at], hour.in_order[at]
-print("at 4,000 blocks:", *(f"{100 * one:.1f} %" for one in both))
-assert 426_000 // 512 == 832 and 1.3 < both[1] / both[0] < 1.5
 
 # %% [markdown]
 # Beside these numbers the package keeps how requests go on from each other: how many do, how long ago the other came,
@@ -893,16 +904,15 @@ assert 426_000 // 512 == 832 and 1.3 < both[1] / both[0] < 1.5
 
 # %%
 drawn = hour.draw(2000)
-total_blocks = sum(len(one.blocks) for one in drawn)
-print("2,000 drawn requests; the real hour has six times as many")
-for N in (1000, 4000, 16_000, 64_000):
-    both = [prefixes.replay(drawn, N, cache) / total_blocks for cache in ("hash", "radix")]
-    real = hour.found["radix"][prefixes.CAPACITIES.index(N)]
-    print(f"{N:6} blocks: {100 * both[0]:4.1f} % by both; in the real hour {100 * real:4.1f} %")
+for N, real in zip(prefixes.CAPACITIES[1::2], hour.found["radix"][1::2]):
+    both = [prefixes.replay(drawn, N, cache) for cache in ("hash", "radix")]
+    part_found = 100 * both[0] / sum(len(one.blocks) for one in drawn)
+    print(f"{N:6} blocks: {part_found:4.1f} %; in the real hour {100 * real:4.1f} %")
     assert both[0] == both[1]
 
 # %% [markdown]
-# The drawn trace is of the same kind, and no more than that: it is shorter, so less of it can have been there before.
+# Both caches again find the same. With 2,000 requests the drawn trace is six times shorter than the real one, so less
+# of it can have been there before, and in large pools less is found.
 
 # %% [markdown]
 # ## What must hold, and what breaks if it doesn't
@@ -946,6 +956,7 @@ class HoldsOnlyTheEnd(Tree):
         node.holders -= node.parent is not None
 
 
+# %%
 def crowded(kind):
     tree = kind(6, 1)
     serve(tree, "ab12")
@@ -957,6 +968,7 @@ def crowded(kind):
         return f"a promise, and then: {error}"
 
 
+# %%
 for kind in (Tree, HoldsOnlyTheEnd):
     print(f"{kind.__name__}: {crowded(kind)}")
 assert crowded(Tree) is None
