@@ -326,15 +326,16 @@ def size(batch):
     return len({tuple(tokens[:end]) for tokens in batch for end in range(1, len(tokens) + 1)})
 
 
+# %%
 print("the tree of all six:", size(BATCH), "blocks")
 assert size(BATCH) == min(every)
 
 # %% [markdown]
 # And is it always enough to compute each block once? Yes, if requests come in the order of a walk **in depth**: all
-# that is below a node comes before anything else does. As long as a request below some node is being served, the path
-# down to that node is held. So whatever is evicted, it is not on the path. When the walk leaves a node, nobody will
-# want it again. All that memory needs is room for the longest path. This is SGLang's theorem: *with a cache that holds
-# the longest request, the order of a walk in depth is optimal.*
+# that is below a node comes before anything else does. While the requests below some node are served, each of them
+# holds the path down to that node before it takes a block. So whatever is evicted, it is not on that path. When the
+# walk leaves a node, nobody will want it again. All that memory needs is room for the longest path. This is SGLang's
+# theorem: *with a cache that holds the longest request, the order of a walk in depth is optimal.*
 #
 # A server need not draw that tree in advance. The same order comes out of a simple rule: **next comes who has the
 # longest beginning in memory**. After a request, that is one which shares most with it, so the walk goes up no further
@@ -351,6 +352,7 @@ def longest_first(batch, N, B=1):
     return order
 
 
+# %%
 print(longest_first(BATCH, N=4))
 assert computed(longest_first(BATCH, N=4), N=4) == size(BATCH)
 
@@ -406,6 +408,7 @@ def arrivals(seed, count=300, kinds=10, B=4):
 ENDLESS = float("inf")
 
 
+# %%
 def next_of(waiting, tree, patience):
     """waiting: in the order of arrival."""
     tired = [one for one in waiting if one.overtaken >= patience]
@@ -437,6 +440,7 @@ def share(N, patience):
     return 100 * play(arrivals(0), N, patience)[1] / sum(len(one.tokens) for one in arrivals(0))
 
 
+# %%
 POOLS = [8, 12, 16, 24, 36, 56, 80]
 came, longest = ([share(N, patience) for N in POOLS] for patience in (0, ENDLESS))
 
@@ -445,8 +449,8 @@ alt = "Longest first is near its best from the smallest pool on; first come rise
 title = "300 requests of ten kinds"
 with plots.figure(title, "blocks in the pool", "% of tokens", alt=alt) as axes:
     plots.line(axes, POOLS, came, "first come, first served", at=3, dy=-12)
-    plots.line(axes, POOLS, longest, "longest beginning first", at=2, dy=12)
-    axes.set_ylim(0, 85)
+    plots.line(axes, POOLS, longest, "longest beginning first", at=0, dy=17)
+    axes.set_ylim(0, 90)
 assert longest[0] > 2 * came[0] and all(a >= b for a, b in zip(longest, came))
 
 # %% [markdown]
@@ -472,6 +476,7 @@ def lonely(others, patience):
     return order.index(0) - 1
 
 
+# %%
 print("with 10, 100, 500 others:", [lonely(others, ENDLESS) for others in (10, 100, 500)])
 assert lonely(500, ENDLESS) == 500
 
@@ -486,8 +491,8 @@ assert lonely(500, ENDLESS) == 500
 print("with patience 0, 4, 16, 64:", [lonely(500, patience) for patience in (0, 4, 16, 64)])
 
 # %% [markdown]
-# What does the bound cost? The same 300 requests, with more and more patience. Left what is found, right how often the
-# one was overtaken that had it worst:
+# What does the bound cost? The same 300 requests in a pool of 12, with more and more patience. Left what is found,
+# right how often the one was overtaken that had it worst:
 
 # %%
 def worst(order):
@@ -501,7 +506,7 @@ results = [play(arrivals(0), 12, patience) for patience in PATIENCES]
 ALL = sum(len(one.tokens) for one in arrivals(0))
 
 # %%
-alt = "Both rise with patience; what is found levels off, while the worst wait goes on rising"
+alt = "Found rises from 23 % and levels off at 66 %; the worst case is the patience, up to 44"
 with plots.figures("Found, %", "Overtaken, at the worst", size=(7.6, 3.0), alt=alt) as axes:
     for one, values in zip(axes, ([100 * found / ALL for _, found in results],
                                   [worst(order) for order, _ in results])):
@@ -511,7 +516,8 @@ with plots.figures("Found, %", "Overtaken, at the worst", size=(7.6, 3.0), alt=a
         one.set_ylim(0)
 
 # %% [markdown]
-# So patience is a dial between what is found and how long the unlucky wait, and its bound is a promise: **who arrived
+# (Nobody was overtaken more than 44 times, so there more patience changes nothing.) Patience is a dial between what is
+# found and how long the unlucky wait, and its bound is a promise: **who arrived
 # with k before it comes in as one of the first k + patience + 1**. For those who came earlier may all go first, and of
 # the others no more than its patience. We check that below.
 #
@@ -611,9 +617,9 @@ show_source(RadixCache.find, RadixCache.add, RadixCache._split)
 show_source(RadixCache.remove)
 
 # %% [markdown]
-# **It splits only where two part.** Ours also splits where a request ends inside a run, since it holds nodes. And it
-# lets a leaf grow: ours hangs the next turn of a chat below the last one, theirs makes the leaf longer. So its runs are
-# as long as they can be, and its picture has fewer lines:
+# **It splits only where two part.** Ours also splits where a request ends inside a run, since it holds nodes. And where
+# ours hangs the next turn of a chat below the last one, the package makes the leaf longer. So its runs are as long as
+# they can be, and its picture has fewer lines:
 
 # %%
 def start(manager, name, tokens):
@@ -626,6 +632,7 @@ def publish(manager, name, tokens):
         manager.publish(name, len(tokens), lambda at, count: tokens[at : at + count])
 
 
+# %%
 def three_turns(manager):
     for turn in (24, 32, 40):
         for name, talk in enumerate(TALKS):
@@ -671,6 +678,18 @@ show_source(publishing.publish, publishing._replace)
 # `add` answers with the block that is found from now on. If it is another one, somebody was faster, and all who hold
 # our block go on with that one. *All*: samples of one prompt hold the same blocks, and if one of them went on with a
 # block that follows `known` while another still held `own`, then somebody would hold a block and not the path to it.
+
+# %%
+twins = KVCacheManager(8, 2, cache=RadixCache(2))
+for name in (1, 2):
+    start(twins, name, "abcde")
+print("side by side:", twins.block_table(1), twins.block_table(2))
+for name in (1, 2):
+    publish(twins, name, "abcde")
+print("published:   ", twins.block_table(1), twins.block_table(2))
+
+# %% [markdown]
+# Both computed `ab cd`, and one copy of it is free again. What doesn't fill a block, `e`, each keeps to itself.
 #
 # ### All three, side by side
 #
@@ -700,6 +719,7 @@ def both_caches(N, B):
     return [KVCacheManager(N, B, cache=kind(B)) for kind in (HashCache, RadixCache)]
 
 
+# %%
 seen = Counter()
 for seed in range(200):
     live(Random(seed), seen, both_caches, the_same)
@@ -737,10 +757,10 @@ show_source(Admission._in_order, Admission._may_overtake, Admission._earlier, Ad
 show_source(Admission.let_in, Admission._has_to_wait)
 
 # %% [markdown]
-# It lets in one after the other, and ends at the first who doesn't fit: nobody overtakes for lack of memory. One may be
-# passed without that, by `_has_to_wait`: a long prompt, when other long ones have taken what long ones may have of this
-# step ([chapter 11](11_chunked_prefill.ipynb)). But whoever passes, `_may_overtake` is asked each time, so that even in
-# a single step nobody is overtaken more often than `patience` says.
+# It lets in one after the other, and ends at the first who doesn't fit: nobody passes that one. Only a long prompt may
+# be passed (`_has_to_wait`), when other long ones have taken what long ones may have of this step ([chapter
+# 11](11_chunked_prefill.ipynb)). But whoever passes, `_may_overtake` is asked each time, so that even in a single step
+# nobody is overtaken more often than `patience` says.
 #
 # One request after another, with answers of one token and no model: does the package let in in our order?
 
@@ -832,8 +852,8 @@ print(dict(zip(ASKED, runs["radix"][0])))
 print(runs["radix"][3])
 
 # %% [markdown]
-# Three times the same answers, from a fraction of the work. The tree shows the experiment: the first lines, three kinds
-# of examples, and the questions.
+# Three times the same answers (right or wrong, they are the model's), from a fraction of the work. The tree shows the
+# experiment: the first lines, three kinds of examples, and the questions.
 #
 # That was with plenty of memory. Now there are 14 blocks: one prompt and its answer fit, and little else. All nine
 # wait. First come, first served, and then longest beginning first:
@@ -874,8 +894,8 @@ print(f"half of those that go on do so after more than {hour.back[12]} requests"
 alt = "An S from 4 % at 500 blocks to 38 %; longest first lies above it where memory is short"
 title = "Found again in an hour of chats"
 with plots.figure(title, "blocks of 512 tokens in the pool", "% of blocks", alt=alt) as axes:
-    for values, name, at, dy in ((hour.found["radix"], "hash and radix", 4, -12),
-                                 (hour.in_order, "longest first of 64", 3, 12)):
+    for values, name, at, dy in ((hour.found["radix"], "hash and radix", 5, -10),
+                                 (hour.in_order, "longest first of 64", 0, 22)):
         plots.line(axes, prefixes.CAPACITIES, [100 * one for one in values], name, at=at, dy=dy)
     axes.axhline(100 * hour.ideal, color=plots.GREY, linewidth=1)
     axes.text(500, 100 * hour.ideal + 0.8, "nothing evicted", fontsize=9, color=plots.INK)
@@ -919,7 +939,8 @@ for N, real in zip(prefixes.CAPACITIES[1::2], hour.found["radix"][1::2]):
 #
 # **An end stays where it is.** A request holds the node in which its path ends. If that node is split while it runs, it
 # must still hold *both* parts. In our `split` the old node stays below, so the request's end is still its end. Let the
-# old node be the upper part, and it gives back only that:
+# old node be the upper part, and it gives back only that. (The package's `_split` does it so, and may: nobody holds
+# nodes there.)
 
 # %%
 def wrong_split(node, at):
@@ -994,6 +1015,7 @@ class BeginningsOnly(Admission):
         return sorted(self._queues.waiting, key=lambda one: -self._find(one).num_tokens)
 
 
+# %%
 for kind in (Admission, BeginningsOnly):
     order, _ = play_package(lonely_crowd(30), 16, patience=16, backlog=4, kind=kind)
     print(f"{kind.__name__}: {len(order)} of 32 came in, then there was nothing to do")
@@ -1046,6 +1068,7 @@ class Watched(int):
         return self
 
 
+# %%
 def noting(method):
     def look(self, *args, **kwargs):
         self.looks.append(None)
@@ -1054,6 +1077,7 @@ def noting(method):
     return look
 
 
+# %%
 for method in "eq ne lt gt le ge hash repr str format index int neg add sub".split():
     setattr(Watched, f"__{method}__", noting(getattr(int, f"__{method}__")))
 
