@@ -5,6 +5,7 @@ with, and a cost model instead of a GPU; and the same comparison live, on the re
 
     loads.py         what requests look like, and when they come
     traces.py        and those of real traces: quantiles in traces.json
+    prefixes.py      what prefix caches find on a real trace: in prefixes.json
     hardware.py      how long an iteration takes: a roofline
     systems.py       what a system is; FasterTransformer and Orca (their memory: buddy.py)
     paged.py         our own system; beams.py: the same for beam search, divergence.py: how beams part
