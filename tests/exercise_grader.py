@@ -110,7 +110,7 @@ def grade(path, names, notebook):
     found = {}
     for name in names:
         test = notebook["test_" + name]
-        right = mine["RIGHT"][name] if "RIGHT" in mine else [mine[name]]  # the old form: one right solution
+        right = mine["RIGHT"][name]
         made = {"equals everything": Anything if inspect.isclass(right[0]) else lambda *args, **kwargs: Anything()}
         outcomes = {kind: outcome(test, solution) for kind, solution in made.items()}
         if inspect.isfunction(right[0]):
