@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 10. Continuous batching
 #
-# Requests come to a server when they like. One wants a word and the next one a page, and nobody knows beforehand which
-# is which. This chapter lets them come and go between any two steps, and sees to it that nobody waits for ever, and
-# that nobody pays for another.
+# Requests come to a server when they like. One wants a word and the next one a page, and nobody knows beforehand. This
+# chapter lets them come and go between any two steps, and sees to it that nobody waits for ever, and nobody pays for
+# another.
 #
 # **You need**: computed tokens, and why weights should be read for many rows at once
 # ([chapter 2](02_the_kv_cache.ipynb)); page tables and slots ([chapter 5](05_page_tables.ipynb)). **You get**: an
@@ -102,9 +102,8 @@ for n in (1, 2, 4, 8, 16, 32):
 # ### A sequence has no phases
 #
 # First comes the prompt (prefill), then one token after the other (decode). It is tempting to make two kinds of work of
-# that, with two kinds of batches. We need only two facts about a sequence: its tokens, and how many of them are
-# **computed**, so that their keys and values are in memory. All others are to do. For a new prompt that is all of it,
-# later it is the newest token:
+# that. We need only two facts about a sequence: its tokens, and how many of them are **computed**, so that their keys
+# and values are in memory. All others are to do. For a new prompt that is all of it, later it is the newest token:
 
 # %%
 B = 16  # slots in a block
@@ -293,8 +292,8 @@ def serve(server, execute, most=500):
 
 
 # %% [markdown]
-# That is continuous batching. (What `grow` should do when no block is free is chapter 12.) The static server differs
-# in one line: nobody comes in while anybody runs.
+# That is continuous batching. (What if `grow` finds no block free? See chapter 12.) The static server differs in one
+# line: nobody comes in while anybody runs.
 
 # %%
 class Static(Server):
@@ -337,7 +336,7 @@ for i, question in enumerate(QUESTIONS):
     print(f"{i} {question:32} {len(tokens):2} tokens: {tokenizer.decode(tokens)[:32]!r}")
 
 # %% [markdown]
-# The same answers, to the token. Only the company was another one. Who sat where, and when?
+# The same answers, to the token. Only the company was another one. Who sat where?
 
 # %%
 def gantt(axes, plans):
@@ -373,8 +372,7 @@ assert len(plans) < 0.7 * len(static_plans)
 print(f"static: {static_seconds:.1f} s, joining: {seconds:.1f} s")
 
 # %% [markdown]
-# Look at where 4 and 5 begin: those who come later begin sooner, too. What is left empty to the right is the end, when
-# nobody waits any more.
+# Look at where 4 and 5 begin: those who come later begin sooner, too. The end is empty because nobody waits any more.
 #
 # And the rectangle? Whenever somebody comes in beside others, it would have as many columns as the new prompt has
 # tokens, for everyone:
@@ -679,7 +677,7 @@ show_source(StepOutput)
 show_source(Step.add_copies)
 
 # %% [markdown]
-# Here is a real plan, of a step in which two decode and a third comes in. `to_json` is what a trace keeps of it:
+# A real plan, in which two decode and a third comes in, as a trace keeps it (`to_json`):
 
 # %%
 greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -760,7 +758,7 @@ show_source(Scheduler._scheduled)
 #
 # ### Letting in
 #
-# The door is in a file of its own, for it has more to look after than ours:
+# The door is a file of its own:
 
 # %%
 from minipaged.scheduling.admission import Admission
@@ -854,8 +852,8 @@ print(f"{len(plans)} steps, {total} tokens: the same")
 # %% [markdown]
 # ### Whole, whatever happens
 #
-# This is a step of the engine. `schedule`, `execute` and `update` stand there, with clocks between them. What else you
-# see is for the case that it is broken off:
+# A step of the engine is our three lines, with clocks between them. What else you see is for the case that it is
+# broken off:
 
 # %%
 from minipaged.engine import LLMEngine
