@@ -30,16 +30,16 @@
 # ```
 #   step        1 2 3 4 5 6 7 8 9                1 2 3 4 5 6 7 8 9
 #
-#   seat 1      A A A A A A A A D                A A A A A A A A F
-#   seat 2      B B . . . . . . E                B B D D D D D F
-#   seat 3      C C C . . . . . F                C C C E E E G G G
+#   seat 1      A A A A A A A A D                A A A A A A A A H
+#   seat 2      B B . . . . . . E                B B D D D D D G G
+#   seat 3      C C C . . . . . F                C C C E E E F F F
 #
 #               static batching                  continuous batching
 # ```
 #
 # To the left, **static batching**: a batch is put together, and runs until the last of it has ended. To the right,
 # **continuous batching**, also called iteration-level scheduling (Orca, 2022). What makes it easy is to keep three
-# things apart, and to do them one after the other:
+# things apart:
 #
 # ```
 #   plan = schedule()          who computes which tokens, and where they go: integers and lists
@@ -52,8 +52,7 @@
 #
 # ### Why batch at all?
 #
-# The real model, with n sequences that each compute one token in a step. Chapter 2 measured products; these are whole
-# steps.
+# The real model, with n sequences that each compute one token in a step:
 
 # %%
 import json
@@ -217,8 +216,8 @@ class Real:
     @torch.inference_mode()
     def __call__(self, plan):
         flat = self.lay_out(plan)
-        batch = Batch(*(flat[name] for name in [*flat][2:]))
-        hidden = model(flat["input_ids"], flat["positions"], self.cache, batch)  # [T, E]
+        input_ids, positions = flat.pop("input_ids"), flat.pop("positions")
+        hidden = model(input_ids, positions, self.cache, Batch(**flat))  # [T, E]
         self.logits = model.logits(hidden[flat["query_start"][1:] - 1])  # [S, V]
         return self.logits.argmax(-1).tolist()
 
@@ -345,6 +344,7 @@ def gantt(axes, plans):
     for step, plan in enumerate(plans):
         for row in plan:
             steps.setdefault(row.request_id, []).append(step)
+    axes.barh(range(1, 5), len(plans), 0.8, color="#eeeeee", hatch="xx", edgecolor=plots.GREY)
     for name, (first, *_, last) in steps.items():
         seat = next(seat for seat in range(4) if free_from[seat] <= first)
         free_from[seat] = last + 1
@@ -355,8 +355,8 @@ def gantt(axes, plans):
 
 
 # %%
-alt = "Left, three batches with large gaps. Right the same ten bars without gaps, in 67 steps"
-with plots.figures("Static: all wait for the longest", "Joining: a seat is taken at once",
+alt = "Left, three batches; nearly half of the seats stay empty. Right ten bars without gaps"
+with plots.figures("Static: all wait for the longest", "Joining: a free seat is taken",
                    size=(8.6, 2.3), alt=alt) as (left, right):
     gantt(left, static_plans)
     gantt(right, plans)
@@ -710,7 +710,7 @@ print(f"{len(recorded)} plans as text, carried out by us: the same {same} tokens
 # ### The queues
 #
 # A request is in exactly one of three lists. The third is for those who had to give way and whose blocks were moved
-# out. It stays empty in this chapter:
+# out (chapter 12):
 
 # %%
 from minipaged.scheduling import queues
@@ -718,7 +718,7 @@ from minipaged.scheduling import queues
 show_source(queues.Queues, queues.arrival, queues.put)
 
 # %% [markdown]
-# Each list is in the order of arrival, always: `put` inserts where a request's number says. So one who had to give way
+# Each is in the order of arrival: `put` inserts where a request's number says. So one who had to give way
 # comes back to its old place.
 #
 # ### The scheduler: who comes and who leaves
@@ -931,7 +931,7 @@ def four_with(accident):
 
 
 def bad_chip(name, seq_id):
-    poison(llm.executor.runner.cache, llm.memory.block_table(seq_id)[:1])
+    poison(llm.executor.runner.cache, llm.memory.block_table(seq_id)[:1])  # NaN
 
 
 quiet = four_with(lambda name, seq_id: None)
