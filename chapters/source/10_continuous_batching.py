@@ -304,7 +304,7 @@ class Static(Server):
 # %% [markdown]
 # ### Ten questions, four seats
 #
-# Ten questions for the real model. An answer is over when the model says so, or after 40 tokens:
+# For the real model. An answer is over when the model says so, or after 40 tokens:
 
 # %%
 QUESTIONS = [
@@ -761,8 +761,9 @@ show_source(Scheduler._scheduled)
 # The door is a file of its own:
 
 # %%
-from minipaged.scheduling.admission import Admission
+from minipaged.scheduling.admission import PATIENCE, Admission
 
+assert PATIENCE == 16
 show_source(Admission.let_in, Admission._has_to_wait)
 
 # %% [markdown]
@@ -838,7 +839,7 @@ for seed in range(100):
 print(f"{seen['steps']} steps with {seen['rows']} rows: equal, and so are their tensors")
 
 # %% [markdown]
-# And the real engine, with four seats and the ten questions: as many steps as ours, and the same tokens.
+# The real engine, with four seats: as many steps as ours, and the same tokens.
 
 # %%
 most = SamplingParams(temperature=0, max_tokens=40)
@@ -914,7 +915,7 @@ print("broken off again and again, and the same", sum(map(len, disturbed)), "tok
 # %% [markdown]
 # ### Nobody pays for another
 #
-# Two more accidents. A client goes away in the middle (`abort`). And somebody's keys and values turn to NaN, by a
+# Two more accidents. A client goes away (`abort`). And somebody's keys and values turn to NaN, by a
 # broken chip or a bug. A request whose logits are NaN can't go on, but it should take nobody with it:
 
 # %%
