@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 10. Continuous batching
 #
-# Requests come to a server when they like. One wants a word and the next one a page, and nobody knows beforehand which
-# is which. This chapter lets them come and go between any two steps, and sees to it that nobody waits for ever, and
-# that nobody pays for another.
+# Requests come to a server when they like. One wants a word and the next one a page, and nobody knows beforehand. This
+# chapter lets them come and go between any two steps, and sees to it that nobody waits for ever, and nobody pays for
+# another.
 #
 # **You need**: computed tokens, and why weights should be read for many rows at once
 # ([chapter 2](02_the_kv_cache.ipynb)); page tables and slots ([chapter 5](05_page_tables.ipynb)). **You get**: an
@@ -30,16 +30,16 @@
 # ```
 #   step        1 2 3 4 5 6 7 8 9                1 2 3 4 5 6 7 8 9
 #
-#   seat 1      A A A A A A A A D                A A A A A A A A F
-#   seat 2      B B . . . . . . E                B B D D D D D F
-#   seat 3      C C C . . . . . F                C C C E E E G G G
+#   seat 1      A A A A A A A A D                A A A A A A A A H
+#   seat 2      B B . . . . . . E                B B D D D D D G G
+#   seat 3      C C C . . . . . F                C C C E E E F F F
 #
 #               static batching                  continuous batching
 # ```
 #
 # To the left, **static batching**: a batch is put together, and runs until the last of it has ended. To the right,
 # **continuous batching**, also called iteration-level scheduling (Orca, 2022). What makes it easy is to keep three
-# things apart, and to do them one after the other:
+# things apart:
 #
 # ```
 #   plan = schedule()          who computes which tokens, and where they go: integers and lists
@@ -52,8 +52,7 @@
 #
 # ### Why batch at all?
 #
-# The real model, with n sequences that each compute one token in a step. Chapter 2 measured products; these are whole
-# steps.
+# The real model, with n sequences that each compute one token in a step:
 
 # %%
 import json
@@ -102,9 +101,8 @@ for n in (1, 2, 4, 8, 16, 32):
 # ### A sequence has no phases
 #
 # First comes the prompt (prefill), then one token after the other (decode). It is tempting to make two kinds of work of
-# that, with two kinds of batches. We need only two facts about a sequence: its tokens, and how many of them are
-# **computed**, so that their keys and values are in memory. All others are to do. For a new prompt that is all of it,
-# later it is the newest token:
+# that. We need only two facts about a sequence: its tokens, and how many of them are **computed**, so that their keys
+# and values are in memory. All others are to do. For a new prompt that is all of it, later it is the newest token:
 
 # %%
 B = 16  # slots in a block
@@ -218,8 +216,8 @@ class Real:
     @torch.inference_mode()
     def __call__(self, plan):
         flat = self.lay_out(plan)
-        batch = Batch(*(flat[name] for name in [*flat][2:]))
-        hidden = model(flat["input_ids"], flat["positions"], self.cache, batch)  # [T, E]
+        input_ids, positions = flat.pop("input_ids"), flat.pop("positions")
+        hidden = model(input_ids, positions, self.cache, Batch(**flat))  # [T, E]
         self.logits = model.logits(hidden[flat["query_start"][1:] - 1])  # [S, V]
         return self.logits.argmax(-1).tolist()
 
@@ -293,8 +291,8 @@ def serve(server, execute, most=500):
 
 
 # %% [markdown]
-# That is continuous batching. (What `grow` should do when no block is free is chapter 12.) The static server differs
-# in one line: nobody comes in while anybody runs.
+# That is continuous batching. (What if `grow` finds no block free? See chapter 12.) The static server differs in one
+# line: nobody comes in while anybody runs.
 
 # %%
 class Static(Server):
@@ -306,7 +304,7 @@ class Static(Server):
 # %% [markdown]
 # ### Ten questions, four seats
 #
-# Ten questions for the real model. An answer is over when the model says so, or after 40 tokens:
+# For the real model. An answer is over when the model says so, or after 40 tokens:
 
 # %%
 QUESTIONS = [
@@ -337,7 +335,7 @@ for i, question in enumerate(QUESTIONS):
     print(f"{i} {question:32} {len(tokens):2} tokens: {tokenizer.decode(tokens)[:32]!r}")
 
 # %% [markdown]
-# The same answers, to the token. Only the company was another one. Who sat where, and when?
+# The same answers, to the token. Only the company was another one. Who sat where?
 
 # %%
 def gantt(axes, plans):
@@ -346,6 +344,7 @@ def gantt(axes, plans):
     for step, plan in enumerate(plans):
         for row in plan:
             steps.setdefault(row.request_id, []).append(step)
+    axes.barh(range(1, 5), len(plans), 0.8, color="#eeeeee", hatch="xx", edgecolor=plots.GREY)
     for name, (first, *_, last) in steps.items():
         seat = next(seat for seat in range(4) if free_from[seat] <= first)
         free_from[seat] = last + 1
@@ -356,8 +355,8 @@ def gantt(axes, plans):
 
 
 # %%
-alt = "Left, three batches with large gaps. Right the same ten bars without gaps, in 67 steps"
-with plots.figures("Static: all wait for the longest", "Joining: a seat is taken at once",
+alt = "Left, three batches; nearly half of the seats stay empty. Right ten bars without gaps"
+with plots.figures("Static: all wait for the longest", "Joining: a free seat is taken",
                    size=(8.6, 2.3), alt=alt) as (left, right):
     gantt(left, static_plans)
     gantt(right, plans)
@@ -373,8 +372,7 @@ assert len(plans) < 0.7 * len(static_plans)
 print(f"static: {static_seconds:.1f} s, joining: {seconds:.1f} s")
 
 # %% [markdown]
-# Look at where 4 and 5 begin: those who come later begin sooner, too. What is left empty to the right is the end, when
-# nobody waits any more.
+# Look at where 4 and 5 begin: those who come later begin sooner, too. The end is empty because nobody waits any more.
 #
 # And the rectangle? Whenever somebody comes in beside others, it would have as many columns as the new prompt has
 # tokens, for everyone:
@@ -679,7 +677,7 @@ show_source(StepOutput)
 show_source(Step.add_copies)
 
 # %% [markdown]
-# Here is a real plan, of a step in which two decode and a third comes in. `to_json` is what a trace keeps of it:
+# A real plan, in which two decode and a third comes in, as a trace keeps it (`to_json`):
 
 # %%
 greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -712,7 +710,7 @@ print(f"{len(recorded)} plans as text, carried out by us: the same {same} tokens
 # ### The queues
 #
 # A request is in exactly one of three lists. The third is for those who had to give way and whose blocks were moved
-# out. It stays empty in this chapter:
+# out (chapter 12):
 
 # %%
 from minipaged.scheduling import queues
@@ -720,7 +718,7 @@ from minipaged.scheduling import queues
 show_source(queues.Queues, queues.arrival, queues.put)
 
 # %% [markdown]
-# Each list is in the order of arrival, always: `put` inserts where a request's number says. So one who had to give way
+# Each is in the order of arrival: `put` inserts where a request's number says. So one who had to give way
 # comes back to its old place.
 #
 # ### The scheduler: who comes and who leaves
@@ -760,11 +758,12 @@ show_source(Scheduler._scheduled)
 #
 # ### Letting in
 #
-# The door is in a file of its own, for it has more to look after than ours:
+# The door is a file of its own:
 
 # %%
-from minipaged.scheduling.admission import Admission
+from minipaged.scheduling.admission import PATIENCE, Admission
 
+assert PATIENCE == 16
 show_source(Admission.let_in, Admission._has_to_wait)
 
 # %% [markdown]
@@ -840,7 +839,7 @@ for seed in range(100):
 print(f"{seen['steps']} steps with {seen['rows']} rows: equal, and so are their tensors")
 
 # %% [markdown]
-# And the real engine, with four seats and the ten questions: as many steps as ours, and the same tokens.
+# The real engine, with four seats: as many steps as ours, and the same tokens.
 
 # %%
 most = SamplingParams(temperature=0, max_tokens=40)
@@ -854,8 +853,8 @@ print(f"{len(plans)} steps, {total} tokens: the same")
 # %% [markdown]
 # ### Whole, whatever happens
 #
-# This is a step of the engine. `schedule`, `execute` and `update` stand there, with clocks between them. What else you
-# see is for the case that it is broken off:
+# A step of the engine is our three lines, with clocks between them. What else you see is for the case that it is
+# broken off:
 
 # %%
 from minipaged.engine import LLMEngine
@@ -916,7 +915,7 @@ print("broken off again and again, and the same", sum(map(len, disturbed)), "tok
 # %% [markdown]
 # ### Nobody pays for another
 #
-# Two more accidents. A client goes away in the middle (`abort`). And somebody's keys and values turn to NaN, by a
+# Two more accidents. A client goes away (`abort`). And somebody's keys and values turn to NaN, by a
 # broken chip or a bug. A request whose logits are NaN can't go on, but it should take nobody with it:
 
 # %%
@@ -933,7 +932,7 @@ def four_with(accident):
 
 
 def bad_chip(name, seq_id):
-    poison(llm.executor.runner.cache, llm.memory.block_table(seq_id)[:1])
+    poison(llm.executor.runner.cache, llm.memory.block_table(seq_id)[:1])  # NaN
 
 
 quiet = four_with(lambda name, seq_id: None)

@@ -375,6 +375,32 @@ class BackOfTheQueue(Scheduler10):
         self.waiting.sort(key=lambda request: len(request["tokens"]))
 
 
+class Behind(Scheduler10):
+    """Who ran waits behind those who didn't."""
+
+    def start_over(self):
+        running, self.running = self.running, []
+        self.waiting += running
+        for request in self.waiting:
+            request["computed"] = 0
+
+
+class LongerAnswers(Scheduler10):
+    """What was said becomes the prompt, and max_tokens are counted anew."""
+
+    def start_over(self):
+        super().start_over()
+        for request in self.waiting:
+            request["end"] = len(request["tokens"]) + request["most"]
+
+
+class OneAtATime(Scheduler10):
+    def schedule(self):
+        if self.waiting and len(self.running) < self.seats:
+            self.running.append(self.waiting.pop(0))
+        return [(r["name"], r["computed"], r["tokens"][r["computed"] :]) for r in self.running]
+
+
 class ForgetsWhatWasSaid(Scheduler10):
     def start_over(self):
         super().start_over()
@@ -514,7 +540,7 @@ WRONG = {
     "PatientDoor": [Never, Always, OneMore, PassesWithoutFitting, SharedQueue, ForgetsTheRest,
                     CountsOnce],
     "Scheduler10": [
-        WaitsForAll, BackOfTheQueue, ForgetsWhatWasSaid, KeepsComputed, WholeAnswers, AllAgain, LivePlans,
-        ChangesPrompts, KeepsSeats, QuietAbort, OneTooMany, SharedList, LatestFirst,
+        WaitsForAll, BackOfTheQueue, Behind, LongerAnswers, OneAtATime, ForgetsWhatWasSaid, KeepsComputed, WholeAnswers,
+        AllAgain, LivePlans, ChangesPrompts, KeepsSeats, QuietAbort, OneTooMany, SharedList, LatestFirst,
     ],
 }  # fmt: skip
