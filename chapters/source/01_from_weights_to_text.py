@@ -927,7 +927,7 @@ attempt(test_greedy_until, greedy_until)
 # %% tags=["exercise"]
 def logit_lens(tokens):
     """A list of token ids -> L token ids: what each layer, the first to the last, says comes
-    after the last token. The functions of this chapter may be used, but for `greedy`.
+    after the last token. Use what was built above, and not transformers' model.
     """
     raise NotImplementedError
 
