@@ -206,7 +206,8 @@ for n in (10, 100, 1000):
 # | its row `x` between the layers | no | it served to make q, k, v, and the row of the next layer |
 # | logits | no | the token that follows it is known |
 #
-# So we keep the keys and values: the **KV cache**. A token whose keys and values are kept is a **computed** token.
+# (In chapter 1 we exchanged the row of " France" behind the layer that reads it, and nobody noticed.) So we keep the
+# keys and values: the **KV cache**. A token whose keys and values are kept is a **computed** token.
 #
 # Is it true that they stay as they were? Compute them with five tokens, and again with six:
 
@@ -303,6 +304,35 @@ print("".join("#" if f else "." for f in filled[0, 0, 0]))
 
 
 # %% [markdown]
+# ### All that it remembers
+#
+# How much of the past is in there? We fill two caches, with two texts of four tokens, and give both the same fifth
+# one, " is". Then we copy one single place from one cache to the other:
+
+# %%
+def cached(text):
+    cache = new_cache(max_len=8)
+    forward(tokenizer.encode(text), cache, 0)
+    return cache
+
+
+def goes_on(cache):
+    """The token after four that are computed, and " is"."""
+    return tokenizer.decode([best_token(forward(tokenizer.encode(" is"), cache, 4)[-1])])
+
+
+# %%
+france, italy = cached("The capital of France"), cached("The capital of Italy")
+print("The capital of France is", goes_on(france), " The capital of Italy is", goes_on(italy))
+france[:, :, :, 3] = italy[:, :, :, 3]
+print("The capital of France, with Italy's place 3, is", goes_on(france))
+assert goes_on(france) == goes_on(italy) == " Rome"
+
+
+# %% [markdown]
+# The cache is all that the model knows of the text. Whoever gives it the wrong place gets an answer that is fluent,
+# sure, and wrong: remember that in the chapters in which caches lie in pieces, and many share them.
+#
 # ### No phases
 #
 # Are prefill and decode two procedures? We have written one. It computes whatever is not computed yet: at first that
@@ -729,7 +759,7 @@ print("500 random steps agree")
 #
 # The package knows no phases either. Its `Sequence` has `num_computed_tokens`. In each step the **scheduler**, who
 # decides what is computed, gives every sequence some of the tokens that it lacks: one for certain, and more as long as
-# the step may grow. Here is how it writes that down for the one that computes:
+# the step may grow. Here is how it writes that down for the runner, who computes it:
 
 # %%
 from minipaged.scheduling.scheduler import Scheduler
