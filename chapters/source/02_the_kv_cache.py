@@ -307,7 +307,7 @@ print("".join("#" if f else "." for f in filled[0, 0, 0]))
 # ### All that it remembers
 #
 # How much of the past is in there? We fill two caches, with two texts of four tokens, and give both the same fifth
-# one, " is". Then we copy one single place from one cache to the other:
+# one, " is". Then we copy a single position, that of the country, from one cache to the other:
 
 # %%
 def cached(text):
@@ -323,9 +323,9 @@ def goes_on(cache):
 
 # %%
 france, italy = cached("The capital of France"), cached("The capital of Italy")
-print("The capital of France is", goes_on(france), " The capital of Italy is", goes_on(italy))
+print(f"France is{goes_on(france)}, Italy is{goes_on(italy)}")
 france[:, :, :, 3] = italy[:, :, :, 3]
-print("The capital of France, with Italy's place 3, is", goes_on(france))
+print(f"France, with Italy's keys and values at position 3, is{goes_on(france)}")
 assert goes_on(france) == goes_on(italy) == " Rome"
 
 
