@@ -806,8 +806,8 @@ attempt(test_perplexity, perplexity)
 
 # %% [markdown]
 # **3. Heads without copies.** `attention` repeats keys and values, so that each query head has its own, and that is
-# memory to write and to read again. Do it without: no key and no value may stand in memory more than once more, neither
-# in a tensor that you make nor in one that PyTorch makes on the way. Give the queries a group dimension, and let
+# memory to write and to read again. Do it without: no tensor may hold the keys or the values several times over, neither
+# one that you make nor one that PyTorch makes on the way. Give the queries a group dimension, and let
 # `einsum` do the rest, or take one head after the other. (A trap: where the leading dimensions of two factors differ,
 # `@` spreads the smaller factor out, and that is a copy, too.)
 
@@ -927,7 +927,7 @@ attempt(test_greedy_until, greedy_until)
 # %% tags=["exercise"]
 def logit_lens(tokens):
     """A list of token ids -> L token ids: what each layer, the first to the last, says comes
-    after the last token. The functions of this chapter may be used, but for `greedy`.
+    after the last token. Use what was built above, and not transformers' model.
     """
     raise NotImplementedError
 
