@@ -290,7 +290,7 @@ for size in your_sizes:
 # %% [markdown]
 # ### Three ways to reserve
 #
-# How large a piece should a request ask for? The paper compares three answers:
+# How large a piece should a request ask for? The paper compares three answers, or *policies*:
 #
 # - **Max**: the longest that the model allows, 2048.
 # - **Pow2**: room for the prompt, and for the next power of two of the answer: 32 if it is going to have 25 tokens.
