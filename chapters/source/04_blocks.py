@@ -601,6 +601,7 @@ def found(bug, length):
 
 
 percents = {bug.__name__: [found(bug, length) for length in steps] for bug in BUGS}
+assert percents["TakesSome"][-1] > 80 > percents["TooEarly"][-1]
 
 # %%
 title, x, y = "Which sequences find it?", "calls in a sequence", "% that find it"
@@ -996,8 +997,7 @@ except AssertionError as error:
 #
 # ## Exercises
 #
-# Fill in the functions and classes; each is followed by a test that says how far you are. `Allocator`, `play` and
-# `fault` are there to be used.
+# `Allocator`, `play` and `fault` are there to be used.
 #
 # **1. What sharing saves** (warm-up). The paper measures sharing as blocks saved, divided by the blocks that would be
 # needed without it. Compute it from the page tables, which stay as they are.
