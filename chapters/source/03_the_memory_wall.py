@@ -290,7 +290,7 @@ for size in your_sizes:
 # %% [markdown]
 # ### Three ways to reserve
 #
-# How large a piece should a request ask for? The paper compares three answers:
+# How large a piece should a request ask for? The paper compares three answers, or *policies*:
 #
 # - **Max**: the longest that the model allows, 2048.
 # - **Pow2**: room for the prompt, and for the next power of two of the answer: 32 if it is going to have 25 tokens.
@@ -429,6 +429,7 @@ def table(history):
 
 
 table(orcas)
+assert average(orcas["Orca (Oracle)"])[0]["tokens"] < 37
 
 # %% [markdown]
 # Max holds seven requests, and keys and values fill a fifth of the memory. Even the server that knows the future
@@ -490,6 +491,7 @@ paged, preempted = serve_paged(jobs, KVCacheManager(TOTAL // 16, block_size=16))
 history = orcas | {"paged": paged}
 table(history)
 print(f"{preempted:,} times a request gave its blocks back")
+assert 4.5 * 7 < average(paged)[1] < 5 * 7
 
 # %% [markdown]
 # Almost five times as many requests at once as Max, in the same memory. The last line is the other side of it: a
@@ -704,6 +706,7 @@ table(first_fit)
 for steps in (history["Orca (Pow2)"], history["Orca (Oracle)"]):
     share, _ = average(steps)
     assert share["rounding"] > 0.75 * (share["rounding"] + share["free"])
+assert average(first_fit["Oracle first fit"])[0]["tokens"] > 50
 
 # %% [markdown]
 # With first fit, Oracle holds 18 requests instead of 13, and half of the memory works. Max gains nothing. So the

@@ -125,10 +125,11 @@ assert looks(1) > 100 * looks(500)
 # The search is slow exactly when memory is short, and a good server's memory is nearly full. The free list costs the
 # same at every fill.
 #
-# **Does the order matter?** Not for being right. Ours is first in, first out: the block that has been free longest
-# goes next. xv6, a small teaching system, takes from where it gives back, so the block that was freed last goes next;
-# its contents may still be in the processor's caches. For us, what a free block holds can be worth something later:
-# the next request may begin with the same words ([chapter 13](13_prefix_caching.ipynb)). So we take the oldest first.
+# **Does the order matter?** Not for being right. Ours is first in, first out: the block that has been free longest goes
+# next. xv6, a small operating system for teaching, takes from where it gives back, so the block that was freed last
+# goes next; its contents may still be in the processor's caches. For us, what a free block holds can be worth something
+# later: the next request may begin with the same words ([chapter 13](13_prefix_caching.ipynb)). So we take the oldest
+# first.
 #
 # **Your turn.** Which blocks are taken here, in our order? And which, if `append` becomes `appendleft`, as in xv6?
 
@@ -600,6 +601,7 @@ def found(bug, length):
 
 
 percents = {bug.__name__: [found(bug, length) for length in steps] for bug in BUGS}
+assert percents["TakesSome"][-1] > 80 > percents["TooEarly"][-1]
 
 # %%
 title, x, y = "Which sequences find it?", "calls in a sequence", "% that find it"
@@ -988,13 +990,14 @@ except AssertionError as error:
     print(error)
 
 # %% [markdown]
+# Both sequences hold block 0, and don't agree on how full it is.
+#
 # **Freed memory is never read.** You saw above what it looks like if it is: like right numbers without poison, like
 # NaN with it.
 #
 # ## Exercises
 #
-# Fill in the functions and classes; each is followed by a test that says how far you are. `Allocator`, `play` and
-# `fault` are there to be used.
+# `Allocator`, `play` and `fault` are there to be used.
 #
 # **1. What sharing saves** (warm-up). The paper measures sharing as blocks saved, divided by the blocks that would be
 # needed without it. Compute it from the page tables, which stay as they are.
@@ -1082,13 +1085,16 @@ def test_BitmapAllocator(BitmapAllocator):
         counts[number] += 1 if op == "share" else -1
 
     def compare(pool, counts, op, number):
-        done = f"{op}({number}) with the counts {counts}"
+        held = {block: count for block, count in enumerate(counts) if count}
+        done = f"{len(counts)} blocks, of which {held} are held, {op}({number})"
         right, got = expected(counts, op, number), do(pool, op, number)
         assert equal(got, right), f"{done}: {right}, not {got}"
-        got = [pool.ref_count(block) for block in range(len(counts))]
-        assert equal(got, counts), f"{done}: now they are {counts}, not {got}"
+        for block, count in enumerate(counts):
+            got = pool.ref_count(block)
+            assert equal(got, count), f"{done}: block {block} has {count} holders, not {got}"
         bits = sum(1 << block for block, count in enumerate(counts) if count == 0)
-        assert type(pool.bits) is int and pool.bits == bits, f"{done}: bits {bits:b}"
+        assert type(pool.bits) is int, f"{done}: bits is {pool.bits}, and not an int"
+        assert pool.bits == bits, f"{done}: the bits are {bits:b}, not {pool.bits:b}"
         assert equal(pool.num_free, counts.count(0)), f"{done}: num_free, not {pool.num_free}"
         for block in (-1, len(counts)):
             assert do(pool, "ref_count", block) == "MisuseError", f"there is no block {block}"
@@ -1202,8 +1208,7 @@ class Thrifty(Allocator):
     allocate(count): takes idle blocks when no other is left, longest idle first; their marks
         are gone then.
     take_freed(): the blocks that lost their contents since the last call, each once, in any
-        order.
-        An idle block has not lost them; one that was taken for something else has.
+        order. An idle block has not lost them; one that was taken for something else has.
     As before, nothing changes when it refuses. There is no need for check.
     """
 
