@@ -205,7 +205,7 @@ rows, kinds = {}, ("tokens", "other", "third", "shared")
 for name, wish in {"as it is": {}, "top-p 0.5": {"top_p": 0.5},
                    "and T = 0.5": {"top_p": 0.5, "temperature": 0.5}}.items():
     best = cut(colours, **wish).softmax(0).sort(descending=True)
-    wide = int((best.values > 0.04).sum())
+    wide = min(4, int((best.values > 0.04).sum()))
     words = [tokenizer.decode([token]).strip() for token in best.indices[:wide].tolist()]
     rest = float(best.values[wide:].sum()), "external", ""
     rows[name] = [*zip(best.values[:wide].tolist(), kinds, words), rest]
@@ -218,8 +218,8 @@ with plots.figure("The line of chances", "u", size=(6.8, 2.4), alt=alt) as axes:
 
 # %% [markdown]
 # (Crossed out are all narrow tokens together.) In code it is a running sum, and the first place where that exceeds the
-# target: the **inverse CDF**, since a running sum is a cumulative distribution function. "Exceeds" is important. A token
-# of weight 0 adds nothing to the sum, so it is never the first to exceed anything.
+# target. This is called the **inverse CDF**: a running sum of probabilities is a cumulative distribution function.
+# "Exceeds" is important. A token of weight 0 adds nothing to the sum, so it is never the first to exceed anything.
 
 # %%
 def draw(x, u, order):
@@ -752,7 +752,7 @@ show_source(sampling.nucleus)
 
 # %% [markdown]
 # It is your `cut_top_k` and `cut_top_p` in one, and longer because it avoids to sort 49,152 numbers. It looks at the
-# best 128 first, then at 4,096, and then at all (a `rung`). Most rows need no more than the first. How many a row needs
+# best 128 first, then at 4,096, and then at all (a `rung`). If the model is sure, 128 are plenty. How many a row needs
 # depends on that row alone. And the drawing:
 
 # %%
@@ -801,7 +801,7 @@ print(sum(draws_agree(seed) for seed in range(300)), "tokens are the same")
 # %%
 from minipaged.scheduling.growth import LiveSequences
 
-show_source(LiveSequences._append, LiveSequences._fork)
+show_source(LiveSequences._append, LiveSequences._fork, KVCacheManager.fork)
 
 # %% [markdown]
 # `rows` has one list of new tokens, or n of them when the prompt of n samples has just been computed. Then n - 1
@@ -890,7 +890,7 @@ assert [plan.copies for plan in plans] == [[], [(1, 2), (1, 3)], [], []]
 # %%
 from minipaged.memory import branching
 
-show_source(branching.branch, branching.adopt)
+show_source(KVCacheManager.branch, branching.branch, branching.adopt)
 
 # %% [markdown]
 # Full blocks before the start are shared, as in a fork. The block of the start gets a copy at once, whatever the counts
@@ -1103,7 +1103,8 @@ def test_number(number):
     large = [(2**power - less, 0, 0) for power in (32, 61, 64) for less in (0, 1)]
     far = [(10**30, 0, 0), (-1, 0, 0), (-2, 0, 0), *large]
     near = [(a, b, c) for a in (0, 1, 2, 12, 123) for b in range(13) for c in range(24)]
-    rows = {"seeds": [(i, 0, 0) for i in range(4000)], "samples": [(7, i, 0) for i in range(4000)],
+    rows = {"seeds": [(i, 0, 0) for i in range(4000)],
+            "samples": [(7, i, 0) for i in range(4000)],
             "positions": [(7, 0, i) for i in range(4000)]}
     before, triples = states(), [*dict.fromkeys(sum(rows.values(), far + near))]
     found = {triple: ask(triple) for triple in triples}
