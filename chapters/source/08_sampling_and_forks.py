@@ -676,10 +676,10 @@ for name, row in figure_15.items():
     print(f"{name:10}", [round(percent * n / (n - 1), 1) for n, percent in row.items()])
 
 # %% [markdown]
-# Nearly so in the paper, and not quite. So its samples, or its way of counting, differ a little from ours. Why it is so
-# little is clear: Alpaca's prompts have 19 tokens, mostly one full block, and the answers three times as many. With
-# ShareGPT's long prompts the paper has 16.2 to 30.5 %. Beams share parts of their *answers*, too, and save much more:
-# [chapter 9](09_beam_search.ipynb).
+# Nearly so in the paper, and not quite. So its samples, or its way of counting, differ a little from ours. Why the
+# saving is small is clear: Alpaca's prompts have 19 tokens, mostly one full block, and the answers three times as many.
+# With ShareGPT's long prompts the paper has 16.2 to 30.5 %. Beams share parts of their *answers*, too, and save much
+# more: [chapter 9](09_beam_search.ipynb).
 
 # %% [markdown]
 # ## Check it
@@ -773,9 +773,10 @@ CHOICES = {"temperature": [0, 0.5, 1.0, 1.7], "min_p": [0, 0, 0.02, 0.3],
 
 # %%
 def draws_agree(seed):
-    """Five rows of 60 scores, three samples of each; -> tokens compared."""
+    """Five rows, three samples of each; -> tokens compared."""
     random, n = Random(seed), 3
-    logits = torch.tensor([[random.randint(-8, 8) / 2 for _ in range(60)] for _ in range(5)])
+    shape = 5, random.choice([60, 5000])
+    logits = torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)) / 2
     wishes = [{k: random.choice(some) for k, some in CHOICES.items()} for _ in logits]
     asked = [Draw(SamplingParams(**wish), seed, 2, n, [], [0] * 9, frozenset())
              for wish in wishes]
@@ -786,7 +787,7 @@ def draws_agree(seed):
 
 
 # %%
-print(sum(draws_agree(seed) for seed in range(300)), "tokens are the same")
+print(sum(draws_agree(seed) for seed in range(150)), "tokens are the same")
 
 # %% [markdown]
 # What it does more comes before the temperature: a request may forbid or allow tokens, have a grammar that says which
@@ -908,7 +909,7 @@ print("goes on with", manager.block_table(1), "and has", manager.num_tokens(1), 
 
 # %% [markdown]
 # `adopt` ends the name of the branch: the sequence goes on with its page table, and what only the sequence held is
-# free. If the last of the three tokens was wrong after all, its slot is taken back:
+# free. Guesses that were wrong give their slots back:
 
 # %%
 show_source(branching.take_back)
@@ -925,7 +926,8 @@ except MisuseError as error:
     print("refused:", error)
 
 # %% [markdown]
-# Who takes slots back will write others into them. So it must be alone there, and nobody may find the block.
+# Of 13 tokens two were taken back, and the fourth block with them. Then somebody else held the third block. Who takes
+# slots back will write others into them, so it must be alone there.
 #
 # In a step of speculation a sequence may first get a copy of its last block, and then branch from that very block. Then
 # the copy would be source and target in one launch. The plan puts that right, with the source of the source:
