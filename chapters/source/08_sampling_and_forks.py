@@ -790,8 +790,8 @@ def draws_agree(seed):
 print(sum(draws_agree(seed) for seed in range(150)), "tokens are the same")
 
 # %% [markdown]
-# What it does more comes before the temperature: a request may forbid or allow tokens, have a grammar that says which
-# may come, add a bias, punish repetition. `adjust.py` has these steps. A row that has NaN gives `BadLogits`, which ends
+# What it does more comes before the temperature: a request may forbid or allow tokens, ask for a form such as JSON, add
+# to single logits, punish repetition. `adjust.py` has these steps. A row that has NaN gives `BadLogits`, which ends
 # its own request with a reason, and no other row notices. (vLLM has a generator for each request with a seed.)
 #
 # ### Who forks, and when
@@ -841,9 +841,9 @@ show_source(copy_on_write._Growth, copy_on_write._growths)
 # %% [markdown]
 # `_growths` is your `needs`. Who gets several tokens may need a copy *and* new blocks behind it. Page tables are
 # replaced and never changed, so that who was handed `current_table` can see with `is` that nothing happened.
-# `keep_free` leaves blocks for others; growing asks for none, admission does.
+# `keep_free` leaves blocks for others; who grows asks for none, a newcomer does.
 #
-# Do both agree? The package lives through the lives of above, event by event:
+# Do both agree? The package lives through the same lives, event by event:
 
 # %%
 DO = {"start": KVCacheManager.allocate, "fork": KVCacheManager.fork, "end": KVCacheManager.free,
