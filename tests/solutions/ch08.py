@@ -25,7 +25,7 @@ def with_numpy(weights, top_k, percent):
     order = np.argsort(-weights, kind="stable")[: top_k or None]
     running = weights[order].cumsum()
     count = int((100 * running < percent * running[-1]).sum()) + 1
-    return {int(token) for token in order[:count]}
+    return set(order[:count])
 
 
 def one_after_the_other(weights, top_k, percent):
@@ -155,6 +155,11 @@ def reseeds_all(seed, sample, position):
 def reseeds_torch(seed, sample, position):
     torch.manual_seed(int(number(seed, sample, position) * 2**40))
     return torch.rand((), dtype=torch.float64).item()
+
+
+def of_24_bits(seed, sample, position):
+    generator = torch.Generator().manual_seed(int(number(seed, sample, position) * 2**53))
+    return torch.rand((), generator=generator).item()
 
 
 def golden(seed, sample, position):
@@ -425,8 +430,9 @@ WRONG = {
         lambda weights, top_k, percent: cut_top_k(torch.tensor(weights).float(), top_k) and set(),
     ],
     "number": [
-        stateful, reseeds_all, reseeds_torch, golden, by_hash_of_a_text, of_the_remainder,
+        stateful, reseeds_all, reseeds_torch, of_24_bits, golden, by_hash_of_a_text, of_the_remainder,
         lambda seed, sample, position: ONE_FOR_ALL.random(),
+        lambda seed, sample, position: AGenerator(hash((seed, sample, position))).random(),  # hash(-1) == hash(-2)
         lambda seed, sample, position: AGenerator(seed + sample + position).random(),
         lambda seed, sample, position: AGenerator(f"{seed}{sample}{position}").random(),
         lambda seed, sample, position: own_generator(seed, 0, position),
