@@ -838,8 +838,8 @@ print("5 random batches: ours and theirs agree, and both layouts to the bit")
 # %% [markdown]
 # ### And the engine
 #
-# The whole engine, too, runs under the interpreter, with prompts and decode in one batch. We leave the model of
-# chapter 1 only its first two layers. It talks nonsense, but it must be the same nonsense with every backend.
+# The whole engine, too, runs under the interpreter. We leave the model of chapter 1 only its first two layers. It talks
+# nonsense, but it must be the same nonsense with every backend.
 
 # %%
 from minipaged import LLM, SamplingParams
@@ -866,10 +866,10 @@ assert llm.stats().memory.copies == seen.kernels.count("_copy_kernel") == 1
 print(llm.stats().num_steps, "steps of 2 layers:", dict(Counter(seen.kernels)))
 
 # %% [markdown]
-# The same tokens. (Sequences of one query have a launch of their own, with tiles made for decode, so the first step
-# launches attention twice in each layer.) Two samples shared the block in which their prompt ends. Before the first of
-# them wrote into it, it got a copy, made by a kernel, too. `debug=True` fills freed blocks with NaN, so a stale read
-# would have shown.
+# The same tokens. (Sequences of one query have a launch of their own, with tiles made for decode, and a step that may
+# have both kinds, as the first one, launches attention twice in each layer.) Two samples shared the block in which
+# their prompt ends. Before the first of them wrote into it, it got a copy, made by a kernel, too. `debug=True` fills
+# freed blocks with NaN, so a stale read would have shown.
 #
 # ## What must hold, and what breaks if it doesn't
 #
@@ -1063,9 +1063,10 @@ attempt(test_write_kv, write_kv)
 def copy_blocks(cache, source, target):
     """Copy block source[i] of cache [2, G, N, B, D] to block target[i], in all heads.
 
-    source and target [C], int32, 1 <= C <= 16; targets are distinct. The cache is in one piece,
-    and B * D may be any number. Every source counts as it was before. One launch, which
-    loads the numbers of each source once for each of its targets, and stores each once.
+    source and target [C], int32, 1 <= C <= 16; targets are distinct, source[i] is another
+    block than target[i]. The cache is in one piece, and B * D may be any number. Every source
+    counts as it was before. One launch, which loads the numbers of each source once for each
+    of its targets, and stores each once.
     """
     raise NotImplementedError
 
@@ -1078,7 +1079,8 @@ def test_copy_blocks(copy_blocks):
     for seed in range(5):
         pick = random.Random(seed)
         C = pick.choice([1, 3, 16])
-        pairs.append((pick.choices(range(18), k=C), pick.sample(range(18), C)))
+        target = pick.sample(range(18), C)
+        pairs.append(([(t + pick.randint(1, 17)) % 18 for t in target], target))
     for seed, (source, target) in enumerate(pairs):
         torch.manual_seed(seed)
         G, B, D = 1 + seed % 3, (3, 1, 4, 5)[seed % 4], (8, 16, 5)[seed % 3]
