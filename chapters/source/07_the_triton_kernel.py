@@ -689,8 +689,7 @@ attempt(test_sizes, your_sizes)
 # Memory gives its bytes in **sectors** of 32. Load one number and its whole sector comes. Threads of a warp whose
 # numbers lie side by side share sectors, and the loads are **coalesced**. Our cache is [2, G, N, B, D]: a pool for
 # each head, in which a block of one head is B·D numbers in one run. vLLM's FlashAttention backend has [2, N, B, G, D]:
-# a block keeps all heads together. (In the paper's kernel, too, a block holds all heads.) What do the usual errands
-# touch, for Llama-3-8B in fp16?
+# a block keeps all heads together. What do the usual errands touch, for Llama-3-8B in fp16?
 
 # %%
 def touched(places, itemsize=2):
@@ -1054,10 +1053,10 @@ def test_write_kv(write_kv):
 attempt(test_write_kv, write_kv)
 
 # %% [markdown]
-# **3. Copy blocks, in no order.** Copy-on-write copies several blocks in one launch. A block may be the source of one
-# pair and the target of another, and then its *old* contents are meant. One program a pair is a race. Cut the work so
-# that no program reads what another writes, and make no copy on the side. (On a GPU the threads of a program need a
-# `tl.debug_barrier()` between its loads and its stores, too.)
+# **3. Copy blocks, in no order.** Copy-on-write ([chapter 5](05_page_tables.ipynb)) copies several blocks in one
+# launch. A block may be the source of one pair and the target of another, and then its *old* contents are meant. One
+# program a pair is a race. Cut the work so that no program reads what another writes, and make no copy on the side.
+# (On a GPU the threads of a program need a `tl.debug_barrier()` between its loads and its stores, too.)
 
 # %% tags=["exercise"]
 def copy_blocks(cache, source, target):
@@ -1115,8 +1114,8 @@ def mixed_attention(q, cache, query_start, contexts, tables):
     Sequence s has the queries query_start[s] .. query_start[s + 1] - 1, maybe none; contexts
     [S] and query_start [S + 1] are lists, tables [S, M] is int32, -1 behind its end. H / G is
     at most 4, D a power of two. As reference.paged_attention with the scale 1 / sqrt(D).
-    At most 3 launches. From the cache each head of a sequence with n queries loads at most
-    ceil(n / 8) times its context, and nothing outside.
+    At most 3 launches. For a sequence of n queries at most ceil(n / 8) times its context is
+    loaded from the cache, for all its heads together: keys and values, and nothing outside.
     """
     raise NotImplementedError
 
