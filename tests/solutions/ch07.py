@@ -451,6 +451,53 @@ def over_sequences(q, cache, query_start, contexts, tables):
     return out
 
 
+@triton.jit
+def scan_kernel(out, q, cache, starts, lens, tables, S, M, scale, stride_kv, stride_g, H, R: tl.constexpr,
+                B: tl.constexpr, D: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Whose tile it is, a program finds by itself: those of sequence s begin at number starts[s] // 8 + s."""
+    tile, g = tl.program_id(0), tl.program_id(1)
+    s = 0
+    for i in range(S):
+        if tl.load(starts + i) // 8 + i <= tile:
+            s = i
+    begin, end, context = tl.load(starts + s), tl.load(starts + s + 1), tl.load(lens + s)
+    first = begin + (tile - s - begin // 8) * 8
+    if first >= end:
+        return
+    row, d = tl.arange(0, 32), tl.arange(0, D)
+    t, r = first + row % 8, row // 8
+    real, position = (t < end) & (r < R), context - (end - t)
+    where = (t[:, None] * H + g * R + r[:, None]) * D + d[None, :]
+    x = tl.load(q + where, mask=real[:, None], other=0.0)
+    m, z, o = tl.full([32], -1e38, tl.float32), tl.zeros([32], tl.float32), tl.zeros([32, D], tl.float32)
+    last = context - (end - tl.minimum(first + 8, end))
+    for tile_begin in range(0, last, N):
+        j = tile_begin + tl.arange(0, N)
+        ok = j < last
+        block = tl.load(tables + s * M + j // B, mask=ok, other=0)
+        place = ((block * B + j % B) * D)[:, None] + d[None, :]
+        k = load_rows(cache + g * stride_g + place, ok)
+        v = load_rows(cache + stride_kv + g * stride_g + place, ok)
+        scores = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where((j[None, :] <= position[:, None]) & ok[None, :], scores, float("-inf"))
+        m, z, o = absorb_rows(m, z, o, scores, v)
+    tl.store(out + where, o / z[:, None], mask=real[:, None])
+
+
+def without_a_list(q, cache, query_start, contexts, tables):
+    (T, H, D), (_, G, _, B, _) = q.shape, cache.shape
+    out, S = torch.empty_like(q), len(contexts)
+    scan_kernel[(T // 8 + S, G)](
+        out, q, cache, torch.tensor(query_start), torch.tensor(contexts), tables, S, tables.shape[1], D**-0.5,
+        *cache.stride()[:2], H, R=H // G, B=B, D=D, N=16,
+    )  # fmt: skip
+    return out
+
+
+def a_pool_for_each_head(q, cache, query_start, contexts, tables):
+    return mixed_attention(q, cache.repeat_interleave(q.shape[1] // cache.shape[1], 1), query_start, contexts, tables)
+
+
 def a_sequence_for_each_query(q, cache, query_start, contexts, tables):
     """Right, and reads all keys again for every query."""
     counts = torch.tensor(query_start).diff()
@@ -475,7 +522,8 @@ def sees_the_future(q, cache, query_start, contexts, tables):
 
 
 def sees_not_itself(q, cache, query_start, contexts, tables):
-    return mixed_attention(q, cache, query_start, contexts, tables, future=-1)
+    with np.errstate(invalid="ignore"):  # the first token sees nothing
+        return mixed_attention(q, cache, query_start, contexts, tables, future=-1)
 
 
 def by_the_reference(q, cache, query_start, contexts, tables):
@@ -503,7 +551,7 @@ RIGHT = {
     "tile_numbers": [tile_numbers, position_by_position, in_numpy, with_a_longer_table],
     "write_kv": [write_kv, with_a_mask, a_program_a_head, tiles_of_tokens],
     "copy_blocks": [copy_blocks, a_program_a_plane, place_by_place, one_program],
-    "mixed_attention": [mixed_attention, in_tiles_of_16, over_sequences],
+    "mixed_attention": [mixed_attention, in_tiles_of_16, over_sequences, without_a_list],
 }
 CHANGES = {"write_kv": ["cache"], "copy_blocks": ["cache"]}
 WRONG = {
@@ -542,6 +590,7 @@ WRONG = {
         sees_the_future,
         sees_not_itself,
         a_sequence_for_each_query,
+        a_pool_for_each_head,
         one_after_another,
         by_the_reference,
         gathered,
