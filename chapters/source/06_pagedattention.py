@@ -998,7 +998,7 @@ import tracemalloc
 def memory_held():
     """Bytes of all tensors that exist, and of what Python took since tracemalloc.start()."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
     storages = [x.untyped_storage() for x in tensors if x.layout == torch.strided]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(sizes.values()) + tracemalloc.get_traced_memory()[0]
@@ -1224,16 +1224,16 @@ def test_Int8Pool(Int8Pool):
     g = torch.Generator().manual_seed(0)
     up_to = lambda most: 1 + int(torch.randint(most, (), generator=g))
     pairs = []
-    for case in range(20):
-        N, B, D, loud = 40, 15 + up_to(9), 60 + up_to(20), (1, 1000)[case % 2]
+    for case in range(12):
+        N, B, D, loud = 40, 20 + up_to(9), 90 + up_to(30), (1, 1000)[case % 2]
         pools = torch.zeros(2, N, B, D)
-        n, order = up_to((N - 1) * B), torch.randperm(N, generator=g).tolist()
+        n, order = up_to(300), torch.randperm(N, generator=g).tolist()
         table, rows = order[: blocks_for(n, B)], torch.randn(2, n, D, generator=g)
         for position in range(n):
             pools[:, table[position // B], position % B] = rows[:, position]
         pools[:, order[-1]] = loud * torch.randn(2, B, D, generator=g)  # somebody else's
         q = torch.randn(D, generator=g)
-        if case >= 3:
+        if case > 0:
             small = Int8Pool(*pools)
         else:
             tracemalloc.start()

@@ -344,14 +344,10 @@ class InNumPy:
         self.codes = np.rint(pools / np.array(self.scales)[:, :, None, None]).astype(np.int8)
 
     def attention(self, q, table, n):
-        B = self.codes.shape[2]
         k, v = (
-            torch.stack([
-                torch.from_numpy(self.codes[i, table[p // B], p % B].astype(np.float32) * self.scales[i][table[p // B]])
-                for p in range(n)
-            ]).float()
-            for i in (0, 1)
-        )  # fmt: skip
+            np.concatenate([self.codes[i, block] * self.scales[i][block] for block in table])[:n] for i in (0, 1)
+        )
+        k, v = (torch.from_numpy(x.astype(np.float32)) for x in (k, v))
         return torch.softmax(k @ q / len(q) ** 0.5, -1) @ v
 
 
