@@ -986,7 +986,7 @@ print("A2 and B both have blocks", sorted({*memory.tables["A2"]} & {*memory.tabl
 # ## Exercises
 #
 # Fill in the functions; each is followed by a test that says how far you are. What was built above may be used, the
-# package not; and what a function is given belongs to its caller, and stays as it is.
+# package not (but for `blocks_for`); and what a function is given belongs to its caller, and stays as it is.
 #
 # **1. The way back** (warm-up). A page table leads from a position to a slot. Which tokens live in a given slot?
 # Whoever looks for a mistake wants to know. An empty slot has none, a shared one several.
@@ -1002,7 +1002,7 @@ def residents(number, tables, lengths, B):
 
 # %% tags=["test"]
 def test_residents(residents):
-    residents = own(residents)
+    residents = own(residents, allow=[blocks_for])
     for seed in range(60):
         random = Random(seed)
         memory = SharingMemory(40, random.randint(1, 5), random.sample(range(40), 40))
@@ -1043,7 +1043,7 @@ def flat_batch(tables, starts, counts, B):
 def test_flat_batch(flat_batch):
     from minipaged.scheduling.plan import ScheduledSequence
 
-    flat_batch = own(flat_batch)
+    flat_batch = own(flat_batch, allow=[blocks_for])
     for seed in range(200):
         random = Random(seed)
         B, S = random.randint(1, 6), random.randint(1, 5)
@@ -1107,7 +1107,7 @@ def blocks_saved(n, prompt, output, B):
 
 # %% tags=["test"]
 def test_blocks_saved(blocks_saved):
-    alone = own(blocks_saved, forbid=[SharingMemory, GrowingMemory])
+    alone = own(blocks_saved, allow=[blocks_for], forbid=[SharingMemory, GrowingMemory])
     small, large = [(1, 5), (1, 20), (0, 9), (1, 6)], [(60, 90), (800, 999), (80, 99), (1, 16)]
     for seed in range(310):
         random = Random(seed)

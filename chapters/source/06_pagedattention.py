@@ -190,13 +190,13 @@ def three_ways(context):
             "in place": lambda: auto.paged_attention(q, cache, batch, 0.125)}  # fmt: skip
 
 
-def milliseconds(function, times=5):
+def milliseconds(function, times=9):
     """The best of so many times."""
     return 1e3 * min(timeit.repeat(function, number=1, repeat=times))
 
 
 row, copied, in_place = (way() for way in three_ways(1024).values())
-assert torch.equal(row, copied) and torch.allclose(row, in_place, atol=1e-5)
+assert torch.allclose(row, copied, atol=1e-5) and torch.allclose(row, in_place, atol=1e-5)
 
 # %% tags=["measured"]
 taken = [{name: milliseconds(way) for name, way in three_ways(n).items()} for n in CONTEXTS]
@@ -262,7 +262,8 @@ assert k_pool[7, :4].data_ptr() == k_pool.data_ptr() + 7 * B * D * 4  # in place
 # %%
 e = [torch.exp(k_pool[block, :c] @ q / D**0.5) for block, c in filled(table, n)]
 meant, letter = sum(piece.sum() for piece in e), sum(piece.prod() for piece in e)
-print(f"all weights together: {meant / meant:.2f} as meant, {meant / letter:.2f} to the letter")
+for name, total in (("as meant", meant), ("to the letter", letter)):
+    print(f"{name}: the weights are {sum((piece / total).sum() for piece in e):.2f} together")
 
 # %% [markdown]
 # ### Two troubles
@@ -693,10 +694,10 @@ show_source(reference.paged_attention)
 # without a copy:
 
 # %%
-weights = torch.softmax(k @ q / D**0.5, -1)
+shares = torch.softmax(k @ q / D**0.5, -1)
 rows, numbers = v_pool.flatten(0, 1), torch.tensor([slots])  # [N B, D], [1, n]
 bag = partial(torch.nn.functional.embedding_bag, mode="sum")
-answer = bag(numbers, rows, per_sample_weights=weights[None])[0]
+answer = bag(numbers, rows, per_sample_weights=shares[None])[0]
 assert torch.allclose(answer, expected, atol=1e-6)
 
 # %% [markdown]
@@ -778,8 +779,8 @@ for name, lens in running.items():
 #
 # So why not B = 1? No waste, everything shared. But each block has a price of its own, in four coins:
 #
-# - **Entries.** Python keeps an entry for each block and hands it to the device at each step, and every program of a
-#   GPU's kernel that reads the sequence reads it ([chapter 7](07_the_triton_kernel.ipynb)).
+# - **Entries.** Python keeps an entry for each block and hands it to the device at each step, and each of the many
+#   workers that read the sequence there reads it ([chapter 7](07_the_triton_kernel.ipynb)).
 # - **Waiting.** The block's number must be there before its contents can be asked for, and then these take their time,
 #   too. A larger block has more to ask for at once ([chapter 15](15_the_experiments.ipynb) reckons with that).
 # - **Idle hands.** In the paper's kernel a group of 32 threads, a *warp*, reads a block. If there is little in it, they
@@ -832,7 +833,7 @@ def in_blocks_of(B):
     """Nanoseconds for a token of context: (the package, your loop)."""
     q, cache, batch = scattered(1024, B=B)
     one = torch.tensor([0, 1]), torch.tensor([1024]), batch.block_tables[:1]
-    package = milliseconds(lambda: auto.paged_attention(q, cache, batch, 0.125), times=15)
+    package = milliseconds(lambda: auto.paged_attention(q, cache, batch, 0.125), times=30)
     yours = milliseconds(lambda: paged_attention(q[:1], cache, *one, 0.125), times=3)
     return 1e6 * package / (16 * 1024), 1e6 * yours / 1024
 
@@ -913,8 +914,8 @@ assert [a.outputs[0].text == b.outputs[0].text for a, b in zip(whole, broken)] =
 
 # %% [markdown]
 # Fluent, and nobody who reads it would look for a mistake in the attention. (Trained models give much of the weight to
-# the very first tokens, whatever these say, the *attention sinks*. So the first block often has the largest score.)
-# Only whoever compares with the right tokens finds out.
+# the very first tokens, whatever these say, the *attention sinks*. Where the largest score stands in the first block,
+# nothing goes wrong at all.) Only whoever compares with the right tokens finds out.
 #
 # **A block of which a query sees nothing must leave its state alone.** With the blocks in order, every query sees
 # position 0 in the first one, and $m$ is finite from then on. Read the same blocks from the end, which should not
@@ -997,7 +998,7 @@ import tracemalloc
 def memory_held():
     """Bytes of all tensors that exist, and of what Python took since tracemalloc.start()."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
     storages = [x.untyped_storage() for x in tensors if x.layout == torch.strided]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(sizes.values()) + tracemalloc.get_traced_memory()[0]
@@ -1037,10 +1038,10 @@ def test_running_lse(running_lse):
     held = []
 
     def long():
-        for i in range(1000):
-            if i in (10, 999):
+        for i in range(4000):
+            if i in (10, 3999):
                 held.append(memory_held())
-            yield 10 * torch.randn(100, generator=g)
+            yield 10 * torch.randn(20, generator=g)
 
     tracemalloc.start()
     try:
@@ -1048,7 +1049,7 @@ def test_running_lse(running_lse):
     finally:
         tracemalloc.stop()
     kept = held[1] - held[0]
-    assert kept < 100_000, f"1000 pieces of 100 numbers, and {kept:,} bytes are kept"
+    assert kept < 50_000, f"4000 pieces of 20 numbers, and {kept:,} bytes are kept"
 
 
 attempt(test_running_lse, running_lse)
@@ -1149,7 +1150,7 @@ attempt(test_blocks_to_mask, blocks_to_mask)
 
 # %% tags=["exercise"]
 def windowed_attention(q, read, table, n, window, B):
-    """One query [D] at position n - 1 sees the last `window` of n positions -> [D].
+    """One query [D] at position n - 1 sees the last `window` of n positions -> [D], fp32.
 
     read(block) -> keys and values [B, D] of a physical block, once for each that is needed.
     table: logical -> physical, one entry for each block of the n positions; of a block that
@@ -1212,7 +1213,7 @@ class Int8Pool:
 
     def attention(self, q, table, n):
         """One query [D], scores divided by sqrt(D), over n tokens in the blocks of `table`,
-        a list of exactly so many as they need -> [D], off by 0.05 at most.
+        a list of exactly so many as they need -> [D], fp32, off by 0.05 at most.
         """
         raise NotImplementedError
 
@@ -1223,16 +1224,16 @@ def test_Int8Pool(Int8Pool):
     g = torch.Generator().manual_seed(0)
     up_to = lambda most: 1 + int(torch.randint(most, (), generator=g))
     pairs = []
-    for case in range(20):
-        N, B, D, loud = 40, 15 + up_to(9), 60 + up_to(20), (1, 1000)[case % 2]
+    for case in range(12):
+        N, B, D, loud = 40, 20 + up_to(9), 90 + up_to(30), (1, 1000)[case % 2]
         pools = torch.zeros(2, N, B, D)
-        n, order = up_to((N - 1) * B), torch.randperm(N, generator=g).tolist()
+        n, order = up_to(300), torch.randperm(N, generator=g).tolist()
         table, rows = order[: blocks_for(n, B)], torch.randn(2, n, D, generator=g)
         for position in range(n):
             pools[:, table[position // B], position % B] = rows[:, position]
         pools[:, order[-1]] = loud * torch.randn(2, B, D, generator=g)  # somebody else's
         q = torch.randn(D, generator=g)
-        if case >= 3:
+        if case > 0:
             small = Int8Pool(*pools)
         else:
             tracemalloc.start()

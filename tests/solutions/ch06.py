@@ -344,14 +344,10 @@ class InNumPy:
         self.codes = np.rint(pools / np.array(self.scales)[:, :, None, None]).astype(np.int8)
 
     def attention(self, q, table, n):
-        B = self.codes.shape[2]
         k, v = (
-            torch.stack([
-                torch.from_numpy(self.codes[i, table[p // B], p % B].astype(np.float32) * self.scales[i][table[p // B]])
-                for p in range(n)
-            ]).float()
-            for i in (0, 1)
-        )  # fmt: skip
+            np.concatenate([self.codes[i, block] * self.scales[i][block] for block in table])[:n] for i in (0, 1)
+        )
+        k, v = (torch.from_numpy(x.astype(np.float32)) for x in (k, v))
         return torch.softmax(k @ q / len(q) ** 0.5, -1) @ v
 
 
@@ -451,7 +447,8 @@ WRONG = {
         lse_without_max, lse_without_shrink, lse_all_at_once, lse_keeps_numbers, lse_grows, lse_of_first_max,
         lse_stops_at_inf,
         lambda pieces: max(float(piece.max()) for piece in pieces),  # nearly, when scores are far apart
-        lambda pieces: torch.stack([piece.logsumexp(-1) for piece in pieces]).logsumexp(-1).half().item(),
+        lambda pieces: torch.stack([piece.logsumexp(-1) for piece in pieces]).logsumexp(-1).item(),  # one for each
+        lambda pieces: torch.tensor([piece.logsumexp(-1).item() for piece in pieces]).logsumexp(-1).item(),
     ],
     "merge_answers": [
         merge_with_exp,  # overflows
