@@ -806,8 +806,8 @@ attempt(test_perplexity, perplexity)
 
 # %% [markdown]
 # **3. Heads without copies.** `attention` repeats keys and values, so that each query head has its own, and that is
-# memory to write and to read again. Do it without: no tensor may hold the keys or the values several times over, neither
-# one that you make nor one that PyTorch makes on the way. Give the queries a group dimension, and let
+# memory to write and to read again. Do it without: no tensor may hold the keys or the values several times over,
+# neither one that you make nor one that PyTorch makes on the way. Give the queries a group dimension, and let
 # `einsum` do the rest, or take one head after the other. (A trap: where the leading dimensions of two factors differ,
 # `@` spreads the smaller factor out, and that is a copy, too.)
 
