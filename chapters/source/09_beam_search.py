@@ -376,13 +376,14 @@ def icicle(axes, tables, numbers=True):
 
 # %%
 alt = "A trunk of shared blocks that narrows into single ones; afterwards a longer trunk"
-titles = "Figure 9: four beams", "four new ones, of beams 1 and 2"
+titles = "Figure 9: four beams", "Then: four new ones, of beams 1 and 2"
 with plots.figures(*titles, size=(8.6, 2.4), alt=alt) as (left, right):
     icicle(left, before)
     icicle(right, after)
 
 # %% [markdown]
-# It is a tree on its side: a trunk that all share, branches that some share, and a twig for each.
+# It is a tree on its side: a trunk that all share, branches that some share, and a twig for each. **Your turn.** Which
+# parents in `move` would free the most blocks?
 #
 # ### The real model
 #
@@ -420,8 +421,8 @@ print(f"W = 1: {plain[0]:.2f} {plain[1]!r}")
 assert score > plain[0] and text.count("he loved the sea") >= 3
 
 # %% [markdown]
-# What is likely is what repeats itself. So beam search serves where the best text is nearly certain, as in translation
-# or in speech, and chats are sampled (chapter 8). Here is the length penalty at work, on a question with an end:
+# Likely texts repeat themselves. So beam search serves where the best text is nearly certain, as in translation or in
+# speech, and chats are sampled (chapter 8). Here is the length penalty at work, on a question with an end:
 
 # %%
 question = [{"role": "user", "content": "How many legs has a cat?"}]
@@ -431,13 +432,12 @@ for alpha in (0, 1, 2):
     print(f"alpha {alpha}: {len(best_text.token_ids):2} tokens, {best_text.text!r}")
 
 # %% [markdown]
-# With 0 the shortest answer wins, with 2 a text that doesn't come to its end. Most engines take 1 unless told
-# otherwise.
+# With 0 the shortest answer wins, with 2 a text that doesn't come to its end. The default is 1.
 #
 # ### Trunk and twigs
 #
-# Where does the real model's tree branch? We look at each step of a search: the page tables with which it computes,
-# and the **paths**, all output tokens of each beam that runs on.
+# Where does the real model's tree branch? An observer of the engine is called after each step. Ours notes the page
+# tables, and the **paths**: all output tokens of each beam that runs on.
 
 # %%
 def watch(llm, prompt, W, limit):
@@ -578,22 +578,25 @@ def resend(engine, prompt, W, limit, salted):
 
 # %%
 prompt = engine.tokenizer.encode(KEEPER)
-W, T, P = 4, 12, len(prompt)
 engine.reset_prefix_cache()
 clock = [time.perf_counter()]
-slow, computed_slow = resend(engine, prompt, W, T, salted=True)
+slow, computed_slow = resend(engine, prompt, 4, 12, salted=True)
 clock.append(time.perf_counter())
-cached, computed_cached = resend(engine, prompt, W, T, salted=False)
+cached, computed_cached = resend(engine, prompt, 4, 12, salted=False)
 clock.append(time.perf_counter())
 engine.reset_prefix_cache()
-outs, seen_fast = watch(engine, KEEPER, W, T)
+outs, seen_fast = watch(engine, KEEPER, 4, 12)
 clock.append(time.perf_counter())
 
 # %%
+def expected(P, T, W):
+    """Tokens computed: sent again, and forked."""
+    return P + W * sum(P + t for t in range(1, T)), P + W * (T - 1)
+
+
 computed_fast = sum(seen_fast.computed)
 assert [(one.score, tuple(one.token_ids)) for one in outs] == slow == cached
-assert computed_fast == P + W * (T - 1)
-assert computed_slow == P + W * sum(P + t for t in range(1, T))
+assert (computed_slow, computed_fast) == expected(len(prompt), T=12, W=4)
 print(f"tokens computed: {computed_slow} sent again, {computed_cached} with a prefix cache,"
       f" {computed_fast} forked")
 
@@ -607,16 +610,14 @@ print("seconds: {:.2f} sent again, {:.2f} with a prefix cache, {:.2f} forked".fo
 # sum of P + t, which grows with the square of T. For 64 tokens and 64 more:
 
 # %%
-P, T, W = 64, 64, 4
-again, once = P + W * sum(P + t for t in range(1, T)), P + W * (T - 1)
+again, once = expected(P=64, T=64, W=4)
 print(f"{again} against {once} tokens: {again / once:.0f} times as many")
 
 # %% [markdown]
 # A prefix cache saves most of it. It finds full blocks only, so each beam computes the tokens of its last block in
-# each step, and there is a whole request for every token. In the README is a run of the package's bench with eight
-# such searches on two cores: transformers, whose beams lie in rows, made 2.3 times fewer tokens a second than this
-# engine, and vLLM, which sends each beam again and has a prefix cache, 7.6 times fewer. All three found the same
-# texts.
+# each step, and there is a whole request for every token. The README has a run of the bench with eight such searches
+# on two cores: transformers, whose beams lie in rows, made 2.3 times fewer tokens a second than this engine, and vLLM,
+# which sends each beam again and has a prefix cache, 7.6 times fewer. All three found the same texts.
 #
 # ## Check it
 #
@@ -754,8 +755,8 @@ show_source(BeamSearch.advance, BeamSearch._rank, BeamSearch._finish, BeamSearch
 #   α is positive, by getting as long as allowed and losing nothing more.
 
 # %% [markdown]
-# Do both searches agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit,
-# and the same texts at the end. Both get all tokens as offers, and the package also the best `num_candidates` alone:
+# Do both agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit, and the
+# same texts at the end. Ours gets all tokens as offers, the package the best `num_candidates` alone:
 
 # %%
 def compare(random):
@@ -866,8 +867,7 @@ show_source(Request.target, preemption.share_rebuilt_prompt)
 
 # %% [markdown]
 # `target` has the second half. Beams are ranked together, so none may be a token ahead: nobody computes its last token
-# until all can. Two searches in a pool of 18 blocks, where the second has to give way once, by recomputation and by
-# swapping:
+# until all can. Two searches in a pool of 18 blocks; the second has to give way once:
 
 # %%
 from minipaged.experiments.divergence import PROMPTS
