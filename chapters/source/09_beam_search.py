@@ -589,14 +589,14 @@ outs, seen_fast = watch(engine, KEEPER, 4, 12)
 clock.append(time.perf_counter())
 
 # %%
-def expected(P, T, W):
+def tokens_computed(P, T, W):
     """Tokens computed: sent again, and forked."""
     return P + W * sum(P + t for t in range(1, T)), P + W * (T - 1)
 
 
 computed_fast = sum(seen_fast.computed)
 assert [(one.score, tuple(one.token_ids)) for one in outs] == slow == cached
-assert (computed_slow, computed_fast) == expected(len(prompt), T=12, W=4)
+assert (computed_slow, computed_fast) == tokens_computed(len(prompt), T=12, W=4)
 print(f"tokens computed: {computed_slow} sent again, {computed_cached} with a prefix cache,"
       f" {computed_fast} forked")
 
@@ -610,7 +610,7 @@ print("seconds: {:.2f} sent again, {:.2f} with a prefix cache, {:.2f} forked".fo
 # sum of P + t, which grows with the square of T. For 64 tokens and 64 more:
 
 # %%
-again, once = expected(P=64, T=64, W=4)
+again, once = tokens_computed(P=64, T=64, W=4)
 print(f"{again} against {once} tokens: {again / once:.0f} times as many")
 
 # %% [markdown]
