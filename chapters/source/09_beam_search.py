@@ -2,12 +2,13 @@
 # # 9. Beam search
 #
 # A model that always takes the likeliest next word need not end up with the likeliest text. Beam search keeps several
-# texts at a time, and at every word some of them split and others die. This chapter builds the search, and then looks
-# at what it does to memory: a tree whose twigs come and go. With blocks that costs next to nothing.
+# texts at a time, and at every word some of them split and others die. This chapter builds the search, and looks at
+# what it does to memory: a tree whose twigs come and go. With blocks that costs next to nothing.
 #
-# **You need**: page tables that are forked, and copy-on-write ([chapter 5](05_page_tables.ipynb)); chapter 8 has the
-# simpler case of samples, which fork once. **You get**: a beam search of your own that agrees with brute force, with
-# the package and with transformers; a picture of who shares what; and a count of what it costs to do without.
+# **You need**: page tables that are forked, and copy-on-write ([chapter 5](05_page_tables.ipynb)); [chapter
+# 8](08_sampling_and_forks.ipynb) has the simpler case of samples, which fork once. **You get**: a search that agrees
+# with brute force, with the package and with transformers, a picture of who shares what, and a count of what it costs
+# to do without.
 
 # %% [markdown]
 # ## The question
@@ -33,9 +34,9 @@
 # ```
 #
 # How likely is a text? Its first token has a probability, the second has one given the first, and so on; that of the
-# text is their **product**. Products of many small numbers become too small for a computer, so one adds up their
-# logarithms instead. A **log-probability** is 0 for what is certain, and negative for all else. The **score** of a
-# beam is the sum over its tokens. It can only fall.
+# text is their **product**. That soon becomes too small for a computer, so one adds up logarithms. A
+# **log-probability** is 0 for what is certain, and negative for all else. The **score** of a beam is the sum over its
+# tokens. It can only fall.
 
 # %% [markdown]
 # ## Build it
@@ -45,6 +46,7 @@
 # A language of two words a text. What comes first has one table, and what follows has a table for each first word:
 
 # %%
+import time
 from collections import Counter
 from functools import cache
 from itertools import groupby
@@ -132,12 +134,12 @@ assert search(words, 2, 2)[0][1] == ("We", "won")
 # %% [markdown]
 # With W = 1 it is greedy search. With W = 2 it finds the best text. Does W = 2 always?
 #
-# **Your turn.** Change one probability of the first word so that W = 2 misses the best text, too.
+# **Your turn.** Change the probabilities of the three first words so that W = 2 misses the best text, too.
 #
 # ### How wide is wide enough?
 #
-# To answer that we need many models. This one makes up its log-probabilities from a seed and **all** tokens so far, by
-# a random generator that begins with them. So it says the same whenever it is asked:
+# For that we need many models. This one makes up its log-probabilities from a seed and **all** tokens so far, and says
+# the same whenever it is asked:
 
 # %%
 def made_up(seed, tokens_of_it=(1, 2, 3, 4)):
@@ -169,8 +171,8 @@ with plots.figure(title, "width W", "% of 200 models", alt=alt) as axes:
 
 # %% [markdown]
 # A width that can hold all beginnings misses nothing: before the last token there are 4⁴ = 256 of them here. Much less
-# is enough as a rule, and there is no guarantee. Not even that a wider search is no worse than a narrower one: a beam
-# that a narrow search follows to a good end may be crowded out of a wide one.
+# is enough as a rule, but there is no guarantee. A wider search can even find something worse: a beam that a narrow
+# one follows to a good end may be crowded out.
 
 # %%
 assert all(search(model, 256, 5)[0][1] == text for model, (_, text) in zip(MODELS[:20], best))
@@ -182,9 +184,9 @@ print(f"{len(worse)} of {len(pairs)} times the next width finds something worse,
 # %% [markdown]
 # ### Texts that end
 #
-# Real texts end at a token that says so. A beam that ends leaves the race, and is kept beside it. Now texts of
-# different lengths have to be compared, and each token more makes the sum fall: short ones would always win. So what
-# has ended is scored by
+# Real texts end at a token that says so (elsewhere *EOS*, end of sequence). A beam that ends leaves the race, and is
+# kept beside it. Now texts of different lengths have to be compared, and each token more makes the sum fall: short
+# ones would always win. So what has ended is scored by
 #
 # $$ \frac{\log p(\text{text})}{\text{length}^{\,\alpha}} $$
 #
@@ -266,12 +268,11 @@ def moves(parents, count):
 
 
 # %%
-print(moves([0, 2, 0], 3))
 assert moves([0, 2, 0], 3) == ({0: 0, 2: 1}, [(0, 2)], [1])  # as drawn above, from 0
 
 # %% [markdown]
-# Chapter 5 built the memory. The package's has the same operations: `fork` copies a page table and no block, `free`
-# gives back what nobody else holds, `append` gives slots for more tokens and says which blocks must be copied first.
+# Chapter 5 built the memory. The package's has its operations: `fork` copies a page table and no block, `free` gives
+# back what nobody else holds, `append` gives slots for more tokens and says which blocks must be copied first.
 
 # %%
 from minipaged.memory import KVCacheManager, NoSpace
@@ -369,23 +370,25 @@ def icicle(axes, tables, numbers=True):
     axes.set(ylim=(len(names), 0), xticks=[], yticks=[i + 0.5 for i in range(len(names))])
     axes.set_yticklabels(f"beam {i}" for i in names)
     axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     axes.grid(visible=False)
 
 
 # %%
 alt = "A trunk of shared blocks that narrows into single ones; afterwards a longer trunk"
-titles = "Figure 9: four beams", "four new ones, of beams 1 and 2"
+titles = "Figure 9: four beams", "Then: four new ones, of beams 1 and 2"
 with plots.figures(*titles, size=(8.6, 2.4), alt=alt) as (left, right):
     icicle(left, before)
     icicle(right, after)
 
 # %% [markdown]
-# It is a tree that lies on its side: a trunk that all share, branches that some share, and a twig for each.
+# It is a tree on its side: a trunk that all share, branches that some share, and a twig for each. **Your turn.** Which
+# parents in `move` would free the most blocks?
 #
 # ### The real model
 #
-# Now SmolLM2 searches, in the package's engine. Its parameters have our names or nearly: `beam_width`, `max_tokens`,
-# `length_penalty`. With `ignore_eos` no text ends early, so that all that we count is as long as we say.
+# Now SmolLM2 searches, in the package's engine. `beam_width` is W, `max_tokens` the limit, `length_penalty` α. With
+# `ignore_eos` no text ends before the limit.
 
 # %%
 from minipaged import LLM, BeamSearchParams, SamplingParams
@@ -418,8 +421,8 @@ print(f"W = 1: {plain[0]:.2f} {plain[1]!r}")
 assert score > plain[0] and text.count("he loved the sea") >= 3
 
 # %% [markdown]
-# What is likely is what repeats itself. So beam search serves where the best text is nearly certain, as in translation
-# or in speech, and chats are sampled (chapter 8). Here is the length penalty at work, on a question with an end:
+# Likely texts repeat themselves. So beam search serves where the best text is nearly certain, as in translation or in
+# speech, and chats are sampled (chapter 8). Here is the length penalty at work, on a question with an end:
 
 # %%
 question = [{"role": "user", "content": "How many legs has a cat?"}]
@@ -429,13 +432,12 @@ for alpha in (0, 1, 2):
     print(f"alpha {alpha}: {len(best_text.token_ids):2} tokens, {best_text.text!r}")
 
 # %% [markdown]
-# With 0 the shortest answer wins, with 2 a text that doesn't come to its end. 1 is the default of most engines, this
-# one too.
+# With 0 the shortest answer wins, with 2 a text that doesn't come to its end. The default is 1.
 #
 # ### Trunk and twigs
 #
-# Where does the real model's tree branch? We look at each step of a search: the page tables with which it computes,
-# and the **paths**, all output tokens of each beam that runs on.
+# Where does the real model's tree branch? An observer of the engine is called after each step. Ours notes the page
+# tables, and the **paths**: all output tokens of each beam that runs on.
 
 # %%
 def watch(llm, prompt, W, limit):
@@ -483,8 +485,8 @@ with plots.figure(title, "step", "rank of the beam", size=(8.6, 2.6), alt=alt) a
     axes.set(yticks=[1, 2, 3, 4], ylim=(4.4, 0.6))
 
 # %% [markdown]
-# All that runs at the end comes from one beam not long ago. Before that there is a single line: the trunk is decided,
-# and its alternatives are forgotten. The same in blocks, at three moments:
+# All that runs at the end comes from one beam not long ago. Before that there is a single line; its alternatives are
+# forgotten. The same in blocks, at three moments:
 
 # %%
 alt = "Three trees: each has a long dark trunk, and light twigs of a few blocks at its end"
@@ -503,17 +505,15 @@ print(f"at the end {used[-1]} blocks instead of {without[-1]}")
 assert used[-1] < without[-1] / 2
 
 # %% [markdown]
-# How much was copied for that? If beams lie in rows of a tensor [W, length], each fork copies a row, and many programs
-# copy all W rows in every step, to bring them in order. Blocks copy the last one, if it isn't full:
+# How much was copied for that? If beams lie in rows of a tensor [W, length], each fork copies a row. (Many programs
+# copy all rows in every step, to bring them in order.) Of blocks only the last is copied, if it isn't full:
 
 # %%
 forks = [len(moves(parents, 4)[1]) for parents in parents_of(paths)]
 lengths = range(len(llm.tokenizer.encode(KEEPER)) + 1, 1000)  # after each of these steps
-every_row = sum(4 * length for _, length in zip(forks, lengths))
-forked_rows = sum(fork * length for fork, length in zip(forks, lengths))
-print(f"tokens copied: {every_row} with all rows, {forked_rows} with those that fork, "
-      f"{4 * sum(seen.copies)} in blocks")
-assert 4 * sum(seen.copies) < forked_rows / 5 < every_row / 10
+in_rows = sum(fork * length for fork, length in zip(forks, lengths))
+print(f"tokens copied: {in_rows} in rows, {4 * sum(seen.copies)} in blocks")
+assert 4 * sum(seen.copies) < in_rows / 5
 
 # %% [markdown]
 # ### Figure 15
@@ -541,14 +541,14 @@ ours = {W: saved_percent(watch(engine, KEEPER, W, 58)[1].tables) for W in (2, 4,
 made = {W: saving("alpaca", "beams", W, 60) for W in (2, 4, 6)}
 theirs = paper.SAVED["beams", "alpaca"]
 for W in (2, 4, 6):
-    print(f"W = {W}: one question {ours[W]:.0f} %, simulated {made[W]:.0f} %, paper {theirs[W]} %")
+    print(f"W = {W}: one question {ours[W]:.0f}, simulated {made[W]:.0f}, paper {theirs[W]} %")
 assert ours[2] < ours[4] < ours[6]
 
 # %% [markdown]
 # Another model, another load; but the size is the same, and so is the bend. It can be understood: all W share the
 # trunk, so at best 1 - 1/W of the blocks is saved, which is 50, 75 and 83 %, and the twigs take their part of that. A
 # longer answer has a longer trunk, and twigs of the same length. (The paper's ShareGPT, with answers of 338 tokens, is
-# at 44 to 66 %.)
+# at 44 to 66 %.) Twelve questions to our model give 31, 45 and 50 %: `experiments/divergence.py` has them.
 #
 # ### What it costs to send beams again
 #
@@ -562,53 +562,62 @@ def resend(engine, prompt, W, limit, salted):
     ask = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * W, ignore_eos=True)
     engine.observers.append(lambda plan, output: computed.append(plan.num_tokens))
     while search.beams:
-        offers = []
-        for number, (_, tokens) in enumerate(search.beams):
-            salt = f"{len(tokens)}, {number}" if salted else "one for all"
-            text = {"prompt_token_ids": [*prompt, *tokens]}
-            (out,) = engine.generate(text, ask, cache_salt=salt)
-            best = out.outputs[0].logprobs[0]
-            offers.append({token: one.logprob for token, one in best.items()})
-        search.step(offers)
+        texts = [{"prompt_token_ids": [*prompt, *tokens]} for _, tokens in search.beams]
+        salt = f"step {len(computed)}" if salted else "one for all"
+        outs = engine.generate(texts, ask, cache_salt=salt)
+        best = [out.outputs[0].logprobs[0] for out in outs]
+        search.step([{token: one.logprob for token, one in row.items()} for row in best])
     engine.observers.pop()
     return search.ended, sum(computed)
 
 
 # %% [markdown]
-# If the server has a prefix cache (chapter 13), it finds full blocks that begin alike. We try it with and without:
-# when each request has a salt of its own, nothing is found. And then the same search by fork and free:
+# If the server has a prefix cache ([chapter 13](13_prefix_caching.ipynb)), it finds full blocks that begin alike. We
+# try it with and without: when each step has a salt of its own, nothing is found. And then the same search by fork and
+# free:
 
 # %%
 prompt = engine.tokenizer.encode(KEEPER)
-W, T, P = 4, 12, len(prompt)
 engine.reset_prefix_cache()
-slow, computed_slow = resend(engine, prompt, W, T, salted=True)
-cached, computed_cached = resend(engine, prompt, W, T, salted=False)
+clock = [time.perf_counter()]
+slow, computed_slow = resend(engine, prompt, 4, 12, salted=True)
+clock.append(time.perf_counter())
+cached, computed_cached = resend(engine, prompt, 4, 12, salted=False)
+clock.append(time.perf_counter())
 engine.reset_prefix_cache()
-outs, seen_fast = watch(engine, KEEPER, W, T)
+outs, seen_fast = watch(engine, KEEPER, 4, 12)
+clock.append(time.perf_counter())
+
+# %%
+def tokens_computed(P, T, W):
+    """Tokens computed: sent again, and forked."""
+    return P + W * sum(P + t for t in range(1, T)), P + W * (T - 1)
+
+
 computed_fast = sum(seen_fast.computed)
 assert [(one.score, tuple(one.token_ids)) for one in outs] == slow == cached
-assert computed_fast == P + W * (T - 1)
-assert computed_slow == P + W * sum(P + t for t in range(1, T))
+assert (computed_slow, computed_fast) == tokens_computed(len(prompt), T=12, W=4)
 print(f"tokens computed: {computed_slow} sent again, {computed_cached} with a prefix cache,"
       f" {computed_fast} forked")
 
+# %% tags=["measured"]
+took = [end - start for start, end in zip(clock, clock[1:])]
+print("seconds: {:.2f} sent again, {:.2f} with a prefix cache, {:.2f} forked".format(*took))
+
 # %% [markdown]
-# The same four texts with the same scores, to the last bit. So `Search` is right for the real model, too. And these
+# The same four texts with the same scores, to the last bit. So `Search` is right for the real model, too. And the
 # counts are the same on every machine: P + W (T - 1) for P tokens of prompt and T of output, against P + W times the
 # sum of P + t, which grows with the square of T. For 64 tokens and 64 more:
 
 # %%
-P, T, W = 64, 64, 4
-again, once = P + W * sum(P + t for t in range(1, T)), P + W * (T - 1)
+again, once = tokens_computed(P=64, T=64, W=4)
 print(f"{again} against {once} tokens: {again / once:.0f} times as many")
 
 # %% [markdown]
 # A prefix cache saves most of it. It finds full blocks only, so each beam computes the tokens of its last block in
-# each step, and there is a whole request for every token. In the README is a run of the package's bench with eight
-# such searches on two cores: transformers, whose beams lie in rows, made 2.3 times fewer tokens a second than this
-# engine, and vLLM, which sends each beam again and has a prefix cache, 7.6 times fewer. All three found the same
-# texts.
+# each step, and there is a whole request for every token. The README has a run of the bench with eight such searches
+# on two cores: transformers, whose beams lie in rows, made 2.3 times fewer tokens a second than this engine, and vLLM,
+# which sends each beam again and has a prefix cache, 7.6 times fewer. All three found the same texts.
 #
 # ## Check it
 #
@@ -670,8 +679,8 @@ print(dict(seen_lives))
 assert len(seen_lives) == 3 and min(seen_lives.values()) > 30
 
 # %% [markdown]
-# **Against transformers**, on the real model's weights (loaded as in [chapter 2](02_the_kv_cache.ipynb)). Three
-# prompts, three length penalties, and texts that end where the model says so:
+# **Against transformers**, on the real model's weights (loaded as in [chapter 2](02_the_kv_cache.ipynb)). Two prompts,
+# three length penalties, and texts that end where the model says so:
 
 # %%
 import torch
@@ -712,14 +721,14 @@ def theirs_of(tokens, alpha):
 # %%
 ends = set()
 for ask, text, alpha in [(llm.chat, question, 0.0), (llm.chat, question, 1.0),
-                         (llm.generate, WINTER, 1.0), (llm.generate, KEEPER, 2.0)]:  # fmt: skip
+                         (llm.generate, WINTER, 2.0)]:  # fmt: skip
     (out,) = ask(text, BeamSearchParams(4, 14, length_penalty=alpha))
     theirs4 = theirs_of(out.prompt_token_ids, alpha)
     assert [one.token_ids for one in out.outputs] == [tokens for _, tokens in theirs4]
     gaps = [abs(one.score - score) for one, (score, _) in zip(out.outputs, theirs4)]
     assert max(gaps) < 1e-3
     ends |= {one.finish_reason for one in out.outputs}
-    print(f"alpha {alpha}: the same, with", [len(one.token_ids) for one in out.outputs], "tokens")
+    print(f"alpha {alpha}: the same, of", [len(one.token_ids) for one in out.outputs], "tokens")
 assert ends == {"stop", "length"}
 
 # %% [markdown]
@@ -736,9 +745,9 @@ from minipaged.decoding.beam_search import BeamSearch
 show_source(BeamSearch.advance, BeamSearch._rank, BeamSearch._finish, BeamSearch._can_improve)
 
 # %% [markdown]
-# A running beam is a `Beam`, what goes on is a `Continuation`, and a text that has ended is a `Hypothesis`, which also
-# says why it ended. `num_candidates` is our 2W, or more if there are several stop tokens: each beam could end by any
-# of them. `num_wanted` is how many of the W the user wants back (`n`), and `hypotheses` gives them. What it does more:
+# A running beam is a `Beam`, what goes on is a `Continuation`, and a text that has ended is a `Hypothesis`, which says
+# why. `num_candidates` is our 2W, or more if several tokens may end a text. `num_wanted` is how many of the W the user
+# wants back (`n`), and `hypotheses` gives them. What it does more:
 #
 # - It refuses candidates that don't fit or hold a NaN, before anything has changed.
 # - `early_stopping` chooses among three ways to stop, which are those of transformers. Ours is `False`. With `True` it
@@ -746,8 +755,8 @@ show_source(BeamSearch.advance, BeamSearch._rank, BeamSearch._finish, BeamSearch
 #   α is positive, by getting as long as allowed and losing nothing more.
 
 # %% [markdown]
-# Do both searches agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit,
-# and the same texts at the end. Both get all tokens as offers, and the package also the best `num_candidates` alone:
+# Do both agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit, and the
+# same texts at the end. Ours gets all tokens as offers, the package the best `num_candidates` alone:
 
 # %%
 def compare(random):
@@ -783,9 +792,9 @@ print(sum(compare(Random(seed)) for seed in range(500)), "steps, and no differen
 show_source(beam_search.memory_moves)
 
 # %% [markdown]
-# Carried out it is where all sequences of the engine grow, fork and end, when the tokens of a step are known. This is
-# `growth.py`, and `LiveSequences` are all sequences that have not ended, by their id. `grow` is told what came out of
-# the model. A request with a search goes the second way:
+# It is carried out in `growth.py`, where all sequences of the engine grow, fork and end, when the tokens of a step are
+# known. `LiveSequences` are those that have not ended, by their id. `grow` is told what came out of the model; a
+# request with a search goes the second way:
 
 # %%
 from minipaged.scheduling.growth import LiveSequences
@@ -830,9 +839,9 @@ for step, names in enumerate(side_by_side()[:7]):
 # ### All or nothing
 #
 # Forks and frees of a step can't fail. What can fail is the `append` of the next step: the scheduler asks for one slot
-# for each beam in a single call, and if that is refused, somebody gives way, with all beams of a request (chapter 12).
-# How many blocks a search can need at the worst is known when it comes: the full blocks of the prompt once, and all
-# the rest W times. A request that can't fit by that count is refused at once.
+# for each beam in a single call, and if that is refused, somebody gives way, with all beams of a request ([chapter
+# 12](12_preemption.ipynb)). How many blocks a search can need at the worst is known when it comes: the full blocks of
+# the prompt once, and all the rest W times. A request that can't fit by that count is refused at once.
 
 # %%
 from minipaged.requests.request import Request
@@ -848,8 +857,8 @@ assert max(used) <= worst
 # ### After a preemption
 #
 # Say the victim's blocks are dropped and computed again. What it shared came from forks in the right moments, and
-# these are gone. Each beam has all its tokens; if each computed all of them, the prompt would be there W times, and
-# the request would need more than its worst case. So the first beam computes the prompt, and the others fork it:
+# these are gone. If each beam computed all its tokens, the prompt would be there W times, and the request would need
+# more than its worst case. So the first beam computes the prompt, and the others fork it:
 
 # %%
 from minipaged.scheduling import preemption
@@ -858,8 +867,7 @@ show_source(Request.target, preemption.share_rebuilt_prompt)
 
 # %% [markdown]
 # `target` has the second half. Beams are ranked together, so none may be a token ahead: nobody computes its last token
-# until all can. Two searches in a pool of 18 blocks, where the second has to give way once, by recomputation and by
-# swapping:
+# until all can. Two searches in a pool of 18 blocks; the second has to give way once:
 
 # %%
 from minipaged.experiments.divergence import PROMPTS
@@ -884,7 +892,8 @@ def squeezed(mode, blocks):
 
 
 # %%
-calm, _ = squeezed("auto", 100)
+calm_outs = engine.generate(PAIR, BeamSearchParams(4, 32, ignore_eos=True))
+calm = [one.token_ids for out in calm_outs for one in out.outputs]
 for mode in ("recompute", "swap"):
     texts, rows = squeezed(mode, 18)
     assert texts == calm
@@ -895,9 +904,8 @@ for mode in ("recompute", "swap"):
 
 # %% [markdown]
 # The texts are the same. Whoever was swapped comes back as it went: a block that was shared moves once, and stays
-# shared. Whoever is recomputed shares its prompt again, and of its answers nothing: the trunk is there four times.
-# With a prefix cache the trunk's full blocks may be found again, as long as nobody needed them. That is why
-# `preemption="auto"` swaps a request with several sequences.
+# shared. Whoever is recomputed shares its prompt again, and of its answers nothing: the trunk is there four times,
+# unless a prefix cache still has it. That is why `preemption="auto"` swaps a request with several sequences.
 #
 # ## What must hold, and what breaks if it doesn't
 #
@@ -930,7 +938,7 @@ assert memory.num_tokens(1) == 8
 
 # %% [markdown]
 # **Free before you append.** The dead hold blocks that the living are about to need. Free them afterwards, and the
-# same search can want more memory than W beams ever have:
+# same search wants more memory:
 
 # %%
 class LateBeams(Beams):
