@@ -740,9 +740,8 @@ print(len(weak), "of", len(package.cache), "blocks are known in the table")
 
 # %% [markdown]
 # - A name travels: one number says what is in a block, also on another machine. A place in a tree doesn't.
-# - In SGLang's paper a block has one token, in vLLM and here 16. *That* changes what is found: from each
-#   beginning that is known, what doesn't fill a block is lost. For it there are sixteen times as many blocks to keep
-#   account of.
+# - In SGLang's paper a block has one token, in vLLM and here 16. *That* changes what is found: from each beginning that
+#   is known, what doesn't fill a block is lost. The price is sixteen times as many blocks to keep account of.
 #
 # ### The order, in the package
 #
@@ -966,8 +965,8 @@ for cutting in (split, wrong_split):
 
 # %% [markdown]
 # **The whole path is held.** It may look as if holding the last node were enough, since only leaves are evicted, and
-# who has a child is none. But then the nodes above count as free blocks that can be had, and a promise is made that
-# can't be kept:
+# who has a child is none. But then the nodes above count as free blocks that can be had. `start` says yes, and `take`
+# finds no leaf:
 
 # %%
 class HoldsOnlyTheEnd(Tree):
