@@ -7,7 +7,8 @@ and draw requests from that:
     answers   the same for each quarter of the prompts, from the shortest to the longest: do long ones get long answers?
     minutes   how many requests came in each minute
 
-What is lost: which lengths follow each other, which prompts begin alike, and what happens within a minute.
+What is lost: which lengths follow each other, which prompts begin alike (see prefixes.py), and what happens within a
+minute.
 """
 
 from __future__ import annotations
