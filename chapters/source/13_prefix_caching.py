@@ -502,7 +502,7 @@ def four_bits(thing):
 
 
 def lookups(kind):
-    """-> 36 contents, and for each the block that is found for it; the right one has its number."""
+    """-> for each of 36 contents the block that is found; the right one has its number."""
     cache, contents = kind(2, four_bits), [[a, b] for a in range(6) for b in range(6)]
     for block, pair in enumerate(contents):
         cache.add(block, None, pair)
@@ -869,7 +869,7 @@ def test_Idle(Idle):
         many.put(Watched(block, looks))
     assert len(many) == 2000, f"2,000 were put, and {len(many)} are here"
     first, taken = zip(*[bytes_taken(many.take) for _ in range(3)])
-    assert equal([int(block) for block in first], [0, 1, 2]), "of 2,000 blocks 0, 1, 2 come first"
+    assert equal([int(block) for block in first], [0, 1, 2]), "of 2,000: 0, 1, 2 come first"
     assert min(taken) < 8000, f"a take needs {min(taken)} bytes of memory: does it copy all?"
     for block in range(1990, 300, -1):
         many.remove(block)
@@ -920,8 +920,9 @@ def test_spy_out(spy_out):
         asked.clear()
         got = spy_out(ask, words, B, blocks)
         assert equal(got, secret), f"words={words}, B={B}: the secret was {secret}, not {got}"
-        for at in range(0, B * blocks, B):  # it asked for each block, or for all others in its place
-            tried = {(*q[at : at + B],) for q in asked if q[:at] == secret[:at] and len(q) > at + B}
+        for at in range(0, B * blocks, B):  # it asked for each block, or for all others
+            known = [q for q in asked if q[:at] == secret[:at] and len(q) > at + B]
+            tried = {(*q[at : at + B],) for q in known}
             sure = (*secret[at : at + B],) in tried or len(tried) >= len(words) ** B - 1
             assert sure, f"block {at // B} was never asked for: where does its text come from?"
 
