@@ -3,7 +3,8 @@
 # ruff: noqa: F821
 
 from heapq import heappop, heappush, heapreplace
-from itertools import chain
+from itertools import chain, takewhile
+from math import gcd
 
 
 def laid_out(sequences):
@@ -61,6 +62,42 @@ def by_events(outputs, seats):
         now = heappop(left)
     batches = zip(*[iter([*outputs, *[0] * (-len(outputs) % seats)])] * seats, strict=True)
     return sum(map(max, batches)), now
+
+
+def from_end_to_end(outputs, seats):
+    """Both plays as they are, but for the steps in which nobody ends."""
+
+    def play(static):
+        wait, run, now = outputs[::-1], [], 0
+        while wait or run:
+            if not (static and run):
+                while wait and len(run) < seats:
+                    run.append(now + wait.pop())
+            now = min(run)
+            run = [end for end in run if end > now]
+        return now
+
+    return play(True), play(False)
+
+
+def one_by_one(outputs, seats):
+    """Right, but step by step: it never ends for a billion tokens."""
+    both = []
+    for static in (True, False):
+        wait, run, steps = outputs[::-1], [], 0
+        while wait or run:
+            if not (static and run):
+                while wait and len(run) < seats:
+                    run.append(wait.pop())
+            run, steps = [left - 1 for left in run if left > 1], steps + 1
+        both.append(steps)
+    return both
+
+
+def in_large_steps(outputs, seats):
+    """Step by step, in steps of as many tokens as divide all."""
+    unit = max(gcd(*outputs), 1)
+    return [unit * steps for steps in one_by_one([output // unit for output in outputs], seats)]
 
 
 class PatientDoor:
@@ -155,6 +192,119 @@ class ByNumbers:
 
     def waiting(self):
         return [name for i, (name, _) in enumerate(self.all) if i not in self.inside]
+
+
+class Slices:
+    """A tuple of (name, blocks, patience left); no entry is changed, all are made anew."""
+
+    def __init__(self, patience):
+        self.patience, self.queue = patience, ()
+
+    def add(self, name, blocks):
+        self.queue += ((name, blocks, self.patience),)
+
+    def open(self, free):
+        came, i = [], 0
+        while i < len(self.queue):
+            name, blocks, _ = self.queue[i]
+            before = self.queue[:i]
+            if blocks > free:
+                i += 1
+            elif any(left == 0 for *_, left in before):
+                break
+            else:
+                before = tuple((one, its, left - 1) for one, its, left in before)
+                self.queue = before + self.queue[i + 1 :]
+                free -= blocks
+                came.append(name)
+        return came
+
+    def waiting(self):
+        return [name for name, *_ in self.queue]
+
+
+class Walks:
+    """A generator, and a count of those who passed."""
+
+    def __init__(self, patience):
+        self.patience, self.blocks, self.passed = patience, {}, Counter()
+
+    def add(self, name, blocks):
+        self.blocks[name] = blocks
+
+    def walk(self, free):
+        for name, blocks in [*self.blocks.items()]:
+            ahead = [*takewhile(lambda other, name=name: other != name, self.blocks)]
+            if blocks <= free:
+                if max((self.passed[other] for other in ahead), default=-1) >= self.patience:
+                    return
+                self.passed.update(ahead)
+                free -= self.blocks.pop(name)
+                yield name
+
+    def open(self, free):
+        return [*self.walk(free)]
+
+    def waiting(self):
+        return tuple(self.blocks)
+
+
+class SharedPatience(Walks):
+    """All doors have the patience of the last one."""
+
+    def __init__(self, patience):
+        super().__init__(patience)
+        del self.patience
+        SharedPatience.patience = patience
+
+
+class SharedCounts(Walks):
+    """Each door has its queue, and all have one list of who was passed."""
+
+    counts = Counter()
+
+    def __init__(self, patience):
+        super().__init__(patience)
+        self.passed = self.counts
+        self.counts.clear()
+
+
+class AsOfTheLastOpening(Walks):
+    def open(self, free):
+        came = super().open(free)
+        self.seen = super().waiting()
+        return came
+
+    def waiting(self):
+        return getattr(self, "seen", ())
+
+
+class PassedByAll(Walks):
+    """Counts as passed also those who came later."""
+
+    def walk(self, free):
+        for name in super().walk(free):
+            self.passed.update(self.blocks.keys() - {name})
+            yield name
+
+
+class AsksTheOneBefore(Slices):
+    """Looks only at the patience of the one right before."""
+
+    def open(self, free):
+        came, i = [], 0
+        while i < len(self.queue):
+            name, blocks, _ = self.queue[i]
+            if blocks > free:
+                i += 1
+            elif i and self.queue[i - 1][2] <= 0:
+                break
+            else:
+                before = tuple((one, its, left - 1) for one, its, left in self.queue[:i])
+                self.queue = before + self.queue[i + 1 :]
+                free -= blocks
+                came.append(name)
+        return came
 
 
 class CountsOnce(PatientDoor):
@@ -469,6 +619,80 @@ class QuietAbort(Scheduler10):
         self.running = [request for request in self.running if request["name"] != name]
 
 
+class AsAnArray:
+    """No lists of who waits and who runs: the first in a dict run."""
+
+    def __init__(self, seats):
+        self.seats, self.tokens, self.numbers = seats, {}, {}
+
+    def add(self, name, prompt, max_tokens):
+        self.tokens[name] = torch.tensor(prompt)
+        self.numbers[name] = (0, len(prompt), max_tokens)
+
+    def schedule(self):
+        names = [*self.tokens][: self.seats]
+        return [(name, self.numbers[name][0], self.tokens[name][self.numbers[name][0] :].tolist()) for name in names]
+
+    def update(self, drawn):
+        ended = {}
+        for name, token in drawn.items():
+            tokens, (_, prompt, most) = self.tokens[name], self.numbers[name]
+            self.numbers[name] = (len(tokens), prompt, most)
+            self.tokens[name] = torch.cat((tokens, torch.tensor([token])))
+            if len(tokens) + 1 == prompt + most:
+                ended[name] = self.tokens[name][prompt:].tolist()
+                self.abort(name)
+        return ended
+
+    def abort(self, name):
+        del self.tokens[name], self.numbers[name]
+
+    def start_over(self):
+        self.numbers = {name: (0, *rest) for name, (_, *rest) in self.numbers.items()}
+
+
+class SharedNumbers(AsAnArray):
+    """Each has its own tokens, and all have one dict of what is computed."""
+
+    everyone = {}
+
+    def __init__(self, seats):
+        super().__init__(seats)
+        self.numbers = self.everyone
+        self.everyone.clear()
+
+    def start_over(self):
+        self.everyone.update({name: (0, *rest) for name, (_, *rest) in self.everyone.items()})
+
+
+class RemembersTheDead(AsAnArray):
+    """Nobody learns that an abort came too late."""
+
+    def __init__(self, seats):
+        super().__init__(seats)
+        self.known = set()
+
+    def add(self, name, prompt, max_tokens):
+        super().add(name, prompt, max_tokens)
+        self.known.add(name)
+
+    def abort(self, name):
+        if name not in self.known:
+            raise KeyError(name)
+        self.tokens.pop(name, None)
+        self.numbers.pop(name, None)
+
+
+class TakesItsPlace(Scheduler10):
+    """Who comes in for one who was aborted gets its place in the plan, too."""
+
+    def abort(self, name):
+        names = [request["name"] for request in self.running]
+        super().abort(name)
+        if name in names and self.waiting:
+            self.running.insert(names.index(name), self.waiting.pop(0))
+
+
 class OneTooMany(Scheduler10):
     def add(self, name, prompt, max_tokens):
         super().add(name, prompt, max_tokens + 1)
@@ -505,9 +729,9 @@ def flat_of_rows(sequences):
 
 RIGHT = {
     "laid_out": [laid_out, with_accumulate, with_tensors],
-    "steps_needed": [steps_needed, with_a_list, by_events],
-    "PatientDoor": [PatientDoor, WithGuests, ByNumbers, OnlyTheFirst],
-    "Scheduler10": [Scheduler10, OneDict, Parallel, BooksEarly],
+    "steps_needed": [steps_needed, with_a_list, by_events, from_end_to_end],
+    "PatientDoor": [PatientDoor, WithGuests, ByNumbers, OnlyTheFirst, Slices, Walks],
+    "Scheduler10": [Scheduler10, OneDict, Parallel, BooksEarly, AsAnArray],
 }
 WRONG = {
     "laid_out": [
@@ -522,6 +746,8 @@ WRONG = {
         lambda sequences: (sequences.reverse(), laid_out(sequences))[1],
     ],
     "steps_needed": [
+        one_by_one,
+        in_large_steps,
         lambda outputs, seats: (steps_needed(outputs, seats)[0], -(-sum(outputs) // seats)),  # seats can't share one
         lambda outputs, seats: (steps_needed(outputs, seats)[0],
                                 max(max(outputs, default=0), -(-sum(outputs) // seats))),
@@ -538,9 +764,10 @@ WRONG = {
         lambda outputs, seats: steps_needed(outputs, seats) if sum(outputs) < 10**6 else (10**9, 10**9),
     ],
     "PatientDoor": [Never, Always, OneMore, PassesWithoutFitting, SharedQueue, ForgetsTheRest,
-                    CountsOnce],
+                    CountsOnce, SharedPatience, SharedCounts, AsOfTheLastOpening, PassedByAll, AsksTheOneBefore],
     "Scheduler10": [
         WaitsForAll, BackOfTheQueue, Behind, LongerAnswers, OneAtATime, ForgetsWhatWasSaid, KeepsComputed, WholeAnswers,
         AllAgain, LivePlans, ChangesPrompts, KeepsSeats, QuietAbort, OneTooMany, SharedList, LatestFirst,
+        SharedNumbers, RemembersTheDead, TakesItsPlace,
     ],
 }  # fmt: skip
