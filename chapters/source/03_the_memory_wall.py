@@ -374,7 +374,8 @@ show_source(loads.draw)
 # All jobs wait from the start, so the memory is always as full as the policy can make it. The first in the queue goes
 # first, and nobody overtakes. In every step each running request grows by one token; one that has its last token
 # leaves, and its piece is free. After Orca this is called **iteration-level scheduling**, elsewhere also *continuous
-# batching* (chapter 10): nobody waits until all others of a batch are done. We don't model time: a step is a step.
+# batching* ([chapter 10](10_continuous_batching.ipynb)): nobody waits until all others of a batch are done. We don't
+# model time: a step is a step.
 
 # %%
 def serve(jobs, memory, reserve):
