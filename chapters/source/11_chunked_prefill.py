@@ -289,9 +289,9 @@ with plots.figure("Two waits, in a simple model", "budget", "cost of tokens", al
 # Beyond that the longest gap is the budget, and the first token soon hardly falls any more: it can't come before all
 # of the prompt was computed. So there is a wide valley in the middle, with much shorter gaps for a little more wait.
 #
-# **Your turn.** An A100 computes 312 trillion operations while it reads some 1.6 trillion bytes. A weight of 2 bytes
-# means 2 operations for each token, so there a step costs the reading of the weights up to T = 200. Set it to 200.
-# Which is the smallest budget that a chatter would still ask for?
+# **Your turn.** An A100 computes 312 trillion operations while it reads some 1.6 trillion bytes (NVIDIA's data
+# sheet). A weight of 2 bytes means 2 operations for each token, so there a step costs the reading of the weights up
+# to T = 200. Set it to 200. Below which of these budgets does nobody gain anything any more?
 
 # %%
 your_weights = 16
@@ -300,8 +300,8 @@ for b in BUDGETS:
     print(f"budget {b:4}: longest gap {max(yours):4}, first token after {sum(yours):6}")
 
 # %% [markdown]
-# (All budgets up to 200 have the same gap, so a smaller one than 128 or 256 only makes the document late. Where the
-# weights weigh more, budgets are larger.)
+# (Below 128, the largest under 200: the gap stays the same, and the document only comes later. So on a fast chip
+# budgets are larger.)
 #
 # Is the real model like that? Six budgets, measured on the machine that made this page:
 
