@@ -134,7 +134,7 @@ def bars(axes, plans, name):
     axes.set(xlabel="step", ylabel="tokens", xticks=steps[:: 1 + len(steps) // 10])
 
 
-alt = "Left: one bar of over 600 tokens. Right: ten bars of 64 and one of 49, 8 of each the chats'"
+alt = "Left: one bar of over 600 tokens. Right: ten of 64 and one of 49, 8 of each the chats'"
 titles = "Budget 1024", "Budget 64 (hatched: the document)"
 with plots.figures(*titles, size=(8.6, 3), alt=alt) as (left, right):
     bars(left, plans, document)
@@ -905,7 +905,8 @@ def test_Pace(Pace):
     assert equal(flat.budget(), 512), "larger steps were faster: largest"
     for seed in range(40):
         random, loose = Random(seed), Pace(1.0, 8, 512)
-        steps = [(T, T / 250 + random.uniform(0, 0.4)) for T in random.sample(range(8, 513), 12)]
+        sizes = random.sample(range(8, 513), 12)
+        steps = [(T, T / 250 + random.uniform(0, 0.4)) for T in sizes]
         for T, s in steps:
             loose.seen(T, s)
         b, a = linear_regression(*zip(*steps[-8:]))

@@ -312,9 +312,9 @@ for mark, (steps, times, share) in marks.items():
 
 # %% [markdown]
 # A small watermark removes many preemptions and costs next to no steps. A large one removes them all, and leaves
-# memory empty that somebody could have used: the steps rise. In the limit it is the reservation of [chapter
-# 3](03_the_memory_wall.ipynb). The package keeps 1 % free unless told otherwise; vLLM had the same 1 % in its first
-# release.
+# memory empty that somebody could have used: the steps rise. In the limit it is the reservation of
+# [chapter 3](03_the_memory_wall.ipynb). The package keeps 1 % free unless told otherwise; vLLM had the same 1 % in its
+# first release.
 
 # %%
 assert marks[0][1] > marks[10][1] > marks[60][1] == 0 and marks[100][0] > 1.5 * marks[0][0]
@@ -760,7 +760,7 @@ class Eager(Yielding):
 # %%
 times = {}
 for kind in (Yielding, Eager):
-    histories = [play(kind(load(seed), 100)) for seed in range(10)]
+    histories = [play(kind(load(seed), 100)) for seed in range(4)]
     times[kind] = sum(len(row[0]) for history in histories for row in history)
     print(f"{kind.__name__:8}: {times[kind]} times somebody gave way")
 assert times[Eager] > times[Yielding]
