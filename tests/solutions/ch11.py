@@ -3,7 +3,9 @@
 # ruff: noqa: F821
 
 import math
+import statistics
 from collections import deque
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 
@@ -30,6 +32,27 @@ def by_modulo(prompt, running, budget):
     return [(prompt - last) // room + 1, last]
 
 
+def by_range(prompt, running, budget):
+    if budget - running <= 0:
+        raise ValueError("nothing left")
+    starts = range(0, prompt, budget - running)
+    return len(starts), prompt - starts[-1]
+
+
+def with_numpy(prompt, running, budget):
+    import numpy as np
+
+    if running >= budget:
+        raise ValueError
+    room = np.int64(budget - running)
+    steps = (prompt + room - 1) // room
+    return steps, prompt - room * (steps - 1)
+
+
+def by_heart(prompt, running, budget):
+    return one_by_one(prompt, running, budget) if prompt < 10**6 else (10**14 + 1, 3)
+
+
 def by_floats(prompt, running, budget):
     if budget <= running:
         raise ValueError
@@ -43,8 +66,6 @@ def one_by_one(prompt, running, budget):
     steps = 0
     while prompt > 0:
         steps, last, prompt = steps + 1, prompt, prompt - (budget - running)
-        if steps > 1_000_000:
-            raise RuntimeError("too long")
     return steps, last
 
 
@@ -93,6 +114,35 @@ def remembers(limit, seconds, most):
         return search(middle, high) if fits(middle) else search(low, middle - 1)
 
     return search(0, most)
+
+
+def between(limit, seconds, most):
+    """`fits` does, `fails` doesn't: the classic pair of bounds."""
+    fits, fails = 0, most + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        took = seconds(middle)
+        fits, fails = (middle, fails) if took <= limit else (fits, middle)
+    return fits
+
+
+def in_tens(limit, seconds, most):
+    """Ten times finer in each round, from below: up to nine steps for each digit, and more than 45 in all."""
+    T, step = 0, 10**6
+    while step:
+        while T + step <= most and seconds(T + step) <= limit:
+            T += step
+        step //= 10
+    return T
+
+
+def one_short(limit, seconds, most):
+    """Never asks for `most` itself."""
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if seconds(middle) <= limit else (low, middle)
+    return low
 
 
 def tries_all(limit, seconds, most):
@@ -157,14 +207,44 @@ def by_leaving(todos, budget):
 
 
 def one_token_each(todos, budget):
-    counts, spare, rounds = [1] * len(todos), budget - len(todos), 0
+    counts, spare = [1] * len(todos), budget - len(todos)
     while spare and counts != todos:
         for i, todo in enumerate(todos):
             if counts[i] < todo and spare:
                 counts[i], spare = counts[i] + 1, spare - 1
-        rounds += 1
-        if rounds > 100_000:
-            raise RuntimeError("too long")
+    return counts
+
+
+def by_need(todos, budget):
+    """The smallest first: each gets an equal part of what is left, or all it wants."""
+    counts, left = list(todos), len(todos)
+    for i in sorted(range(len(todos)), key=todos.__getitem__):
+        if todos[i] > budget // left:
+            part, rest = divmod(budget, left)
+            for place, j in enumerate(j for j, todo in enumerate(todos) if todo > part):
+                counts[j] = part + (place < rest)
+            break
+        budget, left = budget - todos[i], left - 1
+    return counts
+
+
+def rest_by_need(todos, budget):
+    """What can't be divided goes to those who need least, not to the earlier ones."""
+    counts = {}
+    order = sorted(range(len(todos)), key=todos.__getitem__)
+    for k, i in enumerate(order):
+        counts[i] = min(todos[i], -(-budget // (len(todos) - k)))
+        budget -= counts[i]
+    return [counts[i] for i in range(len(todos))]
+
+
+def two_rounds(todos, budget):
+    """What the small ones leave is shared out once, and not again."""
+    counts = equal_once(todos, budget)
+    more = [i for i, todo in enumerate(todos) if counts[i] < todo]
+    spare = budget - sum(counts)
+    for place, i in enumerate(more):
+        counts[i] = min(todos[i], counts[i] + spare // len(more) + (place < spare % len(more)))
     return counts
 
 
@@ -234,6 +314,83 @@ class Exact:
         return fits[-1] if fits else self.smallest
 
 
+class WithNumpy:
+    """By NumPy, whose integer it gives back."""
+
+    __slots__ = ("rows", "limit", "smallest", "largest")
+
+    def __init__(self, limit, smallest, largest):
+        self.rows, self.limit, self.smallest, self.largest = (), limit, smallest, largest
+
+    def seen(self, tokens, seconds):
+        self.rows = (*self.rows, (tokens, seconds))[-8:]
+
+    def budget(self):
+        import numpy as np
+
+        if len(self.rows) < 2:
+            return self.smallest
+        tokens, seconds = np.array(self.rows).T
+        if np.ptp(tokens) == 0:
+            return self.smallest
+        b, a = np.polyfit(tokens, seconds, 1)
+        return np.int64(np.clip((self.limit - a) // b, self.smallest, self.largest)) if b > 0 else self.largest
+
+
+@dataclass
+class AsRecord:
+    limit: float
+    smallest: int
+    largest: int
+    tokens: list = field(default_factory=list)
+    times: list = field(default_factory=list)
+
+    def seen(self, tokens, seconds):
+        self.tokens.append(tokens)
+        self.times.append(seconds)
+
+    def budget(self):
+        xs, ys = self.tokens[-8:], self.times[-8:]
+        try:
+            slope, start = statistics.linear_regression(xs, ys)
+        except statistics.StatisticsError:
+            return self.smallest
+        if slope <= 0:
+            return self.largest
+        return min(self.largest, max(self.smallest, int((self.limit - start) / slope)))
+
+
+def keeping(newest):
+    class Keeping(Pace):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            self.steps = deque(maxlen=newest)
+
+    return Keeping
+
+
+class Forgets(Pace):
+    """Asked a second time it has seen nothing."""
+
+    def budget(self):
+        found = super().budget()
+        self.steps.clear()
+        return found
+
+
+class MedianSlope(Pace):
+    """The median of the slopes, which is not least squares."""
+
+    def budget(self):
+        rows = list(self.steps)
+        if len({tokens for tokens, _ in rows}) < 2:
+            return self.smallest
+        pairs = [(s, t) for s in rows for t in rows if s[0] < t[0]]
+        b = statistics.median((t[1] - s[1]) / (t[0] - s[0]) for s, t in pairs)
+        a = statistics.median(s - b * t for t, s in rows)
+        return max(self.smallest, min(self.largest, math.floor((self.limit - a) / b))) if b > 0 else self.largest
+
+
 class AllSteps(Pace):
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -283,10 +440,10 @@ class Optimist(Pace):
 
 
 RIGHT = {
-    "chunks_of": [chunks_of, by_divmod, by_modulo],
-    "budget_for": [budget_for, by_doubling, by_bisect, remembers],
-    "fair_share": [fair_share, by_level, by_leaving],
-    "Pace": [Pace, WithTensors, Exact],
+    "chunks_of": [chunks_of, by_divmod, by_modulo, by_range, with_numpy],
+    "budget_for": [budget_for, by_doubling, by_bisect, remembers, between],
+    "fair_share": [fair_share, by_level, by_leaving, by_need],
+    "Pace": [Pace, WithTensors, Exact, WithNumpy, AsRecord],
 }
 WRONG = {
     "chunks_of": [
@@ -297,7 +454,9 @@ WRONG = {
         lambda prompt, running, budget: chunks_of(prompt, running, max(budget, running + 1)),  # never refuses
         lambda prompt, running, budget: (chunks_of(prompt, running, budget)[0], prompt % (budget - running)),
         lambda prompt, running, budget: tuple(float(x) for x in chunks_of(prompt, running, budget)),
-        lambda prompt, running, budget: (10**14 + 1, 3) if prompt > 10**6 else (1, prompt),
+        by_heart,
+        lambda prompt, running, budget: (reads(prompt, running, budget)[0], 1 + (prompt - 1) % (budget - running)),
+        lambda prompt, running, budget: by_range(prompt, running, budget) if budget != running else (0, 0),
     ],
     "budget_for": [
         tries_all,
@@ -307,15 +466,17 @@ WRONG = {
         lambda limit, seconds, most: budget_for(limit, seconds, 2 * most),
         lambda limit, seconds, most: min(budget_for(limit, seconds, most), 2 ** int(math.log2(most))),
         lambda limit, seconds, most: most,
+        in_tens, one_short,
     ],
     "fair_share": [
         one_token_each,
-        equal_once,
+        equal_once, two_rounds, rest_by_need,
         lambda todos, budget: share_out(todos, [], budget)[0],
         lambda todos, budget: fair_share(sorted(todos), budget),
         lambda todos, budget: fair_share(todos[::-1], budget)[::-1],  # the rest goes to the later ones
         lambda todos, budget: [max(1, budget * todo // max(1, sum(todos))) for todo in todos],  # in proportion
         lambda todos, budget: [min(c + 1, t) for c, t in zip(fair_share(todos, budget), todos, strict=True)],
     ],
-    "Pace": [AllSteps, LastTwo, ThroughZero, NoBounds, Shared, Optimist],
+    "Pace": [AllSteps, LastTwo, ThroughZero, NoBounds, Shared, Optimist, Forgets, MedianSlope,
+             keeping(7), keeping(9)],
 }
