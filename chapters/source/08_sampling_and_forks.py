@@ -71,7 +71,7 @@ tokenizer = llm.tokenizer
 
 # %%
 def scores(text):
-    """Of each token that could come next: [V]."""
+    """Of each token that could come next (-1: tell all logprobs): [V]."""
     (out,) = llm.generate(text, SamplingParams(temperature=0, max_tokens=1, logprobs=-1))
     told = out.outputs[0].logprobs[0]
     row = torch.empty(len(told))
@@ -185,13 +185,13 @@ print("top-p 0.5, then top-k 10:", left(cut_top_k(cut_top_p(x, 0.5), 10)))
 print("top-p 0.5 at 0.5, 1, 1.5:", [left(cut(colours, t, top_p=0.5)) for t in (0.5, 1, 1.5)])
 
 # %% [markdown]
-# **Your turn.** Which `min_p` leaves about as many as `top_p=0.5` does? Guess it from the six chances above. Then set
-# the temperature to 2 for both.
+# **Your turn.** Which `min_p` leaves as many as `top_p=0.25` does? Tell it from the six chances above. Then set the
+# temperature to 2 for both.
 
 # %%
-your_min_p, your_temperature = 0.5, 1.0
+your_min_p, your_temperature = 0.1, 1.0
 print(left(cut(colours, your_temperature, min_p=your_min_p)), "by min-p,",
-      left(cut(colours, your_temperature, top_p=0.5)), "by top-p")
+      left(cut(colours, your_temperature, top_p=0.25)), "by top-p")
 
 # %% [markdown]
 # ### Where u falls
@@ -526,7 +526,7 @@ print("1 to 2, then 0 to 1:", one_by_one([(1, 2), (0, 1)]))
 # %% [markdown]
 # In our plan no block is both. Targets were free when the step began. Sources were held, and **stay held**: the last
 # holder writes in place and never lets go. So no source falls free in the middle of a step, to be handed out as a
-# target. (Further below it does.)
+# target. (*What must hold* shows a plan in which one does.)
 #
 # ### What is saved?
 #
@@ -638,8 +638,9 @@ def saving(jobs, n):
 
 # %% [markdown]
 # The formula gives the same, and is faster. A few long answers weigh much, so we take 5,000 requests. Of the paper's
-# lengths we know the means only. How they spread is the choice of our first chapters, 0.9; beside it stand a narrower
-# and a wider one.
+# lengths we know the means only. How far answers spread is our choice: 0.9, as in
+# [chapter 3](03_the_memory_wall.ipynb), is the standard deviation of their logarithms. Beside it stand a narrower and
+# a wider one.
 
 # %%
 from dataclasses import replace
@@ -677,9 +678,9 @@ for name, row in figure_15.items():
 
 # %% [markdown]
 # Nearly so in the paper, and not quite. So its samples, or its way of counting, differ a little from ours. Why the
-# saving is small is clear: Alpaca's prompts have 19 tokens, mostly one full block, and the answers three times as many.
-# With ShareGPT's long prompts the paper has 16.2 to 30.5 %. Beams share parts of their *answers*, too, and save much
-# more: [chapter 9](09_beam_search.ipynb).
+# saving is small is clear: Alpaca's prompts have 19 tokens, mostly one full block, and the answers are three times as
+# long. With ShareGPT's long prompts the paper has 16.2 to 30.5 %. Beams share parts of their *answers*, too, and save
+# much more: [chapter 9](09_beam_search.ipynb).
 
 # %% [markdown]
 # ## Check it
@@ -745,13 +746,14 @@ from minipaged.decoding import sampling
 show_source(sampling.scale, sampling.uniform)
 
 # %% [markdown]
-# `purpose` makes a second number for the same position, for those who need one (speculation). Top-k and top-p:
+# `purpose` makes a second number for the same position, for those who need one (speculation, further below). Top-k
+# and top-p:
 
 # %%
 show_source(sampling.nucleus)
 
 # %% [markdown]
-# It is your `cut_top_k` and `cut_top_p` in one, and longer because it avoids to sort 49,152 numbers. It looks at the
+# It is your `cut_top_k` and `cut_top_p` in one, and longer because it avoids sorting 49,152 numbers. It looks at the
 # best 128 first, then at 4,096, and then at all (a `rung`). If the model is sure, 128 are plenty. How many a row needs
 # depends on that row alone. And the drawing:
 
@@ -759,8 +761,8 @@ show_source(sampling.nucleus)
 show_source(sampling._draw, sampling.first_above)
 
 # %% [markdown]
-# The running sum has two levels, sums of blocks of 256 and then the sum within one block. That is faster than one sum
-# over the vocabulary. `first_above` moves the target below the last sum, for rounding could have put it there.
+# The running sum has two levels, sums of blocks of 256 and then the sum within one block. Why, its docstring
+# says. `first_above` moves the target below the last sum, for rounding could have put it there.
 #
 # Do both agree? Random rows with many equal scores, random wishes, many draws from each:
 
@@ -839,8 +841,8 @@ show_source(KVCacheManager.append, copy_on_write.Appended, copy_on_write.grow)
 show_source(copy_on_write._Growth, copy_on_write._growths)
 
 # %% [markdown]
-# `_growths` is your `needs`. Who gets several tokens may need a copy *and* new blocks behind it. Page tables are
-# replaced and never changed, so that who was handed `current_table` can see with `is` that nothing happened.
+# `_growths` is your `needs`. Who gets several tokens may need a copy *and* new blocks behind it. A list of
+# blocks is replaced and never changed, so that who was handed `current_table` can see with `is` that nothing happened.
 # `keep_free` leaves blocks for others; who grows asks for none, a newcomer does.
 #
 # Do both agree? The package lives through the same lives, event by event:
@@ -886,7 +888,8 @@ assert [plan.copies for plan in plans] == [[], [(1, 2), (1, 3)], [], []]
 #
 # A fork begins at the end of its parent. One that begins earlier is in `memory/branching.py`. It is for
 # **speculation**: somebody cheap guesses the next tokens, and the model checks all guesses in one step, which costs
-# hardly more than one token. Each of several guesses needs slots of its own, from the newest sure token on:
+# hardly more than one token, since the weights are read once for all ([chapter 3](03_the_memory_wall.ipynb)). Each of
+# several guesses needs slots of its own, from the newest sure token on:
 
 # %%
 from minipaged.memory import branching
@@ -974,7 +977,7 @@ for right, word in ((False, "reaches"), (True, "exceeds")):
     print(f"{word}: token {token}, of weight {weights[token]}")
 
 # %% [markdown]
-# That happens once in 2^53 draws, and nobody would ever find out why.
+# A u of 0 comes once in 2^53 draws, so nobody would ever find out why.
 #
 # **The last holder writes in place.** Let everybody who shares get a copy, the last one too. Then the old block falls
 # free in the middle of the step, and the next request of the same step may get it. Here A1 and A2 write, and then C1,
@@ -1100,9 +1103,37 @@ def test_number(number):
         assert isinstance(got, float) and 0 <= got < 1, f"number{triple}: {got!r}"
         return float(got)
 
-    import random
+    def elsewhere(triples):
+        """Asked in a copy of this process, which doesn't know what is asked here later."""
+        result, told = os.pipe()
+        with warnings.catch_warnings(action="ignore"):
+            child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            try:
+                os.write(told, json.dumps([ask(triple) for triple in triples]).encode())
+            finally:
+                os._exit(0)
+        os.close(told)
+        with open(result) as file:
+            answer = file.read()
+        os.waitpid(child, 0)
+        return json.loads(answer or "[]")
 
-    large = [(2**power - less, 0, 0) for power in (32, 61, 64) for less in (0, 1)]
+    import json
+    import os
+    import random
+    import signal
+    import time
+    import warnings
+
+    ask((1, 2, 3))
+    now = time.time_ns()  # so they are not remembered from an earlier test
+    anew = [(now, i % 3, i) for i in range(20)]
+    there, here = elsewhere(anew[::-1]), [ask(triple) for triple in anew]
+    assert there == here[::-1], "another process, asked in another order, has other numbers"
+
+    large = [(2**power - less, 0, 0) for power in (32, 61, 64, 128) for less in (0, 1)]
     far = [(10**30, 0, 0), (-1, 0, 0), (-2, 0, 0), *large]
     near = [(a, b, c) for a in (0, 1, 2, 12, 123) for b in range(13) for c in range(24)]
     rows = {"seeds": [(i, 0, 0) for i in range(4000)],
@@ -1172,7 +1203,8 @@ def test_plan_step(plan_step):
         if needed > len(free):
             assert got is None, f"{case}: {needed} blocks are needed, so None, not {got}"
             continue
-        assert isinstance(got, tuple) and len(got) == 2, f"{case}: (copies, tables), not {got}"
+        pair = isinstance(got, (tuple, list)) and len(got) == 2
+        assert pair, f"{case}: (copies, tables), not {got}"
         copies, new = [tuple(pair) for pair in got[0]], got[1]
         assert isinstance(new, dict) and equal(set(new), set(tables)), f"{case}: tables of all"
         sources, targets = [s for s, _ in copies], [t for _, t in copies]
@@ -1238,10 +1270,10 @@ def test_least_blocks(least_blocks):
 
     for name in "eq ne lt gt le ge hash repr str format index int add radd mul rmul".split():
         setattr(Watched, f"__{name}__", noting(f"__{name}__"))
-    long = [[Watched(i) for i in range(600)] for _ in range(3)]
-    assert equal(least_blocks(long, 1), 600), "three texts that are the same"
-    most = "1,800 tokens are looked at {} times: is each beginning compared anew?"
-    assert len(looks) <= 40 * 1800, most.format(len(looks))
+    long = [[Watched(i) for i in range(250)] for _ in range(3)]
+    assert equal(least_blocks(long, 1), 250), "three texts that are the same"
+    most = "750 tokens are looked at {} times: is each beginning compared anew?"
+    assert len(looks) <= 40 * 750, most.format(len(looks))
 
 
 attempt(test_least_blocks, least_blocks)

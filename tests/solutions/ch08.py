@@ -101,6 +101,16 @@ def without_the_last(weights, top_k, percent):
     return found
 
 
+def by_floats(weights, top_k, percent):
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))[: top_k or None]
+    total, held, found = sum(weights[token] for token in order), 0.0, set()
+    for token in order:
+        if held < percent / 100:
+            found.add(token)
+            held += weights[token] / total
+    return found
+
+
 # --- 2: number
 
 
@@ -136,13 +146,38 @@ def by_seed_sequence(seed, sample, position):
     return float(np.random.default_rng([*spread, *words]).random())
 
 
+def moved_on(seed, sample, position):
+    """The generator of a sample, made anew for each number and moved to the place."""
+    generator = AGenerator(f"{seed}/{sample}")
+    return [generator.random() for _ in range(position + 1)][-1]
+
+
 ONE_FOR_ALL = AGenerator(1)
+REMEMBERED = {}
 BY_SEED = {}
 
 
 def stateful(seed, sample, position):
     """A generator for each sample: right only if it is asked in order."""
     return BY_SEED.setdefault((seed, sample), AGenerator(f"{seed}/{sample}")).random()
+
+
+def remembers(seed, sample, position):
+    """The same number whenever it is asked again, but which one, the order of questions says."""
+    key = seed, sample, position
+    if key not in REMEMBERED:
+        REMEMBERED[key] = ONE_FOR_ALL.random()
+    return REMEMBERED[key]
+
+
+def remembers_for_each(seed, sample, position, numbers={}):  # noqa: B006
+    return numbers.setdefault((seed, sample, position), stateful(seed, sample, position))
+
+
+def of_the_process(seed, sample, position):
+    import os
+
+    return own_generator(seed, sample, f"{position}/{os.getpid()}")
 
 
 def reseeds_all(seed, sample, position):
@@ -271,6 +306,35 @@ def forgets_readers(tables, lengths, writers, free, B):
     return got and (got[0], {**{name: [*table] for name, table in tables.items()}, **got[1]})
 
 
+def by_lists(tables, lengths, writers, free, B):
+    """Counts what is needed before it deals out; a list of two, copies as a set."""
+    last, need = {name: table[-1] for name, table in tables.items()}, {}
+    for at, name in enumerate(writers):
+        stay = [n for n in tables if n not in writers[: at + 1] and last[n] == last[name]]
+        if lengths[name] % B == 0 or stay:
+            need[name] = lengths[name] % B > 0
+    if len(need) > len(free):
+        return None
+    given = dict(zip(need, free, strict=False))
+    new = {name: table[: len(table) - need.get(name, 0)] for name, table in tables.items()}
+    for name, block in given.items():
+        new[name] = [*new[name], block]
+    return [{(last[name], given[name]) for name in need if need[name]}, new]
+
+
+def copies_of_copies(tables, lengths, writers, free, B):
+    got = plan_step(tables, lengths, writers, free, B)
+    newest, chain = {}, []
+    for source, target in got[0] if got else []:
+        chain.append((newest.get(source, source), target))
+        newest[source] = target
+    return got and (chain, got[1])
+
+
+def none_if_exactly_enough(tables, lengths, writers, free, B):
+    return plan_step(tables, lengths, writers, free[:-1], B)
+
+
 def changes_the_tables(tables, lengths, writers, free, B):
     got = plan_step(tables, lengths, writers, free, B)
     if got:
@@ -365,6 +429,28 @@ def by_groups(texts, B):
     return count
 
 
+def by_recursion(texts, B):
+    heads = {}
+    for text in texts:
+        if text:
+            heads.setdefault(tuple(text[:B]), []).append(text[B:])
+    return len(heads) + sum(by_recursion(rests, B) for rests in heads.values())
+
+
+def against_all_before(texts, B):
+    """What a text adds to the one before that is alike for longest."""
+    total = 0
+    for count, text in enumerate(texts):
+        longest = 0
+        for other in texts[:count]:
+            start = 0
+            while start < len(text) and text[start : start + B] == other[start : start + B]:
+                start += B
+            longest = max(longest, -(-min(start, len(text)) // B))
+        total += -(-len(text) // B) - longest
+    return total
+
+
 def chained_hashes(texts, B):
     seen = set()
     for text in texts:
@@ -418,19 +504,20 @@ def filled_up(texts, B):
 
 RIGHT = {
     "kept": [kept, with_numpy, one_after_the_other, by_torch],
-    "number": [number, own_generator, mixed, by_seed_sequence],
-    "plan_step": [plan_step, first_stays, in_groups],
-    "least_blocks": [least_blocks, in_order, by_groups, chained_hashes],
+    "number": [number, own_generator, mixed, by_seed_sequence, moved_on],
+    "plan_step": [plan_step, first_stays, in_groups, by_lists],
+    "least_blocks": [least_blocks, in_order, by_groups, chained_hashes, by_recursion, against_all_before],
 }
 WRONG = {
     "kept": [
         higher_ids_first, top_p_first, of_everything, one_too_many, all_that_equal_the_last, sorts_the_callers_list,
-        without_the_last,
+        without_the_last, by_floats,
         lambda weights, top_k, percent: len(kept(weights, top_k, percent)),
         lambda weights, top_k, percent: cut_top_k(torch.tensor(weights).float(), top_k) and set(),
     ],
     "number": [
-        stateful, reseeds_all, reseeds_torch, of_24_bits, golden, by_hash_of_a_text, of_the_remainder,
+        stateful, remembers, remembers_for_each, of_the_process, reseeds_all, reseeds_torch, of_24_bits, golden,
+        by_hash_of_a_text, of_the_remainder,
         lambda seed, sample, position: ONE_FOR_ALL.random(),
         lambda seed, sample, position: AGenerator(hash((seed, sample, position))).random(),  # hash(-1) == hash(-2)
         lambda seed, sample, position: AGenerator(seed + sample + position).random(),
@@ -443,7 +530,7 @@ WRONG = {
     ],
     "plan_step": [
         all_copy, none_copies, forgets_readers, changes_the_tables, takes_from_free, does_what_it_can,
-        copies_full_blocks, one_block_for_all,
+        copies_full_blocks, one_block_for_all, copies_of_copies, none_if_exactly_enough,
     ],
     "least_blocks": [
         whole_beginnings, full_only, tails_never_shared, by_contents_alone, by_place, with_the_first,
