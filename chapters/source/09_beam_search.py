@@ -252,9 +252,9 @@ for alpha in (0, 1, 2):
 #
 # ### A tree in memory
 #
-# Now the keys and values. Each beam is a sequence with a page table. When a step has chosen, all that memory needs to
-# know is the list of **parents**: beam number i of the next step comes from beam `parents[i]` of this one. The first
-# child of a beam takes its page table over, further ones fork it, and who has no child is freed:
+# Each beam is a sequence with a page table. When a step has chosen, all that memory needs to know is the list of
+# **parents**: beam number i of the next step comes from beam `parents[i]` of this one. The first child of a beam
+# takes its page table over, further ones fork it, and who has no child is freed:
 
 # %%
 def moves(parents, count):
@@ -351,8 +351,8 @@ assert after == [[0, 1, 3, 6, 9], [0, 1, 3, 6, 10], [0, 1, 3, 7, 11], [0, 1, 3, 
 
 
 # %% [markdown]
-# A picture shows it better. Each row is a beam, each column a logical block, and a box is a physical block with its
-# number. A box as high as several rows is held by several beams; these are dark.
+# Each row is a beam, each column a logical block, and a box is a physical block with its number. A box as high as
+# several rows is held by several beams; these are dark.
 
 # %%
 def icicle(axes, tables, numbers=True):
@@ -548,10 +548,10 @@ for W in (2, 4, 6):
 assert ours[2] < ours[4] < ours[6]
 
 # %% [markdown]
-# Another model, another load; but the size is about the same, and so is the bend. It can be understood: all W share
-# the trunk, so at best 1 - 1/W of the blocks is saved, which is 50, 75 and 83 %, and the twigs take their part of
-# that. A longer answer has a longer trunk, and twigs of the same length. (The paper's ShareGPT, with answers of 338
-# tokens, is at 44 to 66 %.) Twelve questions to our model give 31, 45 and 50 %: `experiments/divergence.py` has them.
+# Another model, another load, but about the same size, and the same bend. Why? All W share the trunk, so at best 1 -
+# 1/W of the blocks is saved, which is 50, 75 and 83 %, and the twigs take their part of that. A longer answer has a
+# longer trunk, and twigs of the same length. (The paper's ShareGPT, with answers of 338 tokens, is at 44 to 66 %.)
+# Twelve questions to our model give 31, 45 and 50 %: `experiments/divergence.py` has them.
 #
 # ### What it costs to send beams again
 #
@@ -758,8 +758,8 @@ show_source(BeamSearch.advance, BeamSearch._rank, BeamSearch._finish, BeamSearch
 #   α is positive, by getting as long as allowed and losing nothing more.
 
 # %% [markdown]
-# Do both agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit, and the
-# same texts at the end. Ours gets all tokens as offers, the package the best `num_candidates` alone:
+# Random models, widths, limits and penalties: the same beams in each step, to the last bit, and the same texts at the
+# end. Ours gets all tokens as offers, the package the best `num_candidates` alone:
 
 # %%
 def compare(random):
@@ -795,9 +795,8 @@ print(sum(compare(Random(seed)) for seed in range(500)), "steps, and no differen
 show_source(beam_search.memory_moves)
 
 # %% [markdown]
-# It is carried out in `growth.py`, where all sequences of the engine grow, fork and end, when the tokens of a step
-# are known. `LiveSequences` are those that have not ended, by their id. `grow` is told what came out of the model; a
-# request with a search takes `_grow_beams`:
+# `growth.py` carries it out, where all sequences of the engine grow, fork and end. `LiveSequences` are those that
+# have not ended, by their id. `grow` is told what came out of the model; a request with a search takes `_grow_beams`:
 
 # %%
 from minipaged.scheduling.growth import LiveSequences
@@ -805,10 +804,9 @@ from minipaged.scheduling.growth import LiveSequences
 show_source(LiveSequences.grow, LiveSequences._grow_beams, LiveSequences._fork)
 
 # %% [markdown]
-# Fork, keep, free, and only then the new tokens. If any beam has no candidates yet, nothing happens. (After a
-# preemption they compute at different speeds; see below.) If the logits of one are broken, all of them end: **beams
-# are nothing without each other**. [Chapter 8](08_sampling_and_forks.ipynb) has the other way, `_append`, for
-# samples.
+# Fork, keep, free, and only then the new tokens. If any beam has no candidates yet, as after a preemption (see
+# below), nothing happens. If the logits of one are broken, all of them end: **beams are nothing without each other**.
+# [Chapter 8](08_sampling_and_forks.ipynb) has the other way, `_append`, for samples.
 
 # %%
 show_source(LiveSequences.add, LiveSequences.new_id, LiveSequences.end,
@@ -907,10 +905,10 @@ for mode in ("recompute", "swap"):
         print(f"    computes {tokens}, holds {held}")
 
 # %% [markdown]
-# The texts are the same. Whoever was **swapped**, that is copied to another memory and back, comes back as it went: a
-# block that was shared moves once, and stays shared. Whoever is recomputed shares its prompt again, and of its
-# answers nothing: the trunk is there four times, unless a prefix cache still has it. That is why `preemption="auto"`
-# swaps a request with several sequences.
+# The texts are the same. Whoever was **swapped** (copied to another memory and back) comes back as it went: a block
+# that was shared moves once, and stays shared. Whoever is recomputed shares its prompt again, and of its answers
+# nothing: the trunk is there four times, unless a prefix cache still has it. That is why `preemption="auto"` swaps a
+# request with several sequences.
 #
 # ## What must hold, and what breaks if it doesn't
 #
