@@ -36,7 +36,7 @@
 # How likely is a text? Its first token has a probability, the second has one given the first, and so on; that of the
 # text is their **product**. That soon becomes too small for a computer, so one adds up logarithms. A
 # **log-probability** is 0 for what is certain, and negative for all else. The **score** of a beam is the sum over its
-# tokens. It can only fall.
+# tokens, so it never rises.
 
 # %% [markdown]
 # ## Build it
@@ -185,8 +185,8 @@ print(f"{len(worse)} of {len(pairs)} times the next width finds something worse,
 # ### Texts that end
 #
 # Real texts end at a token that says so (elsewhere *EOS*, end of sequence). A beam that ends leaves the race, and is
-# kept beside it. Now texts of different lengths have to be compared, and each token more makes the sum fall: short
-# ones would always win. So what has ended is scored by
+# kept beside it. Now texts of different lengths have to be compared, and with nearly every token the sum falls, so it
+# favours short ones. What has ended is therefore scored by
 #
 # $$ \frac{\log p(\text{text})}{\text{length}^{\,\alpha}} $$
 #
@@ -247,13 +247,14 @@ for alpha in (0, 1, 2):
 # **Your turn.** What will come out with α = -5? And with 50?
 #
 # A beam need not offer all its tokens. With one `END`, at most W of all continuations end, one for each beam. So W of
-# the best 2W run on, and all of these could come from one beam: **2W offers of each beam are enough**, of 49,152.
+# the best 2W run on, and all of these could come from one beam: **2W offers of each beam are enough**, of the 49,152
+# tokens that SmolLM2 knows.
 #
 # ### A tree in memory
 #
-# Now the keys and values. Each beam is a sequence with a page table. When a step has chosen, all that memory needs to
-# know is the list of **parents**: beam number i of the next step comes from beam `parents[i]` of this one. The first
-# child of a beam takes its page table over, further ones fork it, and who has no child is freed:
+# Each beam is a sequence with a page table. When a step has chosen, all that memory needs to know is the list of
+# **parents**: beam number i of the next step comes from beam `parents[i]` of this one. The first child of a beam
+# takes its page table over, further ones fork it, and who has no child is freed:
 
 # %%
 def moves(parents, count):
@@ -271,8 +272,9 @@ def moves(parents, count):
 assert moves([0, 2, 0], 3) == ({0: 0, 2: 1}, [(0, 2)], [1])  # as drawn above, from 0
 
 # %% [markdown]
-# Chapter 5 built the memory. The package's has its operations: `fork` copies a page table and no block, `free` gives
-# back what nobody else holds, `append` gives slots for more tokens and says which blocks must be copied first.
+# [Chapter 5](05_page_tables.ipynb) built the memory. The package's has its operations: `fork` copies a page table and
+# no block, `free` gives back what nobody else holds, `append` gives slots for more tokens and says which blocks must
+# be copied first.
 
 # %%
 from minipaged.memory import KVCacheManager, NoSpace
@@ -345,12 +347,12 @@ copies = beams.grow(4).copies
 after = beams.tables()
 print(f"freed: {sorted(freed)}, copied: {copies}, tables: {after}")
 assert sorted(freed) == [2, 4, 5, 8] and not copies
-assert [table[-1] for table in after] == [9, 10, 11, 12]
+assert after == [[0, 1, 3, 6, 9], [0, 1, 3, 6, 10], [0, 1, 3, 7, 11], [0, 1, 3, 7, 12]]
 
 
 # %% [markdown]
-# A picture shows it better. Each row is a beam, each column a logical block, and a box is a physical block with its
-# number. A box as high as several rows is held by several beams; these are dark.
+# Each row is a beam, each column a logical block, and a box is a physical block with its number. A box as high as
+# several rows is held by several beams; these are dark.
 
 # %%
 def icicle(axes, tables, numbers=True):
@@ -422,7 +424,8 @@ assert score > plain[0] and text.count("he loved the sea") >= 3
 
 # %% [markdown]
 # Likely texts repeat themselves. So beam search serves where the best text is nearly certain, as in translation or in
-# speech, and chats are sampled (chapter 8). Here is the length penalty at work, on a question with an end:
+# speech, and chats are sampled ([chapter 8](08_sampling_and_forks.ipynb)). Here is the length penalty at work, on a
+# question with an end:
 
 # %%
 question = [{"role": "user", "content": "How many legs has a cat?"}]
@@ -474,15 +477,15 @@ def parents_of(paths):
 
 # %%
 alt = "One thick line of descent; many short grey twigs that end after a few steps"
-title = "Who descends from whom? Grey: died before the end"
-with plots.figure(title, "step", "rank of the beam", size=(8.6, 2.6), alt=alt) as axes:
+title = "Who descends from whom? Beam 0 is the best; grey: died before the end"
+with plots.figure(title, "step", "beam", size=(8.6, 2.6), alt=alt) as axes:
     for step, parents in enumerate(parents_of(paths), 1):
-        for rank_now, parent in enumerate(parents):
-            path = paths[step][rank_now]
+        for beam, parent in enumerate(parents):
+            path = paths[step][beam]
             lives = any(end[: len(path)] == path for end in paths[-1])
             look = (plots.COLORS[0], 2.5) if lives else (plots.GREY, 0.9)
-            axes.plot([step, step + 1], [parent + 1, rank_now + 1], color=look[0], lw=look[1])
-    axes.set(yticks=[1, 2, 3, 4], ylim=(4.4, 0.6))
+            axes.plot([step, step + 1], [parent, beam], color=look[0], lw=look[1])
+    axes.set(yticks=[0, 1, 2, 3], ylim=(3.4, -0.4))
 
 # %% [markdown]
 # All that runs at the end comes from one beam not long ago. Before that there is a single line; its alternatives are
@@ -505,8 +508,8 @@ print(f"at the end {used[-1]} blocks instead of {without[-1]}")
 assert used[-1] < without[-1] / 2
 
 # %% [markdown]
-# How much was copied for that? If beams lie in rows of a tensor [W, length], each fork copies a row. (Many programs
-# copy all rows in every step, to bring them in order.) Of blocks only the last is copied, if it isn't full:
+# How much was copied for that? If beams lie in rows of a tensor [W, length], each fork copies a row. (Transformers
+# copies all rows in every step, to bring them in order.) Of blocks only the last is copied, if it isn't full:
 
 # %%
 forks = [len(moves(parents, 4)[1]) for parents in parents_of(paths)]
@@ -538,17 +541,17 @@ def saved_percent(tables):
 
 # %%
 ours = {W: saved_percent(watch(engine, KEEPER, W, 58)[1].tables) for W in (2, 4, 6)}
-made = {W: saving("alpaca", "beams", W, 60) for W in (2, 4, 6)}
+made = {W: saving("alpaca", "beams", W, 30) for W in (2, 4, 6)}
 theirs = paper.SAVED["beams", "alpaca"]
 for W in (2, 4, 6):
     print(f"W = {W}: one question {ours[W]:.0f}, simulated {made[W]:.0f}, paper {theirs[W]} %")
 assert ours[2] < ours[4] < ours[6]
 
 # %% [markdown]
-# Another model, another load; but the size is the same, and so is the bend. It can be understood: all W share the
-# trunk, so at best 1 - 1/W of the blocks is saved, which is 50, 75 and 83 %, and the twigs take their part of that. A
-# longer answer has a longer trunk, and twigs of the same length. (The paper's ShareGPT, with answers of 338 tokens, is
-# at 44 to 66 %.) Twelve questions to our model give 31, 45 and 50 %: `experiments/divergence.py` has them.
+# Another model, another load, but about the same size, and the same bend. Why? All W share the trunk, so at best 1 -
+# 1/W of the blocks is saved, which is 50, 75 and 83 %, and the twigs take their part of that. A longer answer has a
+# longer trunk, and twigs of the same length. (The paper's ShareGPT, with answers of 338 tokens, is at 44 to 66 %.)
+# Twelve questions to our model give 31, 45 and 50 %: `experiments/divergence.py` has them.
 #
 # ### What it costs to send beams again
 #
@@ -573,8 +576,8 @@ def resend(engine, prompt, W, limit, salted):
 
 # %% [markdown]
 # If the server has a prefix cache ([chapter 13](13_prefix_caching.ipynb)), it finds full blocks that begin alike. We
-# try it with and without: when each step has a salt of its own, nothing is found. And then the same search by fork and
-# free:
+# try it with and without: a request finds only blocks of its own **salt**, a word that it brings, so with another
+# salt in each step nothing is found. And then the same search by fork and free:
 
 # %%
 prompt = engine.tokenizer.encode(KEEPER)
@@ -706,11 +709,11 @@ hf_llama.generation_config = transformers.GenerationConfig()
 
 # %%
 def theirs_of(tokens, alpha):
-    """-> (score, tokens) of their best four, of up to 14 tokens."""
+    """-> (score, tokens) of their best four, of up to 10 tokens."""
     ids, (end,) = torch.tensor([tokens]), llm.config.eos_token_ids
     out = hf_llama.generate(
         ids, attention_mask=torch.ones_like(ids), num_beams=4, num_return_sequences=4,
-        max_new_tokens=14, length_penalty=alpha, eos_token_id=end, pad_token_id=0,
+        max_new_tokens=10, length_penalty=alpha, eos_token_id=end, pad_token_id=0,
         do_sample=False, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     counts = (out.beam_indices >= 0).sum(1)
@@ -722,7 +725,7 @@ def theirs_of(tokens, alpha):
 ends = set()
 for ask, text, alpha in [(llm.chat, question, 0.0), (llm.chat, question, 1.0),
                          (llm.generate, WINTER, 2.0)]:  # fmt: skip
-    (out,) = ask(text, BeamSearchParams(4, 14, length_penalty=alpha))
+    (out,) = ask(text, BeamSearchParams(4, 10, length_penalty=alpha))
     theirs4 = theirs_of(out.prompt_token_ids, alpha)
     assert [one.token_ids for one in out.outputs] == [tokens for _, tokens in theirs4]
     gaps = [abs(one.score - score) for one, (score, _) in zip(out.outputs, theirs4)]
@@ -755,8 +758,8 @@ show_source(BeamSearch.advance, BeamSearch._rank, BeamSearch._finish, BeamSearch
 #   α is positive, by getting as long as allowed and losing nothing more.
 
 # %% [markdown]
-# Do both agree? Random models, widths, limits and penalties: the same beams in each step, to the last bit, and the
-# same texts at the end. Ours gets all tokens as offers, the package the best `num_candidates` alone:
+# Random models, widths, limits and penalties: the same beams in each step, to the last bit, and the same texts at the
+# end. Ours gets all tokens as offers, the package the best `num_candidates` alone:
 
 # %%
 def compare(random):
@@ -792,9 +795,8 @@ print(sum(compare(Random(seed)) for seed in range(500)), "steps, and no differen
 show_source(beam_search.memory_moves)
 
 # %% [markdown]
-# It is carried out in `growth.py`, where all sequences of the engine grow, fork and end, when the tokens of a step are
-# known. `LiveSequences` are those that have not ended, by their id. `grow` is told what came out of the model; a
-# request with a search goes the second way:
+# `growth.py` carries it out, where all sequences of the engine grow, fork and end. `LiveSequences` are those that
+# have not ended, by their id. `grow` is told what came out of the model; a request with a search takes `_grow_beams`:
 
 # %%
 from minipaged.scheduling.growth import LiveSequences
@@ -802,9 +804,9 @@ from minipaged.scheduling.growth import LiveSequences
 show_source(LiveSequences.grow, LiveSequences._grow_beams, LiveSequences._fork)
 
 # %% [markdown]
-# Fork, keep, free, and only then the new tokens. If any beam has no candidates yet, nothing happens. (After a
-# preemption they compute at different speeds; see below.) If the logits of one are broken, all of them end: **beams
-# are nothing without each other**. Chapter 8 has the other way, `_append`, for samples.
+# Fork, keep, free, and only then the new tokens. If any beam has no candidates yet, as after a preemption (see
+# below), nothing happens. If the logits of one are broken, all of them end: **beams are nothing without each other**.
+# [Chapter 8](08_sampling_and_forks.ipynb) has the other way, `_append`, for samples.
 
 # %%
 show_source(LiveSequences.add, LiveSequences.new_id, LiveSequences.end,
@@ -817,7 +819,7 @@ show_source(LiveSequences.add, LiveSequences.new_id, LiveSequences.end,
 # the same search: the same ids, and the same page tables to the block number:
 
 # %%
-def side_by_side(limit=24, W=4):
+def side_by_side(limit=16, W=4):
     ids, options = [], dict(num_blocks=60, block_size=4)
     with LLM("smollm2", prefix_cache="none", device="cpu", **options) as small:
         small.observers.append(lambda plan, _: ids.append([s.seq_id for s in plan.sequences]))
@@ -856,9 +858,9 @@ assert max(used) <= worst
 # %% [markdown]
 # ### After a preemption
 #
-# Say the victim's blocks are dropped and computed again. What it shared came from forks in the right moments, and
-# these are gone. If each beam computed all its tokens, the prompt would be there W times, and the request would need
-# more than its worst case. So the first beam computes the prompt, and the others fork it:
+# Say that the blocks of who gave way are dropped, and computed again later. What it shared came from forks in the
+# right moments, and these are gone. If each beam computed all its tokens, the prompt would be there W times, and the
+# request would need more than its worst case. So the first beam computes the prompt, and the others fork it:
 
 # %%
 from minipaged.scheduling import preemption
@@ -867,7 +869,7 @@ show_source(Request.target, preemption.share_rebuilt_prompt)
 
 # %% [markdown]
 # `target` has the second half. Beams are ranked together, so none may be a token ahead: nobody computes its last token
-# until all can. Two searches in a pool of 18 blocks; the second has to give way once:
+# until all can. Two searches in a pool of 17 blocks; the second has to give way once:
 
 # %%
 from minipaged.experiments.divergence import PROMPTS
@@ -887,15 +889,15 @@ def squeezed(mode, blocks):
     with LLM("smollm2", num_blocks=blocks, num_cpu_blocks=40, prefix_cache="none",
              device="cpu", preemption=mode) as small:  # fmt: skip
         small.observers.append(look)
-        outs = small.generate(PAIR, BeamSearchParams(4, 32, ignore_eos=True))
+        outs = small.generate(PAIR, BeamSearchParams(4, 24, ignore_eos=True))
     return [one.token_ids for out in outs for one in out.outputs], rows
 
 
 # %%
-calm_outs = engine.generate(PAIR, BeamSearchParams(4, 32, ignore_eos=True))
+calm_outs = engine.generate(PAIR, BeamSearchParams(4, 24, ignore_eos=True))
 calm = [one.token_ids for out in calm_outs for one in out.outputs]
 for mode in ("recompute", "swap"):
-    texts, rows = squeezed(mode, 18)
+    texts, rows = squeezed(mode, 17)
     assert texts == calm
     away = [step for step, (tokens, _) in enumerate(rows) if not tokens]
     print(f"{mode}: held {rows[away[0] - 1][1]} blocks before, then away for {len(away)} steps")
@@ -903,9 +905,10 @@ for mode in ("recompute", "swap"):
         print(f"    computes {tokens}, holds {held}")
 
 # %% [markdown]
-# The texts are the same. Whoever was swapped comes back as it went: a block that was shared moves once, and stays
-# shared. Whoever is recomputed shares its prompt again, and of its answers nothing: the trunk is there four times,
-# unless a prefix cache still has it. That is why `preemption="auto"` swaps a request with several sequences.
+# The texts are the same. Whoever was **swapped** (copied to another memory and back) comes back as it went: a block
+# that was shared moves once, and stays shared. Whoever is recomputed shares its prompt again, and of its answers
+# nothing: the trunk is there four times, unless a prefix cache still has it. That is why `preemption="auto"` swaps a
+# request with several sequences.
 #
 # ## What must hold, and what breaks if it doesn't
 #
@@ -1143,7 +1146,7 @@ attempt(test_could_win, could_win)
 # %% [markdown]
 # **5. A search that is certain** (open). Beam search may miss the best text. Write one that can't, and that asks no
 # more than it must: the model may be asked only about beginnings that are likelier than the best text, and about none
-# of them twice. (A log-probability only falls. What does that say about all texts with a given beginning?) Then count:
+# of them twice. (A score never rises. What does that say about all texts with a given beginning?) Then count:
 # how often does it ask where beam search asks W times a step? What does it need that no server could promise?
 
 # %% tags=["exercise"]
