@@ -5,6 +5,8 @@ import doctest
 import io
 import json
 import statistics
+import sys
+import tracemalloc
 from dataclasses import dataclass, field
 
 import nbformat
@@ -17,12 +19,12 @@ from PIL import Image
 
 from kernels.triton_tiles import choose_splits
 from minipaged.memory import BlockAllocator, HashCache, KVCacheManager, PageTable, blocks_for
-from minipaged.teaching import attempt, checks, counted, equal, loads, own, page, plots, show_source
+from minipaged.teaching import attempt, checks, costs, counted, equal, loads, own, page, plots, show_source
 from minipaged.terminal import draw, slots
 from minipaged.terminal.snapshot import Snapshot
 
 
-@pytest.mark.parametrize("module", [page, checks, loads, slots, draw], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [page, checks, costs, loads, slots, draw], ids=lambda module: module.__name__)
 def test_doctests(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
@@ -403,6 +405,34 @@ def test_unknown_chapters_are_named(capsys):
     with pytest.raises(SystemExit) as exit_:
         build.main(["--no-such-flag"])
     assert exit_.value.code == 2
+
+
+def test_whoever_looks_at_a_number_is_counted():
+    for look in (lambda n: n == 3, hash, str, lambda n: n + 1, lambda n: sorted([n, n]),
+                 lambda n: n.to_bytes(8, "big"), lambda n: f"{n}", lambda n: {n: 1}):  # fmt: skip
+        looks = []
+        look(costs.Watched(3, looks))
+        assert looks, look
+    looks = []
+    [costs.Watched(3, looks)].copy()
+    assert not looks
+
+
+def test_what_runs_too_long_is_broken_off():
+    def total(n):
+        return sum(i for i in range(n))
+
+    before = sys.gettrace()
+    assert costs.patient(total, 1000)(10) == 45
+    with pytest.raises(AssertionError, match="after 1000 lines it is still at work"):
+        costs.patient(total, 1000)(10**15)
+    assert sys.gettrace() is before
+
+
+def test_memory_that_a_call_needs_on_the_way():
+    answer, room = costs.bytes_taken(lambda: len([0] * 100_000))
+    assert answer == 100_000 and 800_000 <= room < 900_000
+    assert costs.bytes_taken(lambda: 5)[1] < 1000 and not tracemalloc.is_tracing()
 
 
 @pytest.mark.parametrize("source, said", [

@@ -1248,6 +1248,8 @@ def least_blocks(texts, B):
 
 # %% tags=["test"]
 def test_least_blocks(least_blocks):
+    from minipaged.teaching.costs import Watched
+
     least_blocks = own(least_blocks)
     assert equal(least_blocks([[1, 2, 3], [1, 2, 3, 4]], 2), 3), "the example"
     for seed in range(500):
@@ -1260,17 +1262,7 @@ def test_least_blocks(least_blocks):
         got = least_blocks(texts, B)
         assert equal(got, len(right)), f"{texts}, B={B}: {len(right)}, not {got}"
     looks = []
-
-    class Watched(int):
-        """Notes whenever somebody looks at it."""
-
-    def noting(name):
-        plain = getattr(int, name)
-        return lambda self, *others: (looks.append(None), plain(self, *others))[1]
-
-    for name in "eq ne lt gt le ge hash repr str format index int add radd mul rmul".split():
-        setattr(Watched, f"__{name}__", noting(f"__{name}__"))
-    long = [[Watched(i) for i in range(250)] for _ in range(3)]
+    long = [[Watched(i, looks) for i in range(250)] for _ in range(3)]
     assert equal(least_blocks(long, 1), 250), "three texts that are the same"
     most = "750 tokens are looked at {} times: is each beginning compared anew?"
     assert len(looks) <= 40 * 750, most.format(len(looks))

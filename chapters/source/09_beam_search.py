@@ -1055,19 +1055,7 @@ attempt(test_row_plan, row_plan)
 # however long the beams are; `Watched` integers note whenever somebody looks at them.
 
 # %%
-LOOKS = []
-
-
-class Watched(int):
-    pass
-
-
-def noting(method):
-    return lambda *args: LOOKS.append(None) or method(*args)
-
-
-for name in "eq ne lt gt le ge hash repr str format index int".split():
-    setattr(Watched, f"__{name}__", noting(getattr(int, f"__{name}__")))
+from minipaged.teaching.costs import Watched
 
 
 # %% tags=["exercise"]
@@ -1097,12 +1085,11 @@ def test_blocks_held(blocks_held):
         got = blocks_held(prompt, paths, B)
         assert equal(got, right), f"{prompt=}, {paths=}, {B=}: {right}, not {got}"
     ends = [250 + 9 * beam for beam in range(5)]
-    long = [[Watched(i if i < end else -1) for i in range(300)] for end in ends]
-    LOOKS.clear()
+    looks = []
+    long = [[Watched(i if i < end else -1, looks) for i in range(300)] for end in ends]
     got = blocks_held(20, long, 1)
     assert equal(got, 20 + 300 + 50 + 41 + 32 + 23), f"5 beams of 300 tokens: 466, not {got}"
-    looks = len(LOOKS)
-    assert looks <= 10 * 1500, f"1,500 tokens were looked at {looks} times"
+    assert len(looks) <= 10 * 1500, f"1,500 tokens were looked at {len(looks)} times"
 
 
 attempt(test_blocks_held, blocks_held)

@@ -696,32 +696,9 @@ except ValueError as error:
 # run, so that a loop over 10^15 tokens is told so, and doesn't run for ever.
 
 # %%
-import sys
-from functools import wraps
 from statistics import linear_regression
 
-
-def patient(solution, most=20_000):
-    """`solution`, broken off after so many lines in one call."""
-
-    @wraps(solution)
-    def called(*arguments):
-        lines = count(1)
-
-        def trace(frame, event, _):
-            too_many = event == "line" and next(lines) > most
-            assert not too_many, f"after {most} lines it is still at work: is there a loop?"
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            return solution(*arguments)
-        finally:
-            sys.settrace(before)
-
-    return called
-
+from minipaged.teaching.costs import patient
 
 # %% [markdown]
 # **1. The chunks** (warm-up). A prompt is computed beside `running` chats, each of which needs one token a step. The

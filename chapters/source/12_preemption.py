@@ -786,32 +786,7 @@ except ValueError as error:
 # in lines of Python that run, so that a loop over a billion tokens is told so, and doesn't run for ever.
 
 # %%
-import sys
-from functools import wraps
-from itertools import count
-
-
-def patient(solution, most=500_000):
-    """`solution`, broken off after so many lines in one call."""
-
-    @wraps(solution)
-    def called(*arguments):
-        lines = count(1)
-
-        def trace(frame, event, _):
-            too_many = event == "line" and next(lines) > most
-            assert not too_many, f"after {most} lines it is still at work: is there a loop?"
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            return solution(*arguments)
-        finally:
-            sys.settrace(before)
-
-    return called
-
+from minipaged.teaching.costs import patient
 
 # %% [markdown]
 # **1. Who gives way?** (warm-up). Sequences run in the order of arrival. Each holds some blocks, shares none, and wants
@@ -951,7 +926,7 @@ def fits_for_good(jobs, newcomer, blocks, B):
 
 # %% tags=["test"]
 def test_fits_for_good(fits_for_good):
-    fits_for_good = own(patient(fits_for_good), forbid=[Server, Stubborn, Yielding])
+    fits_for_good = own(patient(fits_for_good, 500_000), forbid=[Server, Stubborn, Yielding])
     answers = Counter()
     for seed in range(400):
         random = Random(seed)

@@ -49,7 +49,6 @@
 
 # %%
 import hashlib
-import tracemalloc
 from collections import Counter, OrderedDict, deque
 from random import Random
 
@@ -749,34 +748,7 @@ attempt(test_tokens_saved, tokens_saved)
 # much memory a call needs.
 
 # %%
-class Watched(int):
-    def __new__(cls, value, looks):
-        self = super().__new__(cls, value)
-        self.looks = looks
-        return self
-
-
-def noting(method):
-    def look(self, *args, **kwargs):
-        self.looks.append(None)
-        return method(self, *args, **kwargs)
-
-    return look
-
-
-for name in "eq ne lt gt le ge hash repr str format index int".split():
-    setattr(Watched, f"__{name}__", noting(getattr(int, f"__{name}__")))
-Watched.to_bytes = noting(int.to_bytes)
-
-
-def bytes_taken(function):
-    """-> (what it returns, the most memory that it needed on the way)."""
-    tracemalloc.start()
-    try:
-        return function(), tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
+from minipaged.teaching.costs import Watched, bytes_taken
 
 # %% [markdown]
 # **2. A chain of your own.** Name the full blocks of a prompt with whatever you like, as long as names are equal

@@ -1075,25 +1075,7 @@ attempt(test_part, part)
 # Costs are counted in what follows: a `Watched` integer notes whenever somebody looks at it.
 
 # %%
-class Watched(int):
-    def __new__(cls, value, looks):
-        self = super().__new__(cls, value)
-        self.looks = looks
-        return self
-
-
-# %%
-def noting(method):
-    def look(self, *args, **kwargs):
-        self.looks.append(None)
-        return method(self, *args, **kwargs)
-
-    return look
-
-
-# %%
-for method in "eq ne lt gt le ge hash repr str format index int neg add sub".split():
-    setattr(Watched, f"__{method}__", noting(getattr(int, f"__{method}__")))
+from minipaged.teaching.costs import Watched
 
 # %% [markdown]
 # **2. Who goes next?** Our `take` looks at every leaf for each block that it evicts. With a hundred thousand leaves

@@ -3,6 +3,7 @@
     plots.py       every plot of the chapters, in one style
     page.py        what a cell shows: the package's own source, and how an exercise stands
     checks.py      what the tests of exercises are made with
+    costs.py       what a solution costs: looks, lines, memory, counted
     launches.py    what Triton kernels read and write, and what a compiler makes of them
     loads.py       requests that look like those of the paper
 """
