@@ -1,8 +1,11 @@
 """The processes that ranks run in, as the system sees them; and what they must not leave behind."""
 
+import functools
 import os
 import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 WORKER = "minipaged.execution.ranks.worker"
 
@@ -44,8 +47,15 @@ def until(condition, seconds: float) -> bool:
     return True
 
 
+@functools.cache
+def open_what_stays() -> None:
+    """The first store of a process opens a pipe for good: libuv's, for signals."""
+    dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def open_files() -> dict[str, str]:
     """What this process has open that ranks use: sockets, memory, pipes."""
+    open_what_stays()
     found = {}
     for entry in Path("/proc/self/fd").iterdir():
         try:
