@@ -36,6 +36,7 @@ MAY_IMPORT |= {
     "perplexity": ENGINE | {"terminal", "quantization"},
     "trace": {"terminal"},
     "bench": ENGINE | {"llm"},
+    "course": ENGINE | {"llm", "terminal"},
     "teaching": {"memory"},
     "experiments": ENGINE | {"llm", "teaching", "bench", "routing"},
 }

@@ -1,0 +1,5 @@
+"""What runs beside a student's code, in its process. Nothing here is secret, and nothing here decides anything.
+
+`loop.py` is the process's main file, `locks.py` closes its doors, and the drivers do with a student's code what a case
+says. They are copied into the student's tree: from in there, nothing else of the course can be reached.
+"""

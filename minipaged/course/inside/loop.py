@@ -1,0 +1,62 @@
+"""The main file of the process in which a student's code runs: questions in, answers out, one line of JSON each.
+
+    python -I -S loop.py SETTINGS          a file of JSON; see process.py, which writes it
+
+TREE has the student's package, and beside it driver.py, which does what a case says. Whatever the student's code
+prints goes to standard error, and no answer is believed here: who asked compares.
+"""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+
+
+def raised(error, tree):
+    """An exception, with the last line of the tree that it passed."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(tree)]
+    own = [frame for frame in frames if not frame.filename.endswith("/driver.py")]
+    where = ""
+    if own:
+        last = own[-1]
+        where = f"{last.filename[len(tree) + 1 :]}, line {last.lineno}, in {last.name}: {last.line}"
+    return {"kind": type(error).__name__, "said": str(error)[:500], "where": where}
+
+
+def main():
+    with open(sys.argv.pop()) as file:
+        settings = json.load(file)
+    asked, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # whoever prints talks to people
+    sys.dont_write_bytecode = True
+    sys.path[:] = [os.path.dirname(os.path.abspath(__file__)), *sys.path, *settings["packages"]]
+    for name in settings["imports"]:
+        importlib.import_module(name)
+    import locks
+    from observe import plain
+
+    if settings["seconds"]:
+        locks.limit(settings["memory"], settings["seconds"])
+    if settings["locked"]:
+        locks.lock(settings["readable"], settings["listable"])
+    tree = settings["tree"]
+    sys.path.insert(0, tree)
+    driver = None
+    for line in asked:
+        question = json.loads(line)
+        try:
+            if driver is None:
+                driver = importlib.import_module("driver")
+            answer = {"answer": plain(getattr(driver, question["driver"])(question["case"]))}
+        except MemoryError as error:
+            answer = {"raised": {"kind": "MemoryError", "said": str(error) or "no memory is left", "where": ""}}
+        except Exception as error:  # the student's: whoever asked tells them
+            answer = {"raised": raised(error, tree)}
+        said.write(json.dumps({"id": question["id"], **answer}).encode() + b"\n")
+        said.flush()
+
+
+if __name__ == "__main__":
+    main()
