@@ -49,7 +49,7 @@ class Result:
     name: str
     parts: list[PartResult]
 
-    doctests: dict[str, dict] = field(default_factory=dict)  # of files: as of observe.doctests; only if they were asked for
+    doctests: dict[str, dict] = field(default_factory=dict)  # by file, as of observe.doctests, if they were asked for
 
     @property
     def points(self) -> int:
@@ -123,14 +123,13 @@ class _Bench:
         """Of each of their files. A file whose examples end the process has none."""
         found = {}
         for file, source in self.submission.usable().items():
-            case = {"module": file.removesuffix(".py").replace("/", ".")}
             with tempfile.TemporaryDirectory(prefix="minipaged-", ignore_cleanup_errors=True) as name:
                 tree, folder = Path(name) / "tree", Path(name) / "inside"
                 folder.mkdir()
+                case = {"module": file.removesuffix(".py").replace("/", "."), "tree": f"{tree}/"}
                 build(tree, self.assignment, {file: source}, not_theirs, self.changed)
-                with StudentProcess(folder, tree, self.assignment, self.locked) as process:
-                    with contextlib.suppress(Ended):
-                        found[file] = process.ask("doctests", case, SECONDS_FOR_DOCTESTS).get("answer", {})
+                with StudentProcess(folder, tree, self.assignment, self.locked) as process, contextlib.suppress(Ended):
+                    found[file] = process.ask("doctests", case, SECONDS_FOR_DOCTESTS).get("answer", {})
         return {file: answer for file, answer in found.items() if answer.get("count")}
 
     def _try(self, part: Part, process: StudentProcess) -> tuple[PartResult, bool]:

@@ -58,11 +58,16 @@ def outcome(function, *args, **kwargs):
 
 
 def doctests(case):
-    """The examples in a module's docstrings: how many there are, and what is wrong with those that fail."""
+    """The examples in a module's docstrings: how many there are, and what is wrong with those that fail.
+
+    The tree's path is left out of what is said.
+    """
     module = importlib.import_module(case["module"])
     runner, said, count = doctest.DocTestRunner(verbose=False), io.StringIO(), 0
     for test in doctest.DocTestFinder().find(module):
         with contextlib.redirect_stdout(said):
             runner.run(test, out=said.write)
         count += bool(test.examples)
-    return {"count": count, "failed": runner.summarize(verbose=False).failed, "said": said.getvalue()[:4000]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        failed = runner.summarize(verbose=False).failed
+    return {"count": count, "failed": failed, "said": said.getvalue().replace(case["tree"], "")[:4000]}
