@@ -93,7 +93,7 @@ def test_no_file_is_in_two_assignments():
 
 
 def test_what_is_filled_in_leaves_a_students_own_helpers_alone():
-    ours = "def whole(x):\n    return _half(x) + _half(x)\n\ndef _half(x):\n    return x / 2\n\ndef other(x):\n    return x\n"
+    ours = "def whole(x):\n    return _half(x) * 2\n\ndef _half(x):\n    return x / 2\n\ndef other(x):\n    return x\n"
     theirs = "def _half(x):\n    return 'mine'\n\ndef whole(x):\n    pass\n\ndef other(x):\n    return _half(x)\n"
     names = {}
     exec(cut.filled(theirs, ours, ["whole"], ["_half"]), names)
