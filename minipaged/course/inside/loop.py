@@ -24,6 +24,11 @@ def raised(error, tree):
     return {"kind": type(error).__name__, "said": str(error)[:500], "where": where}
 
 
+def say(said, number, answer):
+    said.write(json.dumps({"id": number, **answer}).encode() + b"\n")
+    said.flush()
+
+
 def main():
     with open(sys.argv.pop()) as file:
         settings = json.load(file)
@@ -44,6 +49,7 @@ def main():
     tree = settings["tree"]
     sys.path.insert(0, tree)
     driver = None
+    say(said, 0, {"answer": "ready"})  # until here nothing of a student's has run
     for line in asked:
         question = json.loads(line)
         try:
@@ -54,8 +60,7 @@ def main():
             answer = {"raised": {"kind": "MemoryError", "said": str(error) or "no memory is left", "where": ""}}
         except Exception as error:  # the student's: whoever asked tells them
             answer = {"raised": raised(error, tree)}
-        said.write(json.dumps({"id": question["id"], **answer}).encode() + b"\n")
-        said.flush()
+        say(said, question["id"], answer)
 
 
 if __name__ == "__main__":
