@@ -5,11 +5,12 @@ reference: so nobody loses the points of a right part for a wrong one beside it.
 reference's from the beginning.
 """
 
+import contextlib
 import itertools
 import random
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minipaged.course.assignment import Assignment, Case, Failure, Part
@@ -17,6 +18,7 @@ from minipaged.course.process import Ended, StudentProcess
 from minipaged.course.submission import Submission, build
 
 PUBLIC_SEED = 0  # of the tests that students have
+SECONDS_FOR_DOCTESTS = 20.0
 MOST_TRIES = 200  # to make a failing case smaller
 WORKS, FAILS, UNWRITTEN, UNUSABLE = "works", "fails", "not written yet", "can't be used"
 
@@ -47,16 +49,21 @@ class Result:
     name: str
     parts: list[PartResult]
 
+    doctests: dict[str, dict] = field(default_factory=dict)  # by file, as of observe.doctests, if they were asked for
+
     @property
     def points(self) -> int:
         return sum(part.points for part in self.parts)
 
 
 def check(
-    submission: Submission, assignment: Assignment, seed: int = PUBLIC_SEED, locked: bool = False,
-    changed: dict[str, str] | None = None, notice: Callable[[str], None] = lambda line: None,
+    submission: Submission, assignment: Assignment, seed: int | str = PUBLIC_SEED, locked: bool = False,
+    changed: dict[str, str] | None = None, notice: Callable[[str], None] = lambda line: None, doctests: bool = False,
 ) -> Result:
-    """Try all parts. seed: of the cases. changed: as of `build`. notice: hears which part is being tried."""
+    """Try all parts. seed: of the cases. changed: as of `build`. notice: hears which part is being tried.
+
+    doctests: run the examples in the docstrings, too; they give no points.
+    """
     unwritten, written = submission.unwritten(assignment), []
     results: dict[str, PartResult] = {}
     for part in assignment.parts:
@@ -77,7 +84,8 @@ def check(
             again = bench.run([part], alone)[part.name]
             if again.state == WORKS:
                 results[part.name] = again
-    return Result(submission.name, [results[part.name] for part in assignment.parts])
+    examples = bench.doctests(unwritten) if doctests and written else {}
+    return Result(submission.name, [results[part.name] for part in assignment.parts], examples)
 
 
 @dataclass
@@ -86,7 +94,7 @@ class _Bench:
 
     submission: Submission
     assignment: Assignment
-    seed: int
+    seed: int | str
     locked: bool
     changed: dict[str, str]
     notice: Callable[[str], None]
@@ -110,6 +118,19 @@ class _Bench:
                         self.notice(part.name)
                         results[part.name], alive = self._try(part, process)
         return results
+
+    def doctests(self, not_theirs: Collection[str]) -> dict[str, dict]:
+        """Of each of their files. A file whose examples end the process has none."""
+        found = {}
+        for file, source in self.submission.usable().items():
+            with tempfile.TemporaryDirectory(prefix="minipaged-", ignore_cleanup_errors=True) as name:
+                tree, folder = Path(name) / "tree", Path(name) / "inside"
+                folder.mkdir()
+                case = {"module": file.removesuffix(".py").replace("/", "."), "tree": f"{tree}/"}
+                build(tree, self.assignment, {file: source}, not_theirs, self.changed)
+                with StudentProcess(folder, tree, self.assignment, self.locked) as process, contextlib.suppress(Ended):
+                    found[file] = process.ask("doctests", case, SECONDS_FOR_DOCTESTS).get("answer", {})
+        return {file: answer for file, answer in found.items() if answer.get("count")}
 
     def _try(self, part: Part, process: StudentProcess) -> tuple[PartResult, bool]:
         """The first case that fails is made as small as can be. And whether the process still lives."""

@@ -97,11 +97,11 @@ def build(
     _write(tree / "driver.py", assignment.driver_source)
 
 
-def copy_package(tree: Path, absent: Collection[str] = ()) -> None:
-    """The reference, without what no student needs, and without what gives the assignment away."""
+def copy_package(tree: Path, absent: Collection[str] = (), root: Path = ROOT) -> None:
+    """The reference, or the package at `root`, without what no student needs, and without what gives answers away."""
     skip = shutil.ignore_patterns(*NEVER)
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tree / package, ignore=skip, dirs_exist_ok=True)
+        shutil.copytree(root / package, tree / package, ignore=skip, dirs_exist_ok=True)
     for path in absent:
         if (tree / path).is_dir():
             shutil.rmtree(tree / path)

@@ -1,6 +1,10 @@
 """What drivers are made with: answers of a student's code as plain data."""
 
+import contextlib
 import dataclasses
+import doctest
+import importlib
+import io
 
 MOST_BITS, DEEPEST = 10_000, 40
 
@@ -51,3 +55,19 @@ def outcome(function, *args, **kwargs):
         raise
     except ValueError as error:
         return {"raised": type(error).__name__, "said": str(error)[:500]}
+
+
+def doctests(case):
+    """The examples in a module's docstrings: how many there are, and what is wrong with those that fail.
+
+    The tree's path is left out of what is said.
+    """
+    module = importlib.import_module(case["module"])
+    runner, said, count = doctest.DocTestRunner(verbose=False), io.StringIO(), 0
+    for test in doctest.DocTestFinder().find(module):
+        with contextlib.redirect_stdout(said):
+            runner.run(test, out=said.write)
+        count += bool(test.examples)
+    with contextlib.redirect_stdout(io.StringIO()):
+        failed = runner.summarize(verbose=False).failed
+    return {"count": count, "failed": failed, "said": said.getvalue().replace(case["tree"], "")[:4000]}
