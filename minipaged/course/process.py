@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,14 @@ class NotStarted(Exception):
 class StudentProcess:
     """One process, for many questions about one tree. folder: an empty one, for the process's own files.
 
-    Used in a `with`; afterwards nothing of it is left but the folder. NotStarted if there is none.
+    granted: what else it may read. seconds: of processor time, all in all. streams: its driver talks as it works, and
+    there is no `ask`. Used in a `with`; afterwards nothing of it is left but the folder. NotStarted if there is none.
     """
 
-    def __init__(self, folder: Path, tree: Path, assignment: Assignment, locked: bool):
+    def __init__(
+        self, folder: Path, tree: Path, assignment: Assignment, locked: bool, granted: Iterable[Path] = (),
+        seconds: int = CPU_SECONDS, streams: bool = False,
+    ):  # fmt: skip
         self._number = 0
         self._inside = folder
         for source in resources.files("minipaged.course.inside").iterdir():
@@ -52,8 +57,8 @@ class StudentProcess:
                 (self._inside / source.name).write_bytes(source.read_bytes())
         settings = {
             "tree": str(tree.resolve()), "imports": assignment.imports, "packages": packages(), "locked": locked,
-            "memory": assignment.memory, "seconds": CPU_SECONDS if os.name == "posix" else 0,
-            "readable": [str(tree), str(self._inside), *readable()], "listable": packages(),
+            "memory": assignment.memory, "seconds": seconds if os.name == "posix" else 0, "streams": streams,
+            "readable": [str(tree), str(self._inside), *map(str, granted), *readable()], "listable": packages(),
         }  # fmt: skip
         (self._inside / "settings.json").write_text(json.dumps(settings))
         self._process = subprocess.Popen(
@@ -69,6 +74,10 @@ class StudentProcess:
         self._readers = [threading.Thread(target=work, daemon=True) for work in (self._read, self._read_printed)]
         for reader in self._readers:
             reader.start()
+        if not streams:
+            self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
         try:
             self._answer(b"", SECONDS_TO_START)
         except Ended as ended:

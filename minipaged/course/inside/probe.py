@@ -7,11 +7,11 @@ process and not the grader's.
 import ast
 import json
 import os
-import resource
 import sys
 import warnings
 
-SECONDS, MEMORY = 5, 1 << 29
+SECONDS, MEMORY = 2, 1 << 29
+DEEPEST = 400  # calls: less than Python's own limit, so that there is room for whoever parses it deep in other calls
 
 
 def fault(source):
@@ -20,16 +20,25 @@ def fault(source):
         ast.unparse(ast.parse(source))
     except SyntaxError as error:
         line = f"\n    {error.text.rstrip()}" if error.text else ""
-        return f"line {error.lineno}: {error.msg}{line}"
-    except (ValueError, RecursionError, MemoryError) as error:  # a NUL, nested without end, numbers without end
-        return f"it can't be read: {error or type(error).__name__}"
+        return f"line {error.lineno or 1}: {error.msg}{line}"
+    except RecursionError:
+        return "it can't be read: it is nested too deeply"
+    except (ValueError, MemoryError) as error:  # a NUL, a number without end
+        return f"it can't be read: {error or 'it needs too much memory'}"
     return ""
 
 
-if __name__ == "__main__":
+def limit():
+    import resource
+
     for what, most in (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CORE, 0):
         resource.setrlimit(what, (most, most))
+
+
+if __name__ == "__main__":
+    if os.name == "posix":
+        limit()
+    sys.setrecursionlimit(DEEPEST)
     warnings.simplefilter("ignore")
-    print(json.dumps(fault(sys.stdin.buffer.read().decode())))
-    sys.stdout.flush()
+    print(json.dumps(fault(sys.stdin.buffer.read().decode())), flush=True)
     os._exit(0)  # without taking the tree apart again
