@@ -25,6 +25,7 @@ MOST_PRINTED = 64 << 20
 KEPT = 4000  # characters of what a student's code prints
 CPU_SECONDS = 120
 SECONDS_TO_START = 60.0  # until nothing but imports and locks is done
+SECONDS_TO_END = 2.0  # once it has closed its end of the pipe
 SECONDS_TO_IMPORT = 20.0  # the student's package, with the first question
 FILES = ("loop.py", "locks.py", "calls.py", "observe.py")
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom",
@@ -92,6 +93,7 @@ class StudentProcess:
     @property
     def printed(self) -> str:
         """The end of what the code has printed."""
+        time.sleep(0.02)  # what was printed before the answer may come behind it
         return clean(self._printed.decode(errors="replace"), KEPT)
 
     def ask(self, driver: str, case: Case, seconds: float) -> dict[str, Any]:
@@ -118,13 +120,24 @@ class StudentProcess:
             alarm.cancel()
         answer = _understood(line, self._number)
         if answer is None:
+            if not line:
+                self._wait_for_its_end()
+            self._stop("what came back was no answer to the question")
             self._end()
-            raise Ended("what came back was no answer to the question" if line and not self._stopped else self._why())
+            raise Ended(self._why())
         return answer
+
+    def _wait_for_its_end(self) -> None:
+        """It said nothing more, and may be about to end: then it is told as its own doing. It isn't forgotten yet."""
+        until = time.monotonic() + SECONDS_TO_END
+        while hasattr(os, "waitid") and time.monotonic() < until:
+            if self._stopped or os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                return
+            time.sleep(0.01)
 
     def _why(self) -> str:
         status = self._process.wait()
-        if self._stopped:
+        if status == -9 and self._stopped:
             return self._stopped
         if status == -9:
             return "the process was killed: it wanted too much memory or time"

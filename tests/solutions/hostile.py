@@ -1,6 +1,6 @@
 """Submissions that don't want to be tried. Each is a text that is put before every file of an assignment, in which all
-that is a student's to write answers with `_answer()`. ROOT, PORT and VICTIM are where the package lies, where a server
-listens, and a file that belongs to the same user.
+that is a student's to write answers with `_answer()`, and which ends with `_after()`. ROOT, PORT and VICTIM are where
+the package lies, where a server listens, and a file that belongs to the same user.
 """
 
 import re
@@ -13,6 +13,7 @@ from minipaged.course.submission import Submission
 BEGIN = """
 import sys, os, time, signal, ctypes, threading, types, json, gc
 def _answer(): return None
+def _after(): pass
 def _call(*numbers): return ctypes.CDLL(None).syscall(*[ctypes.c_long(x) if isinstance(x, int) else x for x in numbers])
 def _pipe(): return next(x for x in gc.get_objects() if type(x).__name__ == "BufferedWriter" and x.fileno() > 2)
 def _say(line): os.write(_pipe().fileno(), line.encode() + b"\\n")
@@ -37,7 +38,8 @@ sys.modules['__main__'].getattr = lambda module, name, *rest: (lambda case: next
 import observe
 observe.plain = observe.outcome = sys.modules['__main__'].plain = lambda *a, **k: {'raised': None}""",
     "errors of no form": "for n in range(1, 9): _say(json.dumps({'id': n, 'raised': [n]}))",
-    "an error that isn't text": "for n in range(1, 9): _say(json.dumps({'id': n, 'raised': dict(kind=n, said={}, where=[])}))",
+    "an error that isn't text": """
+for n in range(1, 9): _say(json.dumps({'id': n, 'raised': dict(kind=n, said={}, where=[])}))""",
     "canned answers": "def _answer(): return [0, 1, 2, 3]",
     "always a ValueError": "def _answer(): raise ValueError('no')",
     "objects that are equal to everything": """
@@ -56,22 +58,23 @@ import builtins; builtins.AssertionError = type('Fine', (Exception,), {})""",
     # ---- where the answers are
     "reads the reference": """
 def _take():
-    exec(open(os.path.join(ROOT, *__name__.split('.')) + '.py').read().replace('__future__', 'sys'), globals())
-_try(_take)""",
+    exec(open(os.path.join(ROOT, *__name__.split('.')) + '.py').read(), globals())
+def _after(): _try(_take)""",
     "reads the reference's bytecode": """
-import glob, marshal
+import marshal
 def _take():
     name = __name__.rpartition('.')
-    [found] = glob.glob(os.path.join(ROOT, *name[0].split('.'), '__pycache__', name[2] + '.*.pyc'))
-    exec(marshal.loads(open(found, 'rb').read()[16:]), globals())
-_try(_take)""",
+    folder = os.path.join(ROOT, *name[0].split('.'), '__pycache__')
+    tag = sys.implementation.cache_tag
+    exec(marshal.loads(open(f'{folder}/{name[2]}.{tag}.pyc', 'rb').read()[16:]), globals())
+def _after(): _try(_take)""",
     "imports the installed package": """
 def _take():
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith('minipaged')}
     path, sys.path[:] = sys.path[:], [ROOT, *(p for p in sys.path if 'tree' not in p)]
     try: globals().update(vars(__import__(__name__, fromlist=['x'])))
     finally: sys.path[:] = path; sys.modules.update(ours)
-if not hasattr(sys, 'once'): sys.once = 1; _try(_take)""",
+def _after(): _try(_take)""",
     "reads the grader's process": """
 import glob
 for name in ('environ', 'cmdline', 'mem', 'maps', 'fd/0', 'cwd/README.md', 'root/etc/passwd'):
@@ -84,7 +87,8 @@ for place in ('/tmp', '/var/tmp', '/home', '/root', os.path.dirname(VICTIM), '..
     _try(lambda: print('LEAK', os.listdir(place)))""",
     "asks another Python": """
 import subprocess
-_try(lambda: print('LEAK', subprocess.check_output([sys.executable, '-c', 'print(1)'])), lambda: os.system('touch ' + VICTIM))""",
+_try(lambda: print('LEAK', subprocess.check_output([sys.executable, '-c', 'print(1)'])),
+     lambda: os.system('touch ' + VICTIM))""",
     "asks the network": """
 import socket, urllib.request
 _try(lambda: urllib.request.urlopen(f'http://127.0.0.1:{PORT}/').read(),
@@ -124,14 +128,19 @@ for place in ('.', '..', '/tmp', '/var/tmp', '/dev/shm', os.path.dirname(VICTIM)
             while True: file.write(bytes(1 << 20))
     _try(_fill, lambda: os.mkdir(place + '/LEFT'), lambda: os.symlink('/', place + '/LEFT'))""",
     "an answer without end": "while True: os.write(_pipe().fileno(), b'[' * 65536)",
-    "an answer nested without end": "_say('{\"id\": 1, \"answer\": ' + '[' * 1000000 + ']' * 1000000 + '}')\ntime.sleep(1e6)",
-    "an answer with a number without end": "_say('{\"id\": 1, \"answer\": ' + '9' * 1000000 + '}')\ntime.sleep(1e6)",
+    "an answer nested without end": """
+_say('{"id": 1, "answer": ' + '[' * 1000000 + ']' * 1000000 + '}')
+time.sleep(1e6)""",
+    "an answer with a number without end": """
+_say('{"id": 1, "answer": ' + '9' * 1000000 + '}')
+time.sleep(1e6)""",
     "prints without end": "while True: os.write(2, b'x' * 65536)",
     "closes all pipes and goes on": "os.closerange(0, 256)\nwhile True: time.sleep(1)",
     "kills the grader": """
 for who in (os.getppid(), -1, 0):
     _try(lambda: os.kill(who, signal.SIGKILL), lambda: os.killpg(os.getpgid(os.getppid()), 9))
-print(_call(234, os.getppid(), os.getppid(), 9), _call(129, os.getppid(), 9, bytes(128)), _call(101, 16, os.getppid(), 0, 0))
+print(_call(234, os.getppid(), os.getppid(), 9), _call(129, os.getppid(), 9, bytes(128)))
+print(_call(101, 16, os.getppid(), 0, 0))
 import fcntl
 r, w = os.pipe()
 _try(lambda: fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid()), lambda: fcntl.fcntl(r, 10, 9))""",
@@ -145,13 +154,21 @@ print(_call(68, 0x686f7374, 0o1666), _call(64, 0x686f7374, 1, 0o1666), _call(29,
 print(_call(240, b'hostile', 0o102, 0o666, 0), _call(248, b'user', b'hostile', b'y', 1, -4))""",
     "runs what is in memory": """
 def _run():
-    handle = os.memfd_create('x'); os.write(handle, open('/bin/true', 'rb').read()); os.execv(f'/proc/self/fd/{handle}', ['x'])
+    handle = os.memfd_create('x')
+    os.write(handle, open('/bin/true', 'rb').read())
+    os.execv(f'/proc/self/fd/{handle}', ['x'])
 _try(_run, lambda: os.execv('/bin/true', ['true']), lambda: os.posix_spawn('/bin/true', ['true'], {}))""",
     "widens its limits": """
 import resource
-for what in range(16): _try(lambda: resource.setrlimit(what, (-1, -1)), lambda: resource.prlimit(os.getppid(), what, (0, 0)))
+for what in range(16):
+    _try(lambda: resource.setrlimit(what, (-1, -1)), lambda: resource.prlimit(os.getppid(), what, (0, 0)))
 print(_call(160, 2, bytes([255] * 16)))
 _try(lambda: os.setpriority(0, 0, -20), lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(9)))""",
+    "makes calls of the 32-bit kind": """
+import mmap
+page = mmap.mmap(-1, 4096, flags=0x22, prot=7)
+page.write(b'\\xb8\\x02\\0\\0\\0\\xcd\\x80\\xc3')  # fork
+print('LEAK', ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())""",
     "crashes": "def _answer(): return ctypes.string_at(0)",
     "recurses without end": "sys.setrecursionlimit(10 ** 9)\ndef _answer(): return _answer()",
     "never ends": """
@@ -183,5 +200,5 @@ def submission(assignment: Assignment, text: str, **names: object) -> Submission
     for file, source in starters(assignment).items():
         future = "from __future__ import annotations\n" if "from __future__" in source else ""
         body = stub.sub("return _answer()", source.replace(future, "") if future else source)
-        sources[file] = f"{future}{BEGIN}{constants}{text}\n{body}"
+        sources[file] = f"{future}{BEGIN}{constants}{text}\n{body}\n_after()\n"
     return Submission("hostile", sources)

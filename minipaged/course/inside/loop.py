@@ -36,6 +36,7 @@ def main():
     asked, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # whoever prints talks to people
+    sys.stdout = os.fdopen(1, "w", 1, encoding="utf-8", errors="replace", closefd=False)  # line by line
     sys.dont_write_bytecode = True
     sys.path[:] = [os.path.dirname(os.path.abspath(__file__)), *sys.path, *settings["packages"]]
     for name in settings["imports"]:
