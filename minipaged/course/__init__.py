@@ -13,6 +13,8 @@
     formats.py        points as CSV, JSON, Gradescope's results.json, JUnit XML
     autograder.py     a zip for Gradescope, a workflow for GitHub Classroom
     likeness.py       how much of a submission is the reference, word for word
+    words.py          strangers' text, made fit to be shown
+    THREATS.md        what a submission can do, and what it can't
     mutants.py        one-line faults of the reference, made by machine: what the tests of the course find
 
 A student's code runs in a process of its own, and that process knows neither the tests nor what they expect: it is

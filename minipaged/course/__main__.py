@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from minipaged.course.assignment import TITLES, Assignment, load
+from minipaged.course.process import NotStarted
 from minipaged.course.starter import StarterError, start, started
-from minipaged.terminal.command import EPILOG, BadInput, Parser, run
+from minipaged.terminal.command import EPILOG, BadInput, CommandFailed, Parser, run
 from minipaged.terminal.engine_flags import count
 
 PROGRAM = "python -m minipaged.course"
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             return COMMANDS[args.command](args) if args.command != "generate" else _generate(args, rest)
         except StarterError as error:
             raise BadInput(str(error)) from None
+        except NotStarted as error:
+            raise CommandFailed(f"no process for a student's code could be made ready here: {error}") from None
 
     return run("minipaged.course", work)
 

@@ -9,17 +9,21 @@ import contextlib
 import itertools
 import random
 import tempfile
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minipaged.course.assignment import Assignment, Case, Failure, Part
 from minipaged.course.process import Ended, StudentProcess
 from minipaged.course.submission import Submission, build
+from minipaged.course.words import clean
 
 PUBLIC_SEED = 0  # of the tests that students have
 SECONDS_FOR_DOCTESTS = 20.0
-MOST_TRIES = 200  # to make a failing case smaller
+MOST_TRIES, MOST_SECONDS_OF_TRIES = 200, 20.0  # to make a failing case smaller
+PATIENCE = 300.0  # seconds, for all of a submission
 WORKS, FAILS, UNWRITTEN, UNUSABLE = "works", "fails", "not written yet", "can't be used"
 
 
@@ -59,10 +63,12 @@ class Result:
 def check(
     submission: Submission, assignment: Assignment, seed: int | str = PUBLIC_SEED, locked: bool = False,
     changed: dict[str, str] | None = None, notice: Callable[[str], None] = lambda line: None, doctests: bool = False,
+    patience: float = PATIENCE,
 ) -> Result:
     """Try all parts. seed: of the cases. changed: as of `build`. notice: hears which part is being tried.
 
-    doctests: run the examples in the docstrings, too; they give no points.
+    doctests: run the examples in the docstrings, too; they give no points. patience: seconds after which nothing more
+    is tried. NotStarted if this machine can't run anybody's code.
     """
     unwritten, written = submission.unwritten(assignment), []
     results: dict[str, PartResult] = {}
@@ -74,7 +80,8 @@ def check(
             results[part.name] = PartResult(part, UNWRITTEN, Failure(f"not written yet: {', '.join(missing)}"))
         else:
             written.append(part)
-    bench = _Bench(submission, assignment, seed, locked, changed or {}, notice)
+    until = time.monotonic() + patience
+    bench = _Bench(submission, assignment, seed, locked, changed or {}, notice, until)
     results |= bench.run(written, unwritten)
     everything = {f"{part.file}:{name}" for part in assignment.parts for name in part.names}
     failed = [part for part in written if results[part.name].state == FAILS]
@@ -98,6 +105,7 @@ class _Bench:
     locked: bool
     changed: dict[str, str]
     notice: Callable[[str], None]
+    until: float  # nothing is asked after this time
 
     def run(self, parts: list[Part], not_theirs: Collection[str]) -> dict[str, PartResult]:
         """Try some parts in one tree. A process that ends is followed by another one."""
@@ -130,50 +138,63 @@ class _Bench:
                 build(tree, self.assignment, {file: source}, not_theirs, self.changed)
                 with StudentProcess(folder, tree, self.assignment, self.locked) as process, contextlib.suppress(Ended):
                     found[file] = process.ask("doctests", case, SECONDS_FOR_DOCTESTS).get("answer", {})
-        return {file: answer for file, answer in found.items() if answer.get("count")}
+        return {file: answer for file, answer in found.items() if isinstance(answer, dict) and answer.get("count")}
 
     def _try(self, part: Part, process: StudentProcess) -> tuple[PartResult, bool]:
         """The first case that fails is made as small as can be. And whether the process still lives."""
         rng = random.Random(f"{self.assignment.number} {part.name} {self.seed}")
         done = 0
         for case in itertools.islice(part.cases(rng), part.num_cases):
-            failure, alive = _ask(part, case, process)
+            failure, alive = _ask(part, case, process, self.until)
             if failure:
                 if alive:
-                    case, failure, alive = _smallest(part, case, failure, process)
+                    until = min(self.until, time.monotonic() + MOST_SECONDS_OF_TRIES)
+                    case, failure, alive = _smallest(part, case, failure, process, until)
                 return PartResult(part, FAILS, failure, case, done, process.printed), alive
             done += 1
         return PartResult(part, WORKS, cases=done), True
 
 
-def _ask(part: Part, case: Case, process: StudentProcess) -> tuple[Failure | None, bool]:
+def _ask(part: Part, case: Case, process: StudentProcess, until: float) -> tuple[Failure | None, bool]:
     """What is wrong with the answer, and whether the process lives."""
+    left = until - time.monotonic()
+    if left <= 0:
+        return Failure("there was no time left to try this"), True
     try:
-        answer = process.ask(part.driver, case, part.seconds)
+        answer = process.ask(part.driver, case, min(left, part.seconds))
     except Ended as ended:
         return Failure(str(ended)), False
     if "raised" in answer:
         error = answer["raised"]
         return Failure(f"{error['kind']}: {error['said']}", got=error["where"]), True
+    return judged(part, case, answer["answer"]), True
+
+
+def judged(part: Part, case: Case, answer: Any) -> Failure | None:
+    """What is wrong with an answer, whatever it is: the code that made it may have answered in the driver's place."""
     try:
-        return part.judge(case, answer["answer"]), True
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        # The answer isn't even of the form that the driver makes: somebody else has answered.
+        failure = part.judge(case, answer)
+    except Exception as error:  # it isn't of the form that the driver makes
         said = f"{type(error).__name__}: {error}"
-        return Failure("the answer is of no form that can be understood", got=said[:300]), True
+        return Failure("the answer is of no form that can be understood", got=clean(said, 300))
+    if failure is None:
+        return None
+    return Failure(clean(failure.what), clean(failure.expected), clean(failure.got), clean(failure.picture, 10_000))
 
 
-def _smallest(part: Part, case: Case, failure: Failure, process: StudentProcess) -> tuple[Case, Failure, bool]:
-    """A case that fails, none of whose `smaller` ones fails; or the best within so many tries."""
+def _smallest(
+    part: Part, case: Case, failure: Failure, process: StudentProcess, until: float
+) -> tuple[Case, Failure, bool]:
+    """A case that fails, none of whose `smaller` ones fails; or the best within so many tries, or so much time."""
     tries = 0
     shrinking = True
     while shrinking:
         shrinking = False
         for one in part.smaller(case):
             tries += 1
-            if tries > MOST_TRIES:
+            if tries > MOST_TRIES or time.monotonic() > until:
                 return case, failure, True
-            found, alive = _ask(part, one, process)
+            found, alive = _ask(part, one, process, until)
             if found:
                 case, failure, shrinking = one, found, alive
                 if not alive:

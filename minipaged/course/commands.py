@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from minipaged.course import formats
 from minipaged.course import mutants as made
@@ -103,7 +104,7 @@ def _print(grades: Sequence[Grade], assignment: Assignment) -> None:
     for one in sorted(grades, key=lambda grade: grade.result.name):
         alike = "" if one.alike is None else f"{one.alike:.0%}"
         points = [str(part.points) for part in one.result.parts]
-        table.add_row(one.result.name, *points, str(one.result.points), alike)
+        table.add_row(Text(one.result.name), *points, str(one.result.points), alike)
     console.print(table)
 
 

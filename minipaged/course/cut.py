@@ -97,11 +97,12 @@ def filled(source: str, reference: str, names: Collection[str], helpers: Collect
     """A student's source in which `names` are the reference's, whatever stands there.
 
     They are put behind the last line. What they need of `helpers` comes along under other names, so that a student's
-    helper of the same name stays as it is.
+    helper of the same name stays as it is; what they don't need stays away, for it may be half of another part.
     """
     if not names:
         return source
     found = functions(ast.parse(reference))
+    helpers = _needed(names, helpers, found)
     renaming = _Renaming({name.rpartition(".")[2] for name in helpers})
     lines = [source.rstrip("\n"), "", ""]
     for name in [*helpers, *names]:
@@ -112,6 +113,17 @@ def filled(source: str, reference: str, names: Collection[str], helpers: Collect
             node.name = f"_{called.strip('_')}_of_{owner.name}"
         lines += [ast.unparse(node), *([f"{owner.name}.{called} = {node.name}"] if owner else []), ""]
     return "\n".join(lines)
+
+
+def _needed(names: Collection[str], helpers: Collection[str], found: dict[str, _Found]) -> list[str]:
+    """Those of the helpers that these functions mention, or their helpers do."""
+    left, needed, new = list(helpers), set[str](), list(names)
+    while new:
+        nodes = [node for name in new for node in ast.walk(found[name].node)]
+        mentioned = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
+        new = [name for name in left if name not in needed and name.rpartition(".")[2] in mentioned]
+        needed |= set(new)
+    return [name for name in left if name in needed]
 
 
 class _Renaming(ast.NodeTransformer):

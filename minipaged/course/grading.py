@@ -1,5 +1,6 @@
 """Many submissions, side by side, each in a process of its own. What one does to itself no other one notices."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -10,6 +11,7 @@ from minipaged.course.assignment import Assignment
 from minipaged.course.checking import Result, check
 from minipaged.course.likeness import likeness
 from minipaged.course.submission import PACKAGES, ROOT, read
+from minipaged.course.words import clean
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class Grade:
 
 
 def named(folders: Sequence[Path]) -> dict[str, Path]:
-    """Each under its own name, or, where names are the same, with those of the folders above."""
+    """Each under its own name, or, where names are the same, with those of the folders above; fit to be shown."""
     resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
     depth = 1
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
-    return {"-".join(path.parts[-depth:]): path for path in resolved}
+    names = [clean("-".join(path.parts[-depth:])) for path in resolved]
+    if len(set(names)) < len(names):
+        names = [f"{number} {name}" for number, name in enumerate(names, 1)]
+    return dict(zip(names, resolved, strict=True))
 
 
 def grade_all(
@@ -49,7 +54,10 @@ def grade_all(
 def _grade(name: str, folder: Path, assignment: Assignment, seed: str, locked: bool) -> Grade:
     submission = read(folder, assignment)
     submission.name = name
-    return Grade(folder, check(submission, assignment, seed, locked), likeness(submission, assignment))
+    alike = None
+    with contextlib.suppress(RecursionError, MemoryError):  # of an absurd file: a class doesn't wait for one
+        alike = likeness(submission, assignment)
+    return Grade(folder, check(submission, assignment, seed, locked), alike)
 
 
 def fingerprint() -> str:

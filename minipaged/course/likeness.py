@@ -11,6 +11,7 @@ from minipaged.course.assignment import Assignment
 from minipaged.course.submission import Submission, reference
 
 FEWEST = 5  # lines: shorter functions are alike by themselves
+MOST = 1000  # lines of a function that are compared
 
 
 def likeness(submission: Submission, assignment: Assignment) -> float | None:
@@ -38,7 +39,7 @@ def _lines(function: cut.Function) -> list[str]:
     function = copy.deepcopy(function)
     _Anonymous().visit(function)
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
-    return [line.strip() for statement in body for line in ast.unparse(statement).splitlines()]
+    return [line.strip() for statement in body for line in ast.unparse(statement).splitlines()][:MOST]
 
 
 class _Anonymous(ast.NodeTransformer):

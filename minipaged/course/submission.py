@@ -4,20 +4,29 @@ A submission is a folder in which the assignment's files are found: where the st
 upload of single files is. Everything else in the tree is the reference, but for what would give the assignment away.
 """
 
-import ast
+import io
+import json
+import os
 import shutil
-from collections.abc import Collection
+import subprocess
+import sys
+import tokenize
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import minipaged
 from minipaged.course import cut
 from minipaged.course.assignment import Assignment
+from minipaged.course.words import clean
 
 ROOT = Path(minipaged.__file__).parents[1]
 PACKAGES = ("minipaged", "kernels")
 NEVER = ("__pycache__", "course", "bench", "experiments", "teaching", "*.json", "*.pyc")  # in no student's tree
-LONGEST = 1 << 20  # bytes of a file
+LONGEST = 1 << 18  # bytes of a file
+SECONDS_TO_PARSE = 30.0  # by the clock; the process itself has few seconds of processor time
+MOST_FOLDERS, MOST_FILES, DEEPEST = 5_000, 10_000, 20  # in a submission, in a folder of it, within one another
 
 
 @dataclass
@@ -44,24 +53,45 @@ def read(folder: Path, assignment: Assignment) -> Submission:
     """Errors of a single file are in the answer; OSError if there is no such folder."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
-    submission = Submission(folder.resolve().name)
+    submission = Submission(clean(folder.resolve().name))
     for file in assignment.files:
-        found = _find(folder, file)
-        if isinstance(found, str):
-            submission.faults[file] = found
-            continue
         try:
-            if found.stat().st_size > LONGEST:
-                raise ValueError(f"it has more than {LONGEST:,} bytes")
-            source = found.read_text(encoding="utf-8")
-            submission.sources[file] = source
-            ast.parse(source)
-        except SyntaxError as error:
-            line = f"\n    {error.text.rstrip()}" if error.text else ""
-            submission.faults[file] = f"line {error.lineno}: {error.msg}{line}"
-        except (OSError, ValueError, RecursionError, MemoryError) as error:  # not UTF-8, a NUL, nested without end
-            submission.faults[file] = f"it can't be read: {error}"
+            found = _find(folder, file)
+            if isinstance(found, str):
+                submission.faults[file] = found
+                continue
+            submission.sources[file] = source = _text(found, folder)
+            if fault := _fault(source):
+                submission.faults[file] = clean(fault)
+        except (OSError, ValueError, SyntaxError) as error:
+            submission.faults[file] = clean(f"it can't be read: {error}")
     return submission
+
+
+def _text(path: Path, folder: Path) -> str:
+    """OSError, ValueError or SyntaxError if there is none, or if it isn't one's own."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError("it is a link to something else")
+    with path.open("rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST:,} bytes")
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)  # Python would follow a comment that says so
+    if encoding not in ("utf-8", "utf-8-sig"):
+        raise ValueError(f"it says that it is {encoding}, and not UTF-8")
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _fault(source: str) -> str:
+    """Why it can't be parsed, as of inside/probe.py. Afterwards it can be parsed here: that is no risk any more."""
+    probe = resources.files("minipaged.course.inside") / "probe.py"
+    with resources.as_file(probe) as path:
+        command = [sys.executable, "-I", "-S", str(path)]
+        try:
+            done = subprocess.run(command, input=source.encode(), capture_output=True, timeout=SECONDS_TO_PARSE)
+            return str(json.loads(done.stdout))
+        except (subprocess.TimeoutExpired, ValueError):
+            return "it can't be read: whoever tries it runs out of memory or time"
 
 
 def _find(folder: Path, file: str) -> Path | str:
@@ -70,14 +100,26 @@ def _find(folder: Path, file: str) -> Path | str:
         if place.is_file():
             return place
     parts = Path(file).parts
-    candidates = [path for path in folder.rglob(parts[-1]) if path.is_file() and not path.is_symlink()]
+    candidates = list(_files(folder, parts[-1]))
     for length in range(len(parts), 0, -1):
         alike = [path for path in candidates if path.parts[-length:] == parts[-length:]]
         if len(alike) == 1:
             return alike[0]
         if alike:
-            return f"there are several: {', '.join(str(path.relative_to(folder)) for path in alike[:3])}"
+            return clean(f"there are several: {', '.join(str(path.relative_to(folder)) for path in alike[:3])}")
     return f"there is no {parts[-1]}"
+
+
+def _files(folder: Path, name: str) -> Iterator[Path]:
+    """Of this name, at or below the folder. ValueError if there is more below than a student could want."""
+    for number, (path, folders, files) in enumerate(os.walk(folder)):
+        if number > MOST_FOLDERS or len(files) > MOST_FILES:
+            raise ValueError("there are far too many files in the folder")
+        if len(Path(path).relative_to(folder).parts) >= DEEPEST:
+            folders.clear()
+        found = Path(path) / name
+        if name in files and found.is_file() and not found.is_symlink():
+            yield found
 
 
 def build(

@@ -3,7 +3,8 @@
     python -I -S loop.py SETTINGS          a file of JSON; see process.py, which writes it
 
 TREE has the student's package, and beside it driver.py, which does what a case says. Whatever the student's code
-prints goes to standard error, and no answer is believed here: who asked compares.
+prints goes to standard error, and no answer is believed here: who asked compares. A driver that `streams` gets both
+ends itself, and talks while it works.
 """
 
 import importlib
@@ -24,12 +25,18 @@ def raised(error, tree):
     return {"kind": type(error).__name__, "said": str(error)[:500], "where": where}
 
 
+def say(said, number, answer):
+    said.write(json.dumps({"id": number, **answer}).encode() + b"\n")
+    said.flush()
+
+
 def main():
     with open(sys.argv.pop()) as file:
         settings = json.load(file)
     asked, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # whoever prints talks to people
+    sys.stdout = os.fdopen(1, "w", 1, encoding="utf-8", errors="replace", closefd=False)  # line by line
     sys.dont_write_bytecode = True
     sys.path[:] = [os.path.dirname(os.path.abspath(__file__)), *sys.path, *settings["packages"]]
     for name in settings["imports"]:
@@ -43,7 +50,11 @@ def main():
         locks.lock(settings["readable"], settings["listable"])
     tree = settings["tree"]
     sys.path.insert(0, tree)
+    if settings["streams"]:
+        importlib.import_module("driver").stream(asked, said)
+        return
     driver = None
+    say(said, 0, {"answer": "ready"})  # until here nothing of a student's has run
     for line in asked:
         question = json.loads(line)
         try:
@@ -55,8 +66,7 @@ def main():
             answer = {"raised": {"kind": "MemoryError", "said": str(error) or "no memory is left", "where": ""}}
         except Exception as error:  # the student's: whoever asked tells them
             answer = {"raised": raised(error, tree)}
-        said.write(json.dumps({"id": question["id"], **answer}).encode() + b"\n")
-        said.flush()
+        say(said, question["id"], answer)
 
 
 if __name__ == "__main__":
