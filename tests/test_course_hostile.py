@@ -139,6 +139,7 @@ DOORS = {
     "a signal to the parent": "os.kill(os.getppid(), 0)",
     "a signal to its own group": "os.killpg(0, 0)",
     "a signal to a thread of the parent": "call(tgkill, os.getppid(), os.getppid(), 0)",
+    "outliving the parent": "call(prctl, 1, 0)",
     "leaving its session": "os.setsid()",
     "a larger limit": "resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))",
     "a lease on a file": "fcntl.fcntl(os.open(json.__file__, 0), 1024, 1)",
@@ -149,7 +150,7 @@ DOORS = {
 }
 INSIDE = """
 import ctypes, fcntl, json, mmap, os, platform, resource, socket
-tgkill, ptrace, msgget = {"x86_64": (234, 101, 68), "aarch64": (131, 117, 186)}[platform.machine()]
+tgkill, ptrace, msgget, prctl = {"x86_64": (234, 101, 68, 157), "aarch64": (131, 117, 186, 167)}[platform.machine()]
 def call(*numbers):
     if ctypes.CDLL(None, use_errno=True).syscall(*map(ctypes.c_long, numbers)) < 0:
         raise OSError(ctypes.get_errno(), "refused")
@@ -216,6 +217,6 @@ def test_where_a_lock_can_not_be_closed_nothing_runs(tmp_path, monkeypatch):
 def test_no_call_is_allowed_twice_or_by_mistake():
     for column, machine in enumerate(calls.ARCHITECTURES):
         numbers = [pair[column] for pair in calls.ALLOWED.values() if pair[column] is not None]
-        asked = (calls.MMAP, calls.CLONE, calls.TGKILL, calls.FCNTL, calls.IOCTL, calls.PRLIMIT)
+        asked = (calls.MMAP, calls.CLONE, calls.TGKILL, calls.FCNTL, calls.IOCTL, calls.PRLIMIT, calls.PRCTL)
         assert len({*numbers, *(pair[column] for pair in asked)}) == len(numbers) + len(asked)
         assert len(calls.program(machine, 1)) % 8 == 0 and len(calls.program(machine, 1)) // 8 <= 4096
