@@ -38,9 +38,10 @@ ALLOWED = {  # numbers on x86_64 and aarch64; None: there is none
     "getgid": (104, 176), "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150),
     "getgroups": (115, 158), "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156),
     "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179), "uname": (63, 160), "getrandom": (318, 278),
-    "prctl": (157, 167), "arch_prctl": (158, None), "wait4": (61, 260), "exit": (60, 93), "exit_group": (231, 94),
+    "arch_prctl": (158, None), "wait4": (61, 260), "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
 MMAP, CLONE, TGKILL, FCNTL, IOCTL, PRLIMIT = (9, 222), (56, 220), (234, 131), (72, 25), (16, 29), (302, 261)
+PRCTL, END_WITH_PARENT = (157, 167), 1  # who ends with its parent stays so
 CLONE3 = 435  # hides its flags where no program sees them; without it, the C library tries clone
 THREAD = 0x10000  # of clone: no process
 SHARED_OF_NO_FILE, GROWS_DOWN = 0x21, 0x100  # of mmap: memory that no limit counts
@@ -61,6 +62,7 @@ def program(machine: str, process: int) -> bytes:
     lines += _one_of(FCNTL[column], 1, (*DUPLICATE, *FLAGS, *DUPLICATE_CLOSED), no)
     lines += _one_of(IOCTL[column], 1, HANDLES, REFUSE | errno.ENOTTY)
     lines += _one_of(TGKILL[column], 0, (process,), no)
+    lines += _when(PRCTL[column], [_argument(0), _unless(END_WITH_PARENT, 1), _answer(no), _answer(ALLOW)])
     lines += _when(CLONE[column], [_argument(0), (0x45, 0, 1, THREAD), _answer(ALLOW), _answer(no)])
     lines += _when(PRLIMIT[column], [  # to look, not to set
         _argument(2), _unless(0, 3), _argument(2, upper=True), _unless(0, 1), _answer(ALLOW), _answer(no),

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 
-SECONDS, MEMORY = 2, 1 << 29
+SECONDS, MEMORY = 1, 1 << 29
 DEEPEST = 400  # calls: less than Python's own limit, so that there is room for whoever parses it deep in other calls
 
 
