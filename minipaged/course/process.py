@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,23 @@ class Ended(Exception):
 class StudentProcess:
     """One process, for many questions about one tree. folder: an empty one, for the process's own files.
 
-    Used in a `with`; afterwards nothing of it is left but the folder.
+    granted: what else it may read. seconds: of processor time, all in all. streams: its driver talks as it works, and
+    there is no `ask`. Used in a `with`; afterwards nothing of it is left but the folder.
     """
 
-    def __init__(self, folder: Path, tree: Path, assignment: Assignment, locked: bool):
-        self._number = 0
+    def __init__(
+        self, folder: Path, tree: Path, assignment: Assignment, locked: bool, granted: Iterable[Path] = (),
+        seconds: int = CPU_SECONDS, streams: bool = False,
+    ):  # fmt: skip
+        self._number, self._seconds = 0, seconds
         self._inside = folder
         for source in resources.files("minipaged.course.inside").iterdir():
             if source.name in ("loop.py", "locks.py", "observe.py"):
                 (self._inside / source.name).write_bytes(source.read_bytes())
         settings = {
             "tree": str(tree.resolve()), "imports": assignment.imports, "packages": packages(), "locked": locked,
-            "memory": assignment.memory, "seconds": CPU_SECONDS if os.name == "posix" else 0,
-            "readable": [str(tree), str(self._inside), *readable()], "listable": packages(),
+            "memory": assignment.memory, "seconds": seconds if os.name == "posix" else 0, "streams": streams,
+            "readable": [str(tree), str(self._inside), *map(str, granted), *readable()], "listable": packages(),
         }  # fmt: skip
         (self._inside / "settings.json").write_text(json.dumps(settings))
         self._process = subprocess.Popen(
@@ -97,7 +102,7 @@ class StudentProcess:
         if status == -9:
             return "the process was killed: it wanted too much memory or time"
         if status == -24:
-            return f"more than {CPU_SECONDS} seconds of processor time were used"
+            return f"more than {self._seconds} seconds of processor time were used"
         if status < 0:
             return f"the process was ended by signal {-status}"
         return f"your code ended the process, with status {status}"

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterable
 
 # Of Landlock: rights that can be granted for all below a folder, or for a file.
-EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_FILE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8
+TRUNCATE = 1 << 14  # since ABI 3
 ALL_OF_ABI_1 = (1 << 13) - 1  # reading, writing, making, removing
 NETWORK, SCOPES = (1 << 2) - 1, (1 << 2) - 1  # TCP; signals, and sockets without a name, to who isn't locked in, too
 CREATE, ADD, RESTRICT = 444, 445, 446  # system calls: of the same numbers everywhere
@@ -51,20 +52,23 @@ def lock(readable: Iterable[str], listable: Iterable[str] = ()) -> None:
 
     OSError if a lock can't be closed; paths that don't exist are left out.
     """
-    _libc().prctl(NOT_DUMPABLE, 0, 0, 0, 0)
-    if _libc().prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) < 0:
-        raise OSError(ctypes.get_errno(), "no_new_privs")
-    _lock_files(readable, listable)
+    lock_files(readable, listable)
     _lock_calls()
 
 
-def _lock_files(readable: Iterable[str], listable: Iterable[str]) -> None:
+def lock_files(readable: Iterable[str], listable: Iterable[str] = (), writable: Iterable[str] = ()) -> None:
+    """The lock on files alone, for programs that start others, which then have it too. writable: folders."""
+    _libc().prctl(NOT_DUMPABLE, 0, 0, 0, 0)
+    if _libc().prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "no_new_privs")
     abi = _call(CREATE, None, 0, 1)
     handled = ALL_OF_ABI_1 | (abi >= 2) << 13 | (abi >= 3) << 14 | (abi >= 5) << 15
     rules = struct.pack("=QQQ", handled, NETWORK if abi >= 4 else 0, SCOPES if abi >= 6 else 0)
     ruleset = _call(CREATE, rules, 24 if abi >= 6 else 16 if abi >= 4 else 8, 0)
     _must(ruleset, "landlock_create_ruleset")
-    for paths, rights in (readable, EXECUTE | READ_FILE | READ_DIR), (listable, READ_DIR):
+    reading = EXECUTE | READ_FILE | READ_DIR
+    writing = reading | WRITE_FILE | REMOVE_FILE | MAKE_FILE | (TRUNCATE if abi >= 3 else 0)
+    for paths, rights in (readable, reading), (listable, READ_DIR), (writable, writing):
         for path in paths:
             _grant(ruleset, path, rights)
     _must(_call(RESTRICT, ruleset, 0), "landlock_restrict_self")

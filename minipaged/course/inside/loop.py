@@ -3,7 +3,8 @@
     python -I -S loop.py SETTINGS          a file of JSON; see process.py, which writes it
 
 TREE has the student's package, and beside it driver.py, which does what a case says. Whatever the student's code
-prints goes to standard error, and no answer is believed here: who asked compares.
+prints goes to standard error, and no answer is believed here: who asked compares. A driver that `streams` gets both
+ends itself, and talks while it works.
 """
 
 import importlib
@@ -43,6 +44,9 @@ def main():
         locks.lock(settings["readable"], settings["listable"])
     tree = settings["tree"]
     sys.path.insert(0, tree)
+    if settings["streams"]:
+        importlib.import_module("driver").stream(asked, said)
+        return
     driver = None
     for line in asked:
         question = json.loads(line)
