@@ -119,9 +119,9 @@ def _enter(place: Path, assignment: Assignment, folder: Path | None, model: Path
     place.mkdir()
     build_tree(place / "tree", assignment, folder)
     library = build_library(place / "tree", place / "library", locked)
-    environment = {**assignment.environment, "MINIPAGED_LIBRARY": str(library)}
     inside = place / "inside"
     inside.mkdir()
+    environment = {**assignment.environment, "MINIPAGED_LIBRARY": str(library), "MINIPAGED_CACHE": str(inside)}
     return EngineProcess(inside, place / "tree", replace(assignment, environment=environment), locked, [model, library])
 
 
