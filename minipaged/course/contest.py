@@ -1,13 +1,13 @@
 """The contest of assignment 6: a student's engine beside the reference, in one run, so that the machine doesn't matter.
 
-Both are processes of their own, and get the same requests at the same times, by turns; whoever waits is stopped. An
-answer counts only if its tokens are the reference's. They can be, to the last one: with the kernels in C++ and fp32, a
-request's numbers don't depend on its company (see `same_bits` in kernels/cpp.py). All figures are ratios, of one round
-each, and the median of the rounds stands.
+Both are processes of their own, and get the same requests at the same times by their clocks, which run while they run:
+by turns, half a second each, and whoever waits is stopped. An answer counts only if its tokens are the reference's. They
+can be, to the last one: with the kernels in C++ and fp32, a request's numbers don't depend on its company (see
+`same_bits` in kernels/cpp.py). All figures are ratios, of one round each, and the median of the rounds stands.
 
     contest_load.py      what is asked, and when
     contest_tree.py      the package of a student, and its C++
-    contest_process.py   an engine in a process, and the clock outside
+    contest_process.py   an engine in a process, and its clock outside
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any
 
 from minipaged.course.assignment import Assignment, load
 from minipaged.course.contest_load import Ask, Sizes, draw
-from minipaged.course.contest_process import EngineProcess, Figures
+from minipaged.course.contest_process import EngineProcess, Figures, Turn, TurnEnded, by_turns
 from minipaged.course.contest_tree import Unfit, build_library, build_tree
 from minipaged.course.process import Ended
 from minipaged.models.fetch import fetch_smollm2
@@ -103,7 +103,7 @@ def contest(
             notice("the reference begins")
             reference.open(options, SECONDS_TO_OPEN)
             asks = draw(seed, 0, sizes)
-            first = reference.play(0, asks, 0.0, SECONDS_TO_OPEN * 5)
+            [first] = by_turns([Turn(reference, 0, asks, 0.0, 5 * SECONDS_TO_OPEN)])
         except Ended as ended:
             raise ContestFailed(f"the reference: {ended}\n{reference.printed}") from None
         ring = _Ring(reference, seed, sizes, first.seconds, first.seconds * PATIENCE + patience, notice)
@@ -150,7 +150,8 @@ class _Ring:
         try:
             yours.open(options, SECONDS_TO_OPEN)
             asks = draw(self.seed, 0, self.sizes)
-            fault = _wrong(0, asks, yours.play(0, asks, 0.0, self.patience), first)
+            [figures] = by_turns([Turn(yours, 0, asks, 0.0, self.patience)])
+            fault = _wrong(0, asks, figures, first)
             for number in range(1, rounds + 1):
                 if fault:
                     break
@@ -158,22 +159,17 @@ class _Ring:
                 done.append(one)
                 self.notice(f"round {number}: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in one.ratios.items()))
         except Ended as ended:
+            if isinstance(ended, TurnEnded) and ended.engine is self.reference:
+                raise ContestFailed(f"the reference: {ended}\n{self.reference.printed}") from None
             printed = yours.printed.strip()
             fault = f"{ended}" + (f"; the last that was printed:\n{printed[-1500:]}" if printed else "")
         return standing_of(name, done, [fault] if fault else [])
 
     def _round(self, number: int, yours: EngineProcess) -> tuple[Round, str]:
-        """Both play, and who begins changes from round to round."""
         asks, spread = draw(self.seed, number, self.sizes), SPREAD * self.seconds
-        figures = {}
-        for process in (self.reference, yours) if number % 2 else (yours, self.reference):
-            try:
-                figures[process] = process.play(number, asks, spread, self.patience)
-            except Ended as ended:
-                if process is self.reference:
-                    raise ContestFailed(f"the reference: {ended}") from None
-                raise
-        one = Round(number, figures[yours], figures[self.reference])
+        turns = [Turn(engine, number, asks, spread, self.patience) for engine in (yours, self.reference)]
+        figures = by_turns(turns)
+        one = Round(number, figures[0], figures[1])
         return one, _wrong(number, asks, one.yours, one.reference)
 
 
@@ -182,6 +178,7 @@ def _wrong(number: int, asks: list[Ask], yours: Figures, reference: Figures) -> 
     for at, (got, expected) in enumerate(zip(yours.tokens, reference.tokens, strict=True)):
         if got != expected:
             same = len(os.path.commonprefix([got, expected]))
+
             def said(tokens: list[int], same: int = same) -> str:
                 return f"token {tokens[same]}" if same < len(tokens) else "its end"
 

@@ -1,4 +1,5 @@
-"""An engine in a process of its own, to which a load is played. Whoever plays takes the times: no clock in there counts.
+"""An engine in a process of its own, whose clock is outside: it runs while the process runs, and stands while the system
+has stopped it. No clock in there counts, and what waits is never late.
 """
 
 import contextlib
@@ -7,10 +8,9 @@ import os
 import queue
 import signal
 import statistics
-import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from minipaged.course.contest_load import Ask
 from minipaged.course.process import Ended, StudentProcess
 
 CPU_SECONDS = 3600  # for all rounds
+SLICE = 0.5  # seconds, for which one of two runs before it is the other one's turn
 BYTES_PER_TOKEN, BYTES_BESIDE = 256, 1 << 20  # the most that an engine may say in a round
-PLAYS_WHILE_STOPPED = "it has talked between its turns"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A turn. tokens: for each request. first: seconds from when it was due to its first token.
+    """A round. tokens: for each request. first: seconds from when it was due to its first token.
 
     seconds: from the beginning to the last token. blocks: the most in use until then, as the engine says, which nobody
     can check. memory: the most bytes in main memory until then, as the system says; 0: it doesn't say.
@@ -52,152 +52,191 @@ class Figures:
         return sorted(self.first)[-(-9 * len(self.first) // 10) - 1]
 
 
-@dataclass
-class _Turn:
-    """What has come so far. begun, arrived: by the parent's clock."""
+class TurnEnded(Ended):
+    """An Ended of one of several."""
 
-    asks: list[Ask]
-    begun: float
-    arrived: list[list[float]]  # for each request, when each of its tokens came
-    tokens: list[list[int]]
-    open: set[int] = field(default_factory=set)  # asked, and not answered to the end
-    num_asked: int = 0
-
-    @classmethod
-    def of(cls, asks: list[Ask]) -> "_Turn":
-        return cls(asks, time.perf_counter(), [[] for _ in asks], [[] for _ in asks])
-
-    def take(self, when: float, said: Any) -> None:
-        """A line of the engine. ValueError if nothing such may come now."""
-        number, new, end = said["id"], said["new"], said["end"]
-        if number not in self.open or type(end) is not bool or not all(type(token) is int for token in new):
-            raise ValueError(f"an answer to request {number!r:.20}, which isn't open")
-        if len(self.tokens[number]) + len(new) > self.asks[number].tokens:
-            raise ValueError(f"more tokens for request {number} than it asked for")
-        self.tokens[number] += new
-        self.arrived[number] += [when] * len(new)
-        if end:
-            if not self.tokens[number]:
-                raise ValueError(f"request {number} ended without a token")
-            self.open.remove(number)
+    def __init__(self, said: str, engine: "EngineProcess"):
+        super().__init__(said)
+        self.engine = engine
 
 
 class EngineProcess(StudentProcess):
-    """It runs only while it has its turn: until then, and afterwards, the system has stopped it."""
+    """clock: seconds for which it has run. used in a `with`, as any such process; it begins stopped."""
 
     def __init__(self, folder: Path, tree: Path, assignment: Assignment, locked: bool, granted: Iterable[Path]):
         self._stamped: queue.Queue[tuple[float, bytes]] = queue.Queue()
-        self._may_say = 0  # bytes
-        self._too_late = ""
+        self._may_say = BYTES_BESIDE
+        self._unsent = b""
+        self._used, self._since = 0.0, 0.0
         super().__init__(folder, tree, assignment, locked, granted, CPU_SECONDS, streams=True)
-
-    def open(self, options: dict[str, Any], seconds: float) -> None:
-        """Make its engine. Ended if there is none."""
-        with self._in_turn(seconds, "no engine"):
-            self._send({"open": options})
-            self._expect("ready")
-
-    def play(self, number: int, asks: list[Ask], spread: float, seconds: float) -> Figures:
-        """A round: its last request comes a little before `spread` seconds. Ended if it isn't answered in `seconds`."""
-        with self._in_turn(seconds, "no answer to all requests"):
-            self._may_say = BYTES_BESIDE + BYTES_PER_TOKEN * sum(ask.tokens for ask in asks)
-            self._send({"round": number})
-            turn = _Turn.of(asks)
-            while turn.open or turn.num_asked < len(asks):
-                self._ask_what_is_due(turn, spread)
-                self._hear(turn, spread)
-            self._send({"count": True})
-            blocks = self._expect("blocks")
-        if type(blocks) is not int or not 0 <= blocks < 1 << 40:
-            raise Ended("what it says of blocks is no number")
-        due = [turn.begun + ask.at * spread for ask in asks]
-        first = [arrived[0] - then for arrived, then in zip(turn.arrived, due, strict=True)]
-        last = max(arrived[-1] for arrived in turn.arrived)
-        return Figures(turn.tokens, first, last - turn.begun, blocks, self._memory())
-
-    def _ask_what_is_due(self, turn: _Turn, spread: float) -> None:
-        now = time.perf_counter() - turn.begun
-        while turn.num_asked < len(turn.asks) and turn.asks[turn.num_asked].at * spread <= now:
-            ask = turn.asks[turn.num_asked]
-            turn.open.add(turn.num_asked)
-            self._send({"add": turn.num_asked, "text": ask.text, "tokens": ask.tokens})
-            turn.num_asked += 1
-
-    def _hear(self, turn: _Turn, spread: float) -> None:
-        """What it says next; or nothing, if the next request is due before."""
-        wait = None
-        if turn.num_asked < len(turn.asks):
-            wait = max(0.0, turn.begun + turn.asks[turn.num_asked].at * spread - time.perf_counter())
-        try:
-            when, line = self._stamped.get(timeout=wait)
-        except queue.Empty:
-            return
-        try:
-            turn.take(when, self._read_json(line))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Ended(f"what came was no answer: {error}"[:300]) from None
-
-    def _expect(self, key: str) -> Any:
-        said = self._read_json(self._stamped.get()[1])
-        if not isinstance(said, dict) or list(said) != [key]:
-            raise Ended(f"{key!r} was expected, and something else came")
-        return said[key]
-
-    def _read_json(self, line: bytes) -> Any:
-        if not line:
-            raise Ended(self._too_late or self._why())
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
-            raise Ended("what came was no answer") from None
-
-    def _send(self, what: dict[str, Any]) -> None:
-        """It may wait, if the pipe is full, until the engine reads; not longer than the turn takes."""
+        self._signal(signal.SIGSTOP)
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it is dead: reading says so
-            self._process.stdin.write(json.dumps(what).encode() + b"\n")
-            self._process.stdin.flush()
+        os.set_blocking(self._process.stdin.fileno(), False)  # one that doesn't read must not stop who plays
+
+    @property
+    def clock(self) -> float:
+        return self._at(time.perf_counter())
+
+    def _at(self, when: float) -> float:
+        return self._used + max(0.0, when - self._since)  # what came when it was stopped already, came just before
 
     @contextlib.contextmanager
-    def _in_turn(self, seconds: float, what: str) -> Any:
-        """It runs; and is killed if its turn takes too long."""
-
-        def end() -> None:
-            self._too_late = f"{what} in {seconds:.0f} seconds"
-            self._signal(signal.SIGKILL)
-
-        if not self._stamped.empty():
-            when, line = self._stamped.get()
-            raise Ended(PLAYS_WHILE_STOPPED if line else self._why())
+    def running(self) -> Iterator[None]:
+        self._since = time.perf_counter()
         self._signal(signal.SIGCONT)
-        timer = threading.Timer(seconds, end)
-        timer.start()
         try:
             yield
         finally:
-            timer.cancel()
             self._signal(signal.SIGSTOP)
+            self._used = self.clock
+            self._since = float("inf")
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it is dead: reading says so
             os.killpg(self._process.pid, number)
+
+    def open(self, options: dict[str, Any], seconds: float) -> None:
+        """Make its engine. Ended if there is none in so many seconds."""
+        with self.running():
+            self.say({"open": options})
+            heard = self.hear(seconds)
+        if heard is None:
+            raise Ended(f"no engine in {seconds:.0f} seconds")
+        if heard[1] != {"ready": True}:
+            raise Ended("what came was no answer")
+
+    def say(self, what: dict[str, Any]) -> None:
+        """It is told as soon as it reads: some of it may be told by `hear`."""
+        self._unsent += json.dumps(what).encode() + b"\n"
+        self._send()
+
+    def _send(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # the pipe is full, or it is dead
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent) :]
+
+    def hear(self, wait: float) -> tuple[float, Any] | None:
+        """When it said something next, by its clock, and what; None if that takes longer. Ended if it has ended."""
+        self._send()
+        try:
+            when, line = self._stamped.get(timeout=max(0.0, min(wait, 0.05) if self._unsent else wait))
+        except queue.Empty:
+            return None
+        if not line:
+            raise Ended("it says far more than it was asked for" if self._may_say < 0 else self._why())
+        try:
+            return self._at(when), json.loads(line)
+        except (ValueError, RecursionError):
+            raise Ended("what came was no answer") from None
+
+    def may_say(self, tokens: int) -> None:
+        """From now on, about so many."""
+        self._may_say = BYTES_BESIDE + BYTES_PER_TOKEN * tokens
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         line = b"begin"
-        while line:
-            line = self._process.stdout.readline(1 << 20)
-            self._stamped.put((time.perf_counter(), line))
+        while line and self._may_say >= 0:
+            line = self._process.stdout.readline(BYTES_BESIDE)
             self._may_say -= len(line)
-            if self._may_say < -BYTES_BESIDE:
-                self._too_late = "it says far more than it was asked for"
-                self._signal(signal.SIGKILL)
-                break
+            self._stamped.put((time.perf_counter(), line))
         self._stamped.put((time.perf_counter(), b""))
 
-    def _memory(self) -> int:
+    @property
+    def memory(self) -> int:
+        """The most bytes in main memory until now; 0 if the system doesn't say."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return 1024 * int(line.split()[1])
+        return 0
+
+
+class Turn:
+    """A round, played to one engine. The last request comes a little before `spread` seconds.
+
+    seconds: for which it may run until all is answered.
+    """
+
+    def __init__(self, engine: EngineProcess, number: int, asks: list[Ask], spread: float, seconds: float):
+        self.engine, self.asks, self.seconds = engine, asks, seconds
+        self.begun = engine.clock
+        self.due = [self.begun + ask.at * spread for ask in asks]
+        self.tokens: list[list[int]] = [[] for _ in asks]
+        self.came: list[list[float]] = [[] for _ in asks]  # when each token came, by the engine's clock
+        self.open: set[int] = set()  # asked, and not answered to the end
+        self.num_asked = 0
+        self.blocks: int | None = None
+        self._counting = False
+        engine.may_say(sum(ask.tokens for ask in asks))
+        engine.say({"round": number})
+
+    def run(self, seconds: float) -> bool:
+        """Let it run for so long, or until it is through, and say whether it is. Ended if it never will be."""
+        with self.engine.running():
+            end = self.engine.clock + seconds
+            while self.blocks is None and self.engine.clock < end:
+                if self.engine.clock - self.begun > self.seconds:
+                    raise Ended(f"{len(self.open)} requests weren't answered in {self.seconds:.0f} seconds")
+                self._ask_what_is_due()
+                next_due = self.due[self.num_asked] if self.num_asked < len(self.asks) else end
+                if heard := self.engine.hear(min(end, next_due) - self.engine.clock):
+                    self._take(*heard)
+        return self.blocks is not None
+
+    def _ask_what_is_due(self) -> None:
+        while self.num_asked < len(self.asks) and self.due[self.num_asked] <= self.engine.clock:
+            ask = self.asks[self.num_asked]
+            self.open.add(self.num_asked)
+            self.engine.say({"add": self.num_asked, "text": ask.text, "tokens": ask.tokens})
+            self.num_asked += 1
+        if self.num_asked == len(self.asks) and not self.open and not self._counting:
+            self._counting = True
+            self.engine.say({"count": True})
+
+    def _take(self, when: float, said: Any) -> None:
         try:
-            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        except OSError:
-            return 0
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+            if self._counting:
+                self.blocks = _natural(said["blocks"])
+                return
+            number, new, end = said["id"], said["new"], said["end"]
+            if number not in self.open or type(end) is not bool:
+                raise ValueError("nothing such was asked")
+            self.tokens[number] += map(_natural, new)
+            self.came[number] += [when] * len(new)
+            if not len(new) <= len(self.tokens[number]) <= self.asks[number].tokens or (end and not self.came[number]):
+                raise ValueError(f"request {number} has {len(self.tokens[number])} tokens")
+            self.open -= {number} if end else set()
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise Ended(f"what came was no answer: {error!r:.200}") from None
+
+    def figures(self) -> Figures:
+        assert self.blocks is not None
+        first = [came[0] - due for came, due in zip(self.came, self.due, strict=True)]
+        last = max(came[-1] for came in self.came)
+        return Figures(self.tokens, first, last - self.begun, self.blocks, self.engine.memory)
+
+
+def _natural(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 1 << 40:
+        raise ValueError(f"{number!r:.40} is no such number")
+    return number
+
+
+def by_turns(turns: list[Turn]) -> list[Figures]:
+    """Play all of them, one at a time for a SLICE: whatever else the machine does, it does to all of them.
+
+    TurnEnded says whose ended.
+    """
+    left = list(turns)
+    while left:
+        left = [turn for turn in left if not _through(turn)]
+    return [turn.figures() for turn in turns]
+
+
+def _through(turn: Turn) -> bool:
+    try:
+        return turn.run(SLICE)
+    except Ended as ended:
+        raise TurnEnded(str(ended), turn.engine) from None
