@@ -1,5 +1,5 @@
-"""An engine in a process of its own, whose clock is outside: it runs while the process runs, and stands while the system
-has stopped it. No clock in there counts, and what waits is never late.
+"""An engine in a process of its own, whose clock is outside: it runs while the process runs, and stands while the
+system has stopped it. No clock in there counts, and what waits is never late.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class TurnEnded(Ended):
 
 
 class EngineProcess(StudentProcess):
-    """clock: seconds for which it has run. used in a `with`, as any such process; it begins stopped."""
+    """clock: seconds for which it has run. Used in a `with`, as any such process; it begins stopped."""
 
     def __init__(self, folder: Path, tree: Path, assignment: Assignment, locked: bool, granted: Iterable[Path]):
         self._stamped: queue.Queue[tuple[float, bytes]] = queue.Queue()
@@ -72,6 +72,9 @@ class EngineProcess(StudentProcess):
         self._signal(signal.SIGSTOP)
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)  # one that doesn't read must not stop who plays
+
+    def __enter__(self) -> "EngineProcess":
+        return self
 
     @property
     def clock(self) -> float:

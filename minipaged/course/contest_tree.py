@@ -85,7 +85,8 @@ def build_library(tree: Path, folder: Path, locked: bool) -> Path:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(folder / "compile.py"), str(folder / "settings.json")],
-            capture_output=True, timeout=SECONDS_TO_BUILD, env={"PATH": os.environ.get("PATH", ""), "TMPDIR": str(folder)},
+            capture_output=True, timeout=SECONDS_TO_BUILD,
+            env={"PATH": os.environ.get("PATH", ""), "TMPDIR": str(folder)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Unfit(f"its C++ takes more than {SECONDS_TO_BUILD} seconds to build") from None

@@ -35,13 +35,13 @@ def stream(asked, said):
         said.write(json.dumps(what).encode() + b"\n")
         said.flush()
 
-    llm, asked, told = None, Asked(asked), {}
+    asked, told = Asked(asked), {}
+    [first] = asked.lines(wait=True)
+    llm = LLM(**first["open"])
+    say(ready=True)
     while True:
-        for line in asked.lines(wait=llm is None or not llm.has_unfinished_requests):
-            if "open" in line:
-                llm = LLM(**line["open"])
-                say(ready=True)
-            elif "round" in line:
+        for line in asked.lines(wait=not llm.has_unfinished_requests):
+            if "round" in line:
                 llm.reset_prefix_cache()
             elif "add" in line:
                 told[line["add"]] = 0
@@ -49,7 +49,7 @@ def stream(asked, said):
             else:
                 peak = llm.stats().peak.usage
                 say(blocks=peak.used if peak else 0)
-        for output in llm.step() if llm is not None and llm.has_unfinished_requests else []:
+        for output in llm.step() if llm.has_unfinished_requests else []:
             tokens = output.outputs[0].token_ids
             say(id=int(output.request_id), new=tokens[told[int(output.request_id)] :], end=output.finished)
             told[int(output.request_id)] = len(tokens)
