@@ -63,7 +63,7 @@ class Contest:
     ):  # fmt: skip
         self.seed, self.locked, self.notice, self.sizes = seed, locked, notice, sizes or Sizes()
         self.model = fetch_smollm2() if model == "smollm2" else Path(model).resolve()
-        self.assignment = _with_threads(load(6), threads or len(os.sched_getaffinity(0)))
+        self.assignment = _with_threads(load(6), threads or _processors())
         self._patience = patience
         self._stack = contextlib.ExitStack()
 
@@ -151,6 +151,10 @@ def _with_threads(assignment: Assignment, threads: int) -> Assignment:
     """A waiting thread sleeps, so that both are the same however busy the machine is."""
     environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     return replace(assignment, environment={**assignment.environment, **environment})
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wrong(number: int, asks: list[Ask], yours: Figures, reference: Figures) -> str:
