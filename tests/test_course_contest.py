@@ -1,15 +1,18 @@
-"""The contest: right answers stand, wrong ones don't, whatever a submission does. No test here says how fast anything is.
+"""The contest: right answers stand, wrong ones don't, whatever a submission does. No test here says how fast it is.
 
 All submissions but the first play one round after the first, beside one reference.
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from tiny_model import make_folder
 
+from minipaged.course import contest_command
+from minipaged.course.__main__ import main
 from minipaged.course.assignment import load
 from minipaged.course.contest import Contest, Round, Standing, leaderboard
 from minipaged.course.contest_load import KINDS, Sizes, draw
@@ -272,3 +275,37 @@ def test_the_leaderboard_has_the_best_first():
     ])  # fmt: skip
     assert [(row["place"], row["name"], row["points"]) for row in rows] == [(1, "a", 50), (2, "b", 50), (3, "c", 0)]
     assert rows[1]["speed"] == 1.23 and rows[2]["speed"] is None and rows[2]["fault"] == "it ended"
+
+
+def test_the_command_tells_and_writes_what_came_of_it(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fake(folder, seed, rounds, model, **options):
+        asked.append((folder.name, seed, rounds, model))
+        one = [Round(1, dataclasses.replace(FIGURES, seconds=25.0), FIGURES)] if folder.name == "good" else []
+        return standing_of("someone", one, [] if one else ["it ended"])
+
+    monkeypatch.setattr(contest_command, "contest", fake)
+    for name in ("good", "bad"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+    out = tmp_path / "out.json"
+    status = main(["contest", str(tmp_path / "all"), "--each", "--seed", "x", "--unlocked", "--out", str(out)])
+    assert status == 1 and asked == [("bad", "x", 3, "smollm2"), ("good", "x", 3, "smollm2")]
+    told, written = capsys.readouterr(), json.loads(out.read_text())
+    assert "good" in told.out and "70" in told.out and "bad: it ended" in told.err
+    assert [(row["name"], row["points"]) for row in written["leaderboard"]] == [("good", 70), ("bad", 0)]
+    assert written["rounds"]["good"][0]["yours"]["tokens_per_second"] == 4.0 and written["rounds"]["bad"] == []
+    assert main(["contest", str(tmp_path / "all" / "good"), "--rounds", "1"]) == 0
+    assert asked[-1] == ("good", "public", 1, "smollm2")
+
+
+def test_assignment_6_is_started_whole_and_played(tmp_path, capsys):
+    folder = tmp_path / "work"
+    assert main(["start", "6", str(folder)]) == 0
+    assert (folder / "src" / LLM).read_text() == reference(LLM)
+    assert "{" + "parts}" not in (folder / "assignment-6.md").read_text()
+    for command in (["check", str(folder)], ["grade", str(folder), "--assignment", "6", "--seed", "x"]):
+        assert main(command) != 0
+        assert "contest" in capsys.readouterr().err
+    build_tree(tmp_path / "tree", load(6), folder)
+    assert (tmp_path / "tree" / LLM).is_file()

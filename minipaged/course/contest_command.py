@@ -10,15 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.course.contest import ContestFailed, Standing, contest, leaderboard
+from kernels.cpp_build import BuildFailed
+from minipaged.course.contest import ContestFailed, Round, Standing, contest, leaderboard
 from minipaged.course.process import missing
+from minipaged.models.config import ModelError
 from minipaged.terminal.command import BadInput, CommandFailed
 
 PUBLIC_SEED = "public"  # students' own
 
 
 def play(args: argparse.Namespace, folders: dict[str, Path], seed: str) -> int:
-    """One after the other, since each wants the machine for itself. What was played is written even if it breaks off."""
+    """One after the other, since each wants the machine for itself. If it breaks off, what was played is told."""
     why = missing()
     if why and seed != PUBLIC_SEED and not args.unlocked:
         raise BadInput(
@@ -34,7 +36,7 @@ def play(args: argparse.Namespace, folders: dict[str, Path], seed: str) -> int:
                     notice=lambda line, name=name: status.update(f"{name}: {line}"),  # type: ignore[misc]
                 )  # fmt: skip
                 standings.append(dataclasses.replace(standing, name=name))
-    except ContestFailed as error:
+    except (ContestFailed, BuildFailed, ModelError) as error:
         raise CommandFailed(str(error)) from None
     finally:
         if standings:
@@ -60,20 +62,17 @@ def _tell(standings: list[Standing], out: Path | None) -> None:
 
 
 def as_json(standings: list[Standing]) -> str:
-    """All figures of all rounds, and the leaderboard."""
-    rounds: dict[str, Any] = {
-        one.name: [
-            {"number": played.number, "ratios": played.ratios}
-            | {
-                who: {
-                    "tokens_per_second": figures.speed, "mean_first": figures.mean_first, "late_first": figures.late_first,
-                    "seconds": figures.seconds, "blocks": figures.blocks, "memory": figures.memory,
-                }
-                for who, figures in (("yours", played.yours), ("reference", played.reference))
-            }
-            for played in one.rounds
-        ]
-        for one in standings
-    }  # fmt: skip
+    """The leaderboard, and the figures of all rounds."""
+    rounds = {one.name: [_figures(played) for played in one.rounds] for one in standings}
     faults = {one.name: one.faults for one in standings if one.faults}
     return json.dumps({"leaderboard": leaderboard(standings), "faults": faults, "rounds": rounds}, indent=1) + "\n"
+
+
+def _figures(played: Round) -> dict[str, Any]:
+    found: dict[str, Any] = {"number": played.number, "ratios": played.ratios}
+    for who, figures in (("yours", played.yours), ("reference", played.reference)):
+        found[who] = {
+            "tokens_per_second": figures.speed, "mean_first": figures.mean_first, "late_first": figures.late_first,
+            "seconds": figures.seconds, "blocks": figures.blocks, "memory": figures.memory,
+        }  # fmt: skip
+    return found
