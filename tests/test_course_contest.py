@@ -261,7 +261,7 @@ def test_who_takes_too_much_memory_has_the_base():
 
 
 def test_what_got_worse_costs_what_was_gained():
-    ratios = {"speed": 1.525, "first": 1.0, "late": 1.0}
+    ratios = {"speed": 1.275, "first": 1.0, "late": 1.0}
     assert points_of(ratios) == 55
     assert points_of({**ratios, "late": 0.5}) == 45
     assert points_of({"speed": 0.1, "first": 0.1, "late": 0.1}) == 40

@@ -29,7 +29,7 @@ from minipaged.models.fetch import fetch_smollm2
 
 __all__ = ["Contest", "ContestFailed", "Round", "Standing", "contest", "leaderboard"]
 
-SPREAD = 0.4  # of the seconds that the reference needs, requests come in: they come faster than they can be answered
+SPREAD = 0.25  # of the seconds that the reference needs, requests come in: they come faster than they can be answered
 SECONDS_TO_OPEN = 120.0
 PATIENCE = 5.0  # times what the reference needs, and as many seconds besides as SECONDS_BESIDE
 SECONDS_BESIDE = 20.0

@@ -24,9 +24,9 @@ class Sizes:
     requests: in a round. scale: of all texts and answers. num_blocks: of the pool, which is too small for all at once.
     """
 
-    requests: int = 20
+    requests: int = 24
     scale: float = 1.0
-    num_blocks: int = 128
+    num_blocks: int = 160
     max_model_len: int = 1024
 
 
@@ -42,10 +42,10 @@ class Kind:
 
 
 KINDS = {
-    "story": Kind(0.35, "Go on with this story: ", (20, 120), (24, 64)),
-    "question": Kind(0.30, " Answer in one sentence: who speaks here, and of what? ", (8, 24), (8, 32), shared=True),
-    "again": Kind(0.20, "Repeat the following text, word for word: ", (25, 50), (32, 64)),
-    "long": Kind(0.15, "What is the following text about? ", (180, 300), (4, 12)),
+    "story": Kind(0.35, "Go on with this story: ", (20, 60), (32, 96)),
+    "question": Kind(0.30, " Answer in one sentence: who speaks here, and of what? ", (8, 24), (16, 48), shared=True),
+    "again": Kind(0.20, "Repeat the following text, word for word: ", (30, 60), (48, 96)),
+    "long": Kind(0.15, "What is the following text about? ", (150, 250), (4, 12)),
 }
 SHARED_WORDS = 120
 

@@ -11,7 +11,7 @@ from minipaged.course.contest_process import Figures
 BASE = 40  # points for right answers
 WEIGHTS = {"speed": 30, "first": 20, "late": 10}  # points for what is better, see `points_of`
 BAND = 1.05  # what is less is noise,
-FULL = 2.0  # and more than this gains nothing
+FULL = 1.5  # and more than this gains nothing
 MOST_MEMORY = 1.5  # times the reference's: who takes more has nothing but the base
 RATIOS = {
     "speed": lambda yours, theirs: yours.speed / theirs.speed,
@@ -68,10 +68,10 @@ def standing_of(name: str, rounds: list[Round], faults: list[str]) -> Standing:
 def points_of(ratios: dict[str, float]) -> int:
     """The base, and what was gained; what got worse is subtracted from that.
 
-    >>> points_of({"speed": 1.0, "first": 1.04, "late": 0.97}), points_of({"speed": 2.0, "first": 2.5, "late": 2.0})
+    >>> points_of({"speed": 1.0, "first": 1.04, "late": 0.97}), points_of({"speed": 1.5, "first": 2.5, "late": 1.5})
     (40, 100)
     >>> points_of({"speed": 1.5, "first": 1.0, "late": 1.0}), points_of({"speed": 1.5, "first": 0.6, "late": 1.0})
-    (54, 41)
+    (70, 50)
     """
     return BASE + max(0, round(sum(weight * gain(ratios[key]) for key, weight in WEIGHTS.items())))
 
@@ -79,7 +79,7 @@ def points_of(ratios: dict[str, float]) -> int:
 def gain(ratio: float) -> float:
     """From 0, for all that is within the band, to 1 at FULL; for what got worse the same, below 0.
 
-    >>> gain(1.05), round(gain(1.525), 3), gain(3), gain(0.5)
+    >>> gain(1.05), round(gain(1.275), 3), gain(3), gain(0.5)
     (0.0, 0.5, 1.0, -1.0)
     """
     if ratio < 1:

@@ -19,7 +19,7 @@ ALL_OF_ABI_1 = (1 << 13) - 1  # reading, writing, making, removing
 NETWORK, SCOPES = (1 << 2) - 1, (1 << 2) - 1  # TCP; signals, and sockets without a name, to who isn't locked in, too
 CREATE, ADD, RESTRICT = 444, 445, 446  # system calls: of the same numbers everywhere
 
-NO_NEW_PRIVILEGES, SET_SECCOMP, NOT_DUMPABLE = 38, 22, 4
+NO_NEW_PRIVILEGES, SET_SECCOMP, NOT_DUMPABLE, PARENT_DEATH = 38, 22, 4, 1
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 CLONE_THREAD = 0x10000
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -129,6 +129,12 @@ def limit(memory: int, seconds: int, files: int = 256) -> None:
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
+
+
+def end_with_parent() -> None:
+    """Where the system can: a process that is stopped would wait for ever for one that is gone."""
+    if sys.platform == "linux":
+        _libc().prctl(PARENT_DEATH, 9, 0, 0, 0)
 
 
 def _libc() -> ctypes.CDLL:

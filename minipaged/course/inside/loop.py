@@ -38,6 +38,8 @@ def main():
     import locks
     from observe import doctests, plain
 
+    if settings["streams"]:
+        locks.end_with_parent()
     if settings["seconds"]:
         locks.limit(settings["memory"], settings["seconds"])
     if settings["locked"]:
