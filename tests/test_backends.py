@@ -110,6 +110,14 @@ def test_a_library_that_is_damaged_is_no_traceback(tmp_path):
     assert kernels.load("auto", folder=tmp_path, notice=lambda line: None).name == "torch"
 
 
+def test_a_library_that_is_named_needs_no_compiler(tmp_path, monkeypatch):
+    library = cpp_build.build(tmp_path / "kernels", print)
+    monkeypatch.setenv("MINIPAGED_LIBRARY", str(library))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert kernels.load("cpp", folder=tmp_path / "empty").name == "cpp"
+    assert not (tmp_path / "empty").exists()
+
+
 def test_all_backends_give_the_same_tokens(folder):
     pytest.importorskip("triton", reason="Triton is not installed")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

@@ -36,7 +36,7 @@ MAY_IMPORT |= {
     "perplexity": ENGINE | {"terminal", "quantization"},
     "trace": {"terminal"},
     "bench": ENGINE | {"llm"},
-    "course": ENGINE | {"llm", "terminal"},
+    "course": ENGINE | {"llm", "terminal", "quantization"},  # whose texts it asks about
     "teaching": {"memory"},
     "experiments": ENGINE | {"llm", "teaching", "bench", "routing"},
 }

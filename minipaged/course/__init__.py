@@ -12,6 +12,7 @@
     grading.py        many submissions side by side
     formats.py        points as CSV, JSON, Gradescope's results.json, JUnit XML
     autograder.py     a zip for Gradescope, a workflow for GitHub Classroom
+    contest.py       assignment 6: a student's engine beside the reference, by turns; contest_*.py are its parts
     likeness.py       how much of a submission is the reference, word for word
     words.py          strangers' text, made fit to be shown
     THREATS.md        what a submission can do, and what it can't

@@ -19,6 +19,7 @@ An engine in six assignments. For a student:
   start 2 my-work/             a folder with assignment 2: the package, in which parts
                                are yours to write, its tests and a handout
   check my-work/               which parts work, and the smallest case that fails
+  contest my-work/             assignment 6: your engine beside the reference
   generate my-work/ "Hello"    the real model runs on what is there
 
 For an instructor, see also minipaged/course/INSTRUCTORS.md:
@@ -26,6 +27,7 @@ For an instructor, see also minipaged/course/INSTRUCTORS.md:
   grade DIR ... --assignment 2 --seed WORD --out results/
   autograder 2 --seed WORD     a zip for Gradescope
   classroom 2                  a workflow for GitHub Classroom
+  contest DIR ... --seed WORD  the same with a hidden load, and a leaderboard
   mutants 2                    what the tests find of one-line faults of the reference"""
 
 
@@ -65,6 +67,8 @@ def _check(args: argparse.Namespace) -> int:
     assignment = _assignment(args.assignment or numbers[-1])
     if assignment.number not in numbers:
         raise BadInput(f"assignment {assignment.number} was not started in {args.folder}: {_list(numbers)} was")
+    if not assignment.parts:
+        raise BadInput(f"assignment {assignment.number} has no parts to be checked: `{PROGRAM} contest {args.folder}`")
     submission = read(args.folder, assignment)
     earlier = [number for number in numbers if number < assignment.number] if args.mine else []
     changed, _, missing = made_whole(args.folder, earlier)
@@ -92,7 +96,18 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
 def _grade(args: argparse.Namespace) -> int:
     from minipaged.course.commands import grade
 
-    return grade(args, _assignment(args.assignment))
+    assignment = _assignment(args.assignment)
+    if not assignment.parts:
+        raise BadInput(f"assignment {assignment.number} is played, not graded: see `{PROGRAM} contest --help`")
+    return grade(args, assignment)
+
+
+def _contest(args: argparse.Namespace) -> int:
+    from minipaged.course.commands import folders_of, seed_of
+    from minipaged.course.contest_command import PUBLIC_SEED, play
+
+    hidden = args.seed is not None or args.seed_file is not None
+    return play(args, folders_of(args), seed_of(args) if hidden else PUBLIC_SEED)
 
 
 def _autograder(args: argparse.Namespace) -> int:
@@ -165,6 +180,15 @@ def _parser() -> Parser:
     one.add_argument("--jobs", type=count, metavar="N", help="submissions at a time (default: as many as processors)")
     one.add_argument("--gradescope", type=Path, metavar="FILE", help="a single one's results.json goes here, too")
     one.add_argument("--unlocked", action="store_true", help="run strangers' code also where it can't be locked in")
+    one = add("contest", "let engines, assignment 6, play beside the reference; exit status 1 if one is wrong")
+    one.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    one.add_argument("--each", action="store_true", help="every folder in DIR is a submission, instead of DIR itself")
+    add_seed(one, required=False)
+    one.add_argument("--rounds", type=count, default=3, metavar="N", help="that count, after the first (default: 3)")
+    one.add_argument("--model", default="smollm2", metavar="PATH", help="a folder or a .gguf file (default: smollm2)")
+    one.add_argument("--threads", type=count, metavar="N", help="of both (default: as many as processors)")
+    one.add_argument("--out", type=Path, metavar="FILE", help="JSON: the leaderboard, and the figures of all rounds")
+    one.add_argument("--unlocked", action="store_true", help="run strangers' code also where it can't be locked in")
     one = add("autograder", "write a zip for Gradescope, without Docker")
     one.add_argument("number", type=int, choices=TITLES, metavar="N")
     add_seed(one)
@@ -178,15 +202,15 @@ def _parser() -> Parser:
     return parser
 
 
-def add_seed(parser: argparse.ArgumentParser) -> None:
-    seed = parser.add_mutually_exclusive_group(required=True)
+def add_seed(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    seed = parser.add_mutually_exclusive_group(required=required)
     seed.add_argument("--seed", metavar="WORD", help="of the hidden cases: keep it; the same gives the same points")
     seed.add_argument("--seed-file", type=Path, metavar="FILE", help="a file that has it")
 
 
 COMMANDS = {
     "start": _start, "check": _check, "grade": _grade, "autograder": _autograder, "classroom": _classroom,
-    "mutants": _mutants,
+    "contest": _contest, "mutants": _mutants,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def seed_of(args: argparse.Namespace) -> str:
 def grade(args: argparse.Namespace, assignment: Assignment) -> int:
     """Points as a table; as files below --out, also of those that are done when it is broken off."""
     seed = seed_of(args)
-    folders = _folders(args)
+    folders = folders_of(args)
     if args.gradescope and len(folders) != 1:
         raise BadInput(f"--gradescope is for one submission, not {len(folders)}")
     if (why := missing()) and not args.unlocked:
@@ -65,7 +65,8 @@ def grade(args: argparse.Namespace, assignment: Assignment) -> int:
     return 0
 
 
-def _folders(args: argparse.Namespace) -> dict[str, Path]:
+def folders_of(args: argparse.Namespace) -> dict[str, Path]:
+    """The submissions, by name. BadInput if one is no folder, or there is none."""
     for folder in args.folders:
         if not folder.is_dir():
             raise BadInput(f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}")

@@ -21,7 +21,7 @@ ALL_OF_ABI_1 = (1 << 13) - 1  # reading, writing, making, removing
 NETWORK, SCOPES = (1 << 2) - 1, (1 << 2) - 1  # TCP; signals, and sockets without a name, to who isn't locked in, too
 CREATE, ADD, RESTRICT = 444, 445, 446  # system calls: of the same numbers everywhere
 
-NO_NEW_PRIVILEGES, GET_SECCOMP, NOT_DUMPABLE = 38, 21, 4
+NO_NEW_PRIVILEGES, GET_SECCOMP, NOT_DUMPABLE, PARENT_DEATH = 38, 21, 4, 1
 SECCOMP, SET_CAPABILITIES = {"x86_64": 317, "aarch64": 277}, {"x86_64": 126, "aarch64": 91}
 FILTER, ALL_THREADS = 1, 1
 THREADS = 512  # and processes that a user may have beyond those that are there
@@ -119,6 +119,12 @@ def _threads_of_this_user() -> int:
         except OSError:  # gone meanwhile
             continue
     return count
+
+
+def end_with_parent() -> None:
+    """Where the system can: a process that is stopped would wait for ever for one that is gone."""
+    if sys.platform == "linux":
+        _libc().prctl(PARENT_DEATH, 9, 0, 0, 0)
 
 
 def _libc() -> ctypes.CDLL:

@@ -44,6 +44,7 @@ def main():
     import locks
     from observe import doctests, plain
 
+    locks.end_with_parent()
     if settings["seconds"]:
         locks.limit(settings["memory"], settings["seconds"])
     if settings["locked"]:
