@@ -76,5 +76,14 @@ ASSIGNMENT = Assignment(
     imports=("torch", "numpy", "tokenizers", "safetensors"),
     generate=("--kernels", "torch"),
     memory=4 << 30,
+    harmless={
+        "TorchBackend.write_kv: if slots.min() < 0: -> if slots.min() <= 0:":
+            "only saves time: all slots that are not -1 are kept",
+        "TorchBackend.write_kv: if slots.min() < 0: -> if slots.min() < 1:":
+            "only saves time: all slots that are not -1 are kept",
+        "Llama.__call__: for layer, layer_cache in zip(self.layers, cache, strict=True): -> "
+        "for layer, layer_cache in zip(self.layers, cache, strict=False):":
+            "a cache has as many layers as its model",
+    },
     also=_others(),
 )  # fmt: skip
