@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minipaged.course.assignment import Case, Failure
@@ -67,7 +67,7 @@ def judge_turning(case: Case, answer: Any) -> Failure | None:
 
 
 def judge_attention(case: Case, answer: Any) -> Failure | None:
-    return differing(drive_attention.attention(case), answer, "o", picture=lambda wrong: _mask(case, wrong))
+    return differing(drive_attention.attention(case), answer, "o", picture=partial(_mask, case))
 
 
 def _mask(case: Case, wrong: Tensor) -> str:
@@ -90,19 +90,21 @@ def judge_cache(case: Case, answer: Any) -> Failure | None:
             if failure := differing(right, ours, f"q of step {at}, turned,"):
                 return failure
     return differing(expected["cache"], answer["cache"], "the cache [2, G, N, B, D]",
-                     picture=lambda wrong: _slots(case, wrong))  # fmt: skip
+                     picture=partial(_slots, case))  # fmt: skip
 
 
 def _slots(case: Case, wrong: Tensor) -> str:
     """All slots: which token belongs there, and where keys or values are wrong."""
-    size, tokens = case["block_size"], {}
+    size = case["block_size"]
+    tokens: dict[int, str] = {}
     for at, step in enumerate(case["steps"]):
         tokens |= {slot: f"{at}.{t}" for t, slot in enumerate(step["slots"]) if slot >= 0}
     lines = ["step.token that belongs into each slot; k!, v!: what stands there is wrong"]
     for block in range(min(case["num_blocks"], 12)):
         cells = []
         for offset in range(size):
-            marks = "".join(f" {kind}!" for kind, part in zip("kv", wrong[:, :, block, offset], strict=True) if part.any())
+            bad = wrong[:, :, block, offset].flatten(1).any(1).tolist()
+            marks = " k!" * bad[0] + " v!" * bad[1]
             cells.append(f"{tokens.get(block * size + offset, '-') + marks:>10}")
         lines.append(f"block {block:2} |{'|'.join(cells)}|")
     return "\n".join(lines)
@@ -119,7 +121,8 @@ def _rows(step: list[list[int]], wrong: Tensor) -> str:
     if len(wrong) > 30:
         return ""
     bad = wrong.flatten(1).any(1).tolist()
-    lines = [f"{row:4}   {s:8}   {p:8}   {'wrong' if bad[row] else 'right'}" for row, (s, p) in enumerate(rows_of(step))]
+    words = ["wrong" if one else "right" for one in bad]
+    lines = [f"{row:4}   {s:8}   {p:8}   {words[row]}" for row, (s, p) in enumerate(rows_of(step))]
     return "\n".join(["row    sequence   position", *lines])
 
 
@@ -129,7 +132,7 @@ def judge_layer(case: Case, answer: Any) -> Failure | None:
     for at, step in enumerate(case["steps"]):
         for name, said in names.items():
             failure = differing(expected[name][at], answer[name][at], f"step {at}: {said}",
-                                picture=lambda wrong, step=step: _rows(step, wrong))  # fmt: skip
+                                picture=partial(_rows, step))  # fmt: skip
             if failure:
                 return failure
     return differing(expected["cache"], answer["cache"], "the cache [2, G, N, B, D]")
@@ -139,8 +142,8 @@ def judge_model(case: Case, answer: Any) -> Failure | None:
     expected = drive_attention.model(case)
     low = None if case["dtype"] == "float32" else ROUNDED
     for at, step in enumerate(case["steps"]):
-        failure = differing(expected["hidden"][at], answer["hidden"][at], f"step {at}: hidden", low,
-                            lambda wrong, step=step: _rows(step, wrong))  # fmt: skip
+        hidden = expected["hidden"][at], answer["hidden"][at]
+        failure = differing(*hidden, f"step {at}: hidden", low, partial(_rows, step))
         failure = failure or differing(expected["logits"][at], answer["logits"][at], f"step {at}: the logits", low)
         if failure:
             return failure

@@ -82,7 +82,10 @@ def batch_of(case, step):
     """positions [T], and the batch, of a step: a list of (sequence, first position, number of tokens)."""
     from kernels import Batch
 
-    size, positions, slots, starts, contexts = case["block_size"], [], [], [0], []
+    size, starts = case["block_size"], [0]
+    positions: list[int] = []
+    slots: list[int] = []
+    contexts: list[int] = []
     for s, start, count in step:
         own = range(start, start + count)
         positions += own
@@ -118,7 +121,7 @@ def layer(case):
     config, weights, backend = parts(case)
     one = LlamaLayer(config, 0, weights, backend)
     ours, alone = (new_cache(config, case, backend, 1)[0] for _ in range(2))
-    answers = {"rows": [], "attended": []}
+    answers: dict = {"rows": [], "attended": []}
     for step in case["steps"]:
         positions, batch = batch_of(case, step)
         angles = positions[:, None] * unpacked(case["frequencies"])
@@ -137,7 +140,7 @@ def model(case):
     config, weights, backend = parts(case)
     llama = Llama(config, weights, backend)
     pool = new_cache(config, case, backend, config.num_layers)
-    answers = {"hidden": [], "logits": []}
+    answers: dict = {"hidden": [], "logits": []}
     for step in case["steps"]:
         positions, batch = batch_of(case, step)
         ids = [token for s, start, count in step for token in case["tokens"][s][start : start + count]]
