@@ -1,7 +1,7 @@
 """What a layer computes beside its products, in the plainest PyTorch that is right: no cache, no page tables, no batch.
 
 Symbols as in the whole project: T tokens in a row, E hidden size, F width of the MLP, H query heads, G key/value heads,
-D head size. Results are of the dtype of what comes in; what is in between is in fp32.
+D head size. Results are of the dtype of what comes in; what is in between is in fp32. Nothing that comes in is changed.
 """
 
 import math

@@ -51,23 +51,41 @@ def _text(tensor: Tensor, place: tuple[int, ...]) -> str:
     return f"{float(tensor[place]):.6g}" + (f"   in the row  {numbers}" if 1 < row.numel() <= 8 else "")
 
 
+def changed(expected: dict[str, Any], got: dict[str, Any], results: tuple[str, ...] = ()) -> Failure | None:
+    """Whether something that was only lent has been written to."""
+    for name, right in expected.items():
+        if name not in results and differing(right, got[name], name, 1e-9):
+            return Failure(f"{name}, which was given, has been changed", "what came in stays as it is")
+    return None
+
+
+def judge_formula(
+    case: Case, answer: Any, driver: Callable[[Case], Any], picture: Callable[[Tensor], str] = lambda wrong: ""
+) -> Failure | None:
+    """A result, and what was given."""
+    expected = driver(case)
+    failure = differing(expected["result"], answer["result"], "the result", picture=picture)
+    return failure or changed(expected, answer, ("result",))
+
+
 def judge_norm(case: Case, answer: Any) -> Failure | None:
-    return differing(drive_attention.norm(case), answer, "the result")
+    return judge_formula(case, answer, drive_attention.norm)
 
 
 def judge_frequencies(case: Case, answer: Any) -> Failure | None:
     expected = drive_attention.frequencies(case)
-    tolerances = {"frequencies": 1e-5, "cos": TURNED, "sin": TURNED}
-    found = (differing(expected[name], answer[name], name, least) for name, least in tolerances.items())
-    return next(filter(None, found), None)
+    for name, said, least in ("result", "frequencies", 1e-5), ("cos", "cos", TURNED), ("sin", "sin", TURNED):
+        if failure := differing(expected[name], answer[name], said, least):
+            return failure
+    return changed(expected, answer, ("result", "cos", "sin"))
 
 
 def judge_turning(case: Case, answer: Any) -> Failure | None:
-    return differing(drive_attention.turning(case), answer, "the turned x")
+    return judge_formula(case, answer, drive_attention.turning)
 
 
 def judge_attention(case: Case, answer: Any) -> Failure | None:
-    return differing(drive_attention.attention(case), answer, "o", picture=partial(_mask, case))
+    return judge_formula(case, answer, drive_attention.attention, partial(_mask, case))
 
 
 def _mask(case: Case, wrong: Tensor) -> str:
@@ -89,8 +107,13 @@ def judge_cache(case: Case, answer: Any) -> Failure | None:
         for at, (right, ours) in enumerate(zip(expected["q"], answer["q"], strict=True)):
             if failure := differing(right, ours, f"q of step {at}, turned,"):
                 return failure
-    return differing(expected["cache"], answer["cache"], "the cache [2, G, N, B, D]",
-                     picture=partial(_slots, case))  # fmt: skip
+    failure = differing(expected["cache"], answer["cache"], "the cache [2, G, N, B, D]", picture=partial(_slots, case))
+    return failure or _steps_changed(expected, answer)
+
+
+def _steps_changed(expected: dict[str, Any], answer: dict[str, Any]) -> Failure | None:
+    found = (changed(*both) for both in zip(expected["given"], answer["given"], strict=True))
+    return next(filter(None, found), None)
 
 
 def _slots(case: Case, wrong: Tensor) -> str:
@@ -135,7 +158,8 @@ def judge_layer(case: Case, answer: Any) -> Failure | None:
                                 picture=partial(_rows, step))  # fmt: skip
             if failure:
                 return failure
-    return differing(expected["cache"], answer["cache"], "the cache [2, G, N, B, D]")
+    failure = differing(expected["cache"], answer["cache"], "the cache [2, G, N, B, D]")
+    return failure or _steps_changed(expected, answer)
 
 
 def judge_model(case: Case, answer: Any) -> Failure | None:
@@ -147,7 +171,7 @@ def judge_model(case: Case, answer: Any) -> Failure | None:
         failure = failure or differing(expected["logits"][at], answer["logits"][at], f"step {at}: the logits", low)
         if failure:
             return failure
-    return None
+    return _steps_changed(expected, answer)
 
 
 def lines_of(value: Any, name: str) -> str:

@@ -28,54 +28,63 @@ def unpacked(value, dtype="float32"):
     return tensor.to(getattr(torch, dtype))
 
 
+def and_after(result, **given):
+    """A result, and what was given, as it stands now."""
+    return {"result": packed(result)} | {name: packed(one) for name, one in given.items()}
+
+
 def norm(case):
     from kernels import formulas
 
     x = unpacked(case["x"], case["dtype"])
     if case["function"] == "silu_and_mul":
-        return packed(formulas.silu_and_mul(x))
-    return packed(formulas.rms_norm(x, unpacked(case["weight"], case["dtype"]), case["eps"]))
+        return and_after(formulas.silu_and_mul(x), x=x)
+    weight = unpacked(case["weight"], case["dtype"])
+    return and_after(formulas.rms_norm(x, weight, case["eps"]), x=x, weight=weight)
 
 
 def frequencies(case):
     from minipaged.models.rope import Rope, RopeConfig, inverse_frequencies
 
     config = RopeConfig(**case["rope"])
-    cos, sin = Rope(config, case["head_size"], torch.device("cpu"))(torch.tensor(case["positions"]))
-    return {"frequencies": packed(inverse_frequencies(config, case["head_size"])), "cos": packed(cos),
-            "sin": packed(sin)}  # fmt: skip
+    positions = torch.tensor(case["positions"])
+    cos, sin = Rope(config, case["head_size"], torch.device("cpu"))(positions)
+    return and_after(inverse_frequencies(config, case["head_size"]), cos=cos, sin=sin, positions=positions)
 
 
 def turning(case):
     from kernels import formulas
 
-    angles = unpacked(case["angles"])
-    return packed(formulas.rope(unpacked(case["x"], case["dtype"]), angles.cos(), angles.sin()))
+    x, angles = unpacked(case["x"], case["dtype"]), unpacked(case["angles"])
+    cos, sin = angles.cos(), angles.sin()
+    return and_after(formulas.rope(x, cos, sin), x=x, cos=cos, sin=sin)
 
 
 def attention(case):
     from kernels import formulas
 
     q, keys, values = (unpacked(case[name], case["dtype"]) for name in ("q", "keys", "values"))
-    return packed(formulas.attention(q, keys, values, case["scale"]))
+    return and_after(formulas.attention(q, keys, values, case["scale"]), q=q, keys=keys, values=values)
 
 
 def cache(case):
     """Every step writes its tokens; then we look at q, and in the end at all slots."""
     from kernels import Batch, TorchBackend
 
-    backend, turned = TorchBackend(), []
+    backend, turned, given = TorchBackend(), [], []
     shape = (2, case["kv_heads"], case["num_blocks"], case["block_size"], case["head_size"])
     layer_cache = torch.full(shape, torch.nan, dtype=getattr(torch, case["dtype"]))
     for step in case["steps"]:
         q, k, v, angles = (unpacked(step[name]) for name in ("q", "k", "v", "angles"))
         count = len(step["slots"])
         batch = Batch(*map(torch.tensor, (step["slots"], [0, count], [count], [[0]])))
+        cos, sin = angles.cos(), angles.sin()
         if case["turn"]:
-            turned.append(packed(backend.rope_and_write(q, k, v, angles.cos(), angles.sin(), layer_cache, batch)))
+            turned.append(packed(backend.rope_and_write(q, k, v, cos, sin, layer_cache, batch)))
         else:
             backend.write_kv(k, v, layer_cache, batch)
-    return {"q": turned, "cache": packed(layer_cache)}
+        given.append({"cos": packed(cos), "sin": packed(sin), "slot_mapping": packed(batch.slot_mapping)})
+    return {"q": turned, "cache": packed(layer_cache), "given": given}
 
 
 def batch_of(case, step):
@@ -121,14 +130,15 @@ def layer(case):
     config, weights, backend = parts(case)
     one = LlamaLayer(config, 0, weights, backend)
     ours, alone = (new_cache(config, case, backend, 1)[0] for _ in range(2))
-    answers: dict = {"rows": [], "attended": []}
+    answers: dict = {"rows": [], "attended": [], "given": []}
     for step in case["steps"]:
         positions, batch = batch_of(case, step)
         angles = positions[:, None] * unpacked(case["frequencies"])
         x = torch.cat([unpacked(case["rows"][s][start : start + count]) for s, start, count in step]).to(backend.dtype)
-        turn = angles.cos(), angles.sin()
-        answers["rows"].append(packed(one(x.clone(), *turn, ours, batch)))
-        answers["attended"].append(packed(one.attention(x.clone(), *turn, alone, batch_of(case, step)[1])))
+        cos, sin = angles.cos(), angles.sin()
+        answers["rows"].append(packed(one(x.clone(), cos, sin, ours, batch)))
+        answers["attended"].append(packed(one.attention(x.clone(), cos, sin, alone, batch)))
+        answers["given"].append({"cos": packed(cos), "sin": packed(sin), "slot_mapping": packed(batch.slot_mapping)})
     return answers | {"cache": packed(alone)}
 
 
@@ -140,11 +150,13 @@ def model(case):
     config, weights, backend = parts(case)
     llama = Llama(config, weights, backend)
     pool = new_cache(config, case, backend, config.num_layers)
-    answers: dict = {"hidden": [], "logits": []}
+    answers: dict = {"hidden": [], "logits": [], "given": []}
     for step in case["steps"]:
         positions, batch = batch_of(case, step)
         ids = [token for s, start, count in step for token in case["tokens"][s][start : start + count]]
-        hidden = llama(torch.tensor(ids), positions, pool, batch)
+        input_ids = torch.tensor(ids)
+        hidden = llama(input_ids, positions, pool, batch)
         answers["hidden"].append(packed(hidden))
         answers["logits"].append(packed(llama.logits(hidden[batch.query_start[1:] - 1])))
+        answers["given"].append({"input_ids": packed(input_ids), "positions": packed(positions)})
     return answers
