@@ -1,6 +1,7 @@
 """What the engine asks of the hardware: tensors in, tensors out. Imports nothing of minipaged.
 
     reference.py         each kernel in the plainest PyTorch that is right; all others are tested against it
+    formulas.py          what a layer computes beside its products: norm, rotation, attention over a row
     cache.py             the memory for keys and values, in eight bits too
     torch_backend.py     the backend that needs nothing but PyTorch,
     torch_attention.py     its paged attention, fast on a CPU,
@@ -112,9 +113,11 @@ def _cpp(
     on_cpu: bool, dtype: torch.dtype, folder: Path | None, notice: Callable[[str], None], same_bits: bool,
     products: str,
 ) -> Backend:  # fmt: skip
-    from kernels.cpp import CppBackend
-    from kernels.cpp_build import BuildFailed, build
-
+    try:
+        from kernels.cpp import CppBackend
+        from kernels.cpp_build import BuildFailed, build
+    except ImportError:  # a tree that was cut for the course
+        raise Unavailable("kernels in C++ are not there") from None
     if not on_cpu:
         raise Unavailable("kernels in C++ are for a CPU")
     if dtype not in (torch.float32, torch.bfloat16):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-SOURCES = sorted(Path(__file__).with_name("cpu").iterdir())
+SOURCES = sorted(Path(__file__).with_name("cpu").glob("*"))  # none in a tree that was cut for the course
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SECONDS = 300  # a compiler that takes longer hangs
 

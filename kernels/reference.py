@@ -1,7 +1,8 @@
 """The reference: each kernel in the plainest PyTorch that is right.
 
 Nothing here is fast, and nothing here is allowed to be clever: every other
-backend, in PyTorch, C++ or Triton, is tested against this file.
+backend, in PyTorch, C++ or Triton, is tested against this file. (What a layer
+computes for itself, with no cache, stands in formulas.py.)
 
 Shapes, as in the whole project: T tokens in the batch, S sequences in it,
 N physical blocks, B block size, M blocks in a page table, H query heads,
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.cache import LARGEST, codes, is_quantized, raw, scales
+from kernels.formulas import rms_norm as rms_norm
+from kernels.formulas import rope as rope
+from kernels.formulas import silu_and_mul as silu_and_mul
 from kernels.packed import Packed
 
 
@@ -116,29 +120,6 @@ def move_blocks(from_cache: Tensor, to_cache: Tensor, source: Tensor, target: Te
     from_cache, to_cache = raw(from_cache), raw(to_cache)
     moved = from_cache[:, :, :, source.to(from_cache.device)]
     to_cache[:, :, :, target.to(to_cache.device)] = moved.to(to_cache.device)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension; the norm is taken in fp32."""
-    y = x.float()
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, heads, D] by its positions; cos and sin [T, D/2].
-
-    Dimension i is paired with i + D/2 (the layout of Hugging Face's Llama).
-    """
-    a, b = x.float().chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    """silu(gate) * up for x [T, 2F] = (gate, up). Returns [T, F]."""
-    gate, up = x.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
 
 
 def round_to_int8(x: Tensor) -> Tensor:

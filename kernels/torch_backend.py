@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference, torch_attention
+from kernels import formulas, reference, torch_attention
 from kernels.batch import Batch
 from kernels.cache import codes, is_quantized, raw, scales
 from kernels.linear import Linear, SideBySide, compute_dtype
@@ -55,12 +55,12 @@ class TorchBackend:
         return weight
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / rms(x) * weight over the last dimension."""
-        return reference.rms_norm(x, weight, eps)
+        """x / rms(x) * weight over the last dimension: see formulas.rms_norm."""
+        return formulas.rms_norm(x, weight, eps)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """silu(gate) * up for x [T, 2F] = (gate, up). Returns [T, F]."""
-        return reference.silu_and_mul(x)
+        return formulas.silu_and_mul(x)
 
     def pointwise(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x) for x [T, F], where function takes each number by itself: an activation."""
@@ -72,10 +72,11 @@ class TorchBackend:
     ) -> Tensor:  # fmt: skip
         """Turn q [T, H, D] and k [T, G, D] by cos and sin [T, D/2]; write k and v into their slots. Returns q, turned.
 
-        Within a token, heads lie side by side; q may be changed in place. static: see `write_kv`.
+        So keys stand in the cache turned already, and values as they came. Within a token, heads lie side by side; q
+        may be changed in place. static: see `write_kv`.
         """
-        self.write_kv(reference.rope(k, cos, sin), v, layer_cache, batch, static)
-        return reference.rope(q, cos, sin)
+        self.write_kv(formulas.rope(k, cos, sin), v, layer_cache, batch, static)
+        return formulas.rope(q, cos, sin)
 
     def why_no_cache(self, dtype: torch.dtype) -> str | None:
         """Why a cache can't be of this dtype, which is the weights' or one of eight bits; None if it can."""
@@ -84,9 +85,10 @@ class TorchBackend:
     def write_kv(
         self, k: Tensor, v: Tensor, layer_cache: Tensor, batch: Batch, static: tuple[float, float] | None = None
     ) -> None:
-        """Write k and v [T, G, D] into the batch's slots; a slot of -1 writes nothing.
+        """Write k and v [T, G, D] into the batch's slots of layer_cache [2, G, N, B, D], in the cache's dtype.
 
-        static: the scales of keys and values for a cache in fp8, instead of one for each token and head.
+        Token t goes to slot_mapping[t] = block * B + offset, keys to part 0 and values to part 1; a slot of -1 writes
+        nothing. static: the scales of keys and values for a cache in fp8, instead of one for each token and head.
         """
         slots = batch.slot_mapping
         if slots.min() < 0:
@@ -113,10 +115,21 @@ class TorchBackend:
         """Causal attention of q [T, H, D] through the page tables: see reference.paged_attention. Returns [T, H, D]."""
         where = batch.query_start, batch.context_lens, batch.block_tables
         if q.device.type != "cpu":
-            return reference.paged_attention(q, layer_cache, *where, scale)
+            return self._one_by_one(q, layer_cache, batch, scale)
         if batch.plan is None:  # the first layer: the others share it
             batch.plan = torch_attention.AttentionPlan(*where, q.shape[1], layer_cache)
         return torch_attention.paged_attention(q, layer_cache, batch.plan, scale)
+
+    def _one_by_one(self, q: Tensor, layer_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """The same, sequence by sequence: keys and values are copied into a row first."""
+        out, starts = torch.empty_like(q), batch.query_start.tolist()
+        for s, context in enumerate(batch.context_lens.tolist()):
+            rows = slice(starts[s], starts[s + 1])
+            blocks = batch.block_tables[s, : -(-context // layer_cache.shape[3])].long()
+            read = reference.dequantize(raw(layer_cache)[:, :, blocks].view(layer_cache.dtype))
+            keys, values = read.flatten(2, 3)[:, :, :context]  # [G, C, D]
+            out[rows] = formulas.attention(q[rows], keys, values, scale)
+        return out
 
     def copy_blocks(self, cache: Tensor, source: Tensor, target: Tensor) -> None:
         """Copy whole blocks inside the pool, in all layers at once: see reference.copy_blocks."""
