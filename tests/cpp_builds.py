@@ -1,5 +1,6 @@
 """The C++ as other machines build it, kept between tests: a build takes half a minute of a processor."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels import cpp_build
+from minipaged import cache_folder
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 FACES = {  # by the floats in a vector
@@ -19,11 +21,27 @@ FACES = {  # by the floats in a vector
 }
 
 
+def others() -> list[str]:
+    """The faces beside "cpp" that differ from it: the machine's own width is that one again, to the last byte."""
+    command = ["c++", "-march=native", "-dM", "-E", "-xc++", os.devnull]
+    try:
+        known = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    except OSError:
+        known = []
+    own = "cpp 16" if "__AVX512F__" in known else "cpp 8" if "__AVX__" in known else "cpp 4"
+    return [face for face in FACES if face not in ("cpp", own)]
+
+
 def library(face: str, sanitize: bool = False) -> Path:
     """The library of that face, or a skipped test. Its name holds a hash of the sources: nothing old is ever taken."""
-    folder = Path(tempfile.gettempdir(), f"minipaged-kernels-{os.getuid()}")
+    mine = face == "cpp" and not sanitize  # what the package itself builds, and keeps
+    shelf = Path(tempfile.gettempdir(), f"minipaged-kernels-{os.getuid()}")
+    shelf.mkdir(parents=True, exist_ok=True)
     try:
-        return cpp_build.build(folder, print, cpp_build.FLAGS + FACES[face] + SANITIZERS * sanitize)
+        with open(shelf / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two workers that need the same one don't both build it
+            flags = cpp_build.FLAGS + FACES[face] + SANITIZERS * sanitize
+            return cpp_build.build(cache_folder() / "kernels" if mine else shelf, print, flags)
     except cpp_build.BuildFailed as error:
         pytest.skip(str(error))
 

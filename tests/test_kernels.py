@@ -15,7 +15,7 @@ from kernels.cache import LARGEST, codes, is_quantized, scales
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 BYTES = [torch.int8, torch.float8_e4m3fn]
 TOLERANCE |= dict.fromkeys(BYTES, 2e-5)  # of what the codes say: beyond that a cache of a byte is one of fp32
-FACES = ("torch", "cpp", "cpp 4", "cpp 16")
+FACES = ("torch", "cpp", *cpp_builds.others())
 
 
 @pytest.fixture(scope="session", params=FACES)

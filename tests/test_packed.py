@@ -14,7 +14,7 @@ from kernels.packed import Packed, quantize, stack
 from minipaged.models.gguf_blocks import TYPES, take_apart
 
 
-@pytest.fixture(scope="module", params=cpp_builds.FACES)
+@pytest.fixture(scope="module", params=["cpp", *cpp_builds.others()])
 def backend(request):
     """A function products -> backend."""
     sanitize = request.config.getoption("--sanitize")

@@ -37,6 +37,8 @@ def equal(got: Any, expected: Any, tolerance: float = 0) -> bool:
     >>> equal((1, 2), [1, 2]), equal(True, 1), equal(float("nan"), float("nan"))
     (True, False, True)
     """
+    if type(got) is type(expected) is int and got == expected:
+        return True  # most are such, and tests compare by the ten thousand
     if isinstance(expected, torch.Tensor):
         return _tensors_equal(got, expected, tolerance)
     if isinstance(got, np.generic) or (isinstance(got, torch.Tensor) and got.ndim == 0):
@@ -57,6 +59,7 @@ def equal(got: Any, expected: Any, tolerance: float = 0) -> bool:
     return type(got) is type(expected) and got == expected
 
 
+PLAIN = {int, float, bool, str, bytes, type(None)}
 HONEST = {kind.__eq__ for kind in (int, float, bool, str, bytes, tuple, frozenset, type(None))}
 
 
@@ -105,17 +108,21 @@ class _Watch:
 
     def __init__(self, allow: set[CodeType], forbid: set[CodeType], changes: frozenset[str]):
         self.allow, self.forbid, self.changes = allow, forbid, changes
+        self.harmless: dict[int, CodeType] = {}  # what was looked at and may be called; to hash a code takes long
         self.inside = False
 
     def wrap(self, function: Callable[..., Any], method: bool = False) -> Callable[..., Any]:
         """method: its first argument is the object itself, which it may change."""
 
+        names = _names(function)
+
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return function(*args, **kwargs)
-            named = dict([*_named(function, args, kwargs).items()][method:])
-            before = {name: _copy(value) for name, value in named.items() if name not in self.changes}
+            named = dict([*names(args, kwargs).items()][method:])
+            mutable = {name: value for name, value in named.items() if type(value) not in PLAIN}
+            before = {name: _copy(value) for name, value in mutable.items() if name not in self.changes}
             result, culprit = self._run(function, args, kwargs)
             assert not culprit, f"it calls {culprit}: write it yourself"
             for name, value in before.items():
@@ -149,8 +156,11 @@ class _Watch:
     def _is_foreign(self, frame: FrameType) -> bool:
         """Whether the reader's code, and nothing that may be called, called what may not be."""
         code, caller = frame.f_code, frame.f_back
+        if id(code) in self.harmless:
+            return False
         package = code.co_filename.startswith(PACKAGES) and not code.co_filename.startswith(TEACHING)
         if code in self.allow or not (package or code in self.forbid):
+            self.harmless[id(code)] = code
             return False
         while caller is not None and caller.f_code.co_filename != __file__:
             if caller.f_code in self.allow:
@@ -171,16 +181,35 @@ def _codes(things: Collection[Any]) -> set[CodeType]:
     return found
 
 
-def _named(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    """Its arguments, by the names that the reader gave them."""
+def _names(function: Callable[..., Any]) -> Callable[[Any, Any], dict[str, Any]]:
+    """Tells arguments by the names that the reader gave them."""
     try:
-        return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return {str(i): value for i, value in enumerate(args)} | kwargs
+        return _numbered
+    kinds = {one.kind for one in signature.parameters.values()}
+    plain = not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    names = list(signature.parameters)
+
+    def named(args: Any, kwargs: Any) -> dict[str, Any]:
+        if plain and len(args) <= len(names):
+            return dict(zip(names, args, strict=False)) | kwargs
+        try:
+            return dict(signature.bind(*args, **kwargs).arguments)
+        except TypeError:
+            return _numbered(args, kwargs)
+
+    return named
+
+
+def _numbered(args: Any, kwargs: Any) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(args)} | kwargs
 
 
 def _copy(thing: Any, depth: int = 8) -> Any:
     """Something that is equal only as long as `thing` is as it is now."""
+    if type(thing) in PLAIN:
+        return type(thing), thing
     if depth == 0:
         return None
     if isinstance(thing, torch.Tensor):

@@ -266,12 +266,12 @@ def logit_lens(tokens):
     best, x = [], embedding[tokens]
     for layer in range(L):
         x = layers(x, layer, layer + 1)
-        best.append(int(forecast(x)[-1].argmax()))
+        best.append(int(forecast(x[-1:]).argmax()))
     return best
 
 
 def anew_for_each(tokens):
-    return [int(forecast(layers(embedding[tokens], 0, n))[-1].argmax()) for n in range(1, L + 1)]
+    return [int(forecast(layers(embedding[tokens], 0, n)[-1:])[0].argmax()) for n in range(1, L + 1)]
 
 
 def written_out(tokens):

@@ -188,7 +188,8 @@ def reseeds_all(seed, sample, position):
 
 
 def reseeds_torch(seed, sample, position):
-    torch.manual_seed(int(number(seed, sample, position) * 2**40))
+    # as torch.manual_seed does it, which notes a traceback for a GPU each time: half a minute for all calls
+    torch.default_generator.manual_seed(int(number(seed, sample, position) * 2**40))
     return torch.rand((), dtype=torch.float64).item()
 
 
