@@ -97,7 +97,15 @@ def _attend(
     scale_log2, B: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys begin .. end - 1 into o, m and z. MASKED: some of them lie behind some query's position."""
+    """Take the keys begin .. end - 1 of a sequence into o, m and z, BLOCK_N at a time, and return these: (o, m, z).
+
+    q and o [BLOCK_M, D_PAD], m, z and position [BLOCK_M]: of a row's query; m is in powers of two, and NONE where
+    nothing was seen. keys, values: where block 0 of this head begins; table: where the sequence's page table does.
+    Columns D and beyond of q are 0, and o's are nobody's. scale_log2: scale log2(e).
+    MASKED: a row sees keys up to its position only, and end may be no multiple of BLOCK_N: what lies at end and beyond
+    is not even read. If not MASKED, all rows see all keys, and begin and end are multiples of BLOCK_N.
+    SCALED: numbers are codes; key_scales and value_scales point to those of block 0, one for each slot.
+    """
     d = tl.arange(0, D_PAD)
     for tile_begin in range(begin, end, BLOCK_N):
         j = tile_begin + tl.arange(0, BLOCK_N)
@@ -192,7 +200,12 @@ def _merge_kernel(
     out, partial_o, partial_mz, query_start, num_seqs, least, num_splits, stride_out_t, stride_out_h,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE_Q: tl.constexpr, DECODE: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One query, one head: the splits' m, z and o become the answer."""
+    """One query, one head: the splits' m, z and o become the answer, o / z; zeros if no split saw a key.
+
+    Program (i, head) has query i % TILE_Q of tile i // TILE_Q. partial_mz [rows, H, num_splits, 2] and partial_o
+    [rows, H, num_splits, D] lie in one piece, with i for the row; where z is 0, o was never written. SPLITS_PAD: the
+    power of two that is not below num_splits.
+    """
     tile = tl.program_id(0) // TILE_Q
     s, start, count, first = _find_queries(tile, query_start, num_seqs, least, TILE_Q, DECODE)
     query = first + tl.program_id(0) % TILE_Q

@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from minipaged.course.assignment import Assignment, Case, Failure, Part
@@ -19,6 +20,7 @@ from minipaged.course.submission import Submission, build
 PUBLIC_SEED = 0  # of the tests that students have
 MOST_TRIES = 200  # to make a failing case smaller
 WORKS, FAILS, UNWRITTEN, UNUSABLE = "works", "fails", "not written yet", "can't be used"
+UNTRIED = "can't be tried here"  # this machine lacks a package
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def check(
             results[part.name] = PartResult(part, UNUSABLE, fault)
         elif missing := [name for name in part.names if f"{part.file}:{name}" in unwritten]:
             results[part.name] = PartResult(part, UNWRITTEN, Failure(f"not written yet: {', '.join(missing)}"))
+        elif lacking := [name for name in part.needs if find_spec(name) is None]:
+            said = f"this needs the package {lacking[0]}, which isn't installed here: it can be tried where it is"
+            results[part.name] = PartResult(part, UNTRIED, Failure(said))
         else:
             written.append(part)
     bench = _Bench(submission, assignment, seed, locked, changed or {}, notice)

@@ -6,6 +6,7 @@ TREE has the student's package, and beside it driver.py, which does what a case 
 prints goes to standard error, and no answer is believed here: who asked compares.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -33,7 +34,8 @@ def main():
     sys.dont_write_bytecode = True
     sys.path[:] = [os.path.dirname(os.path.abspath(__file__)), *sys.path, *settings["packages"]]
     for name in settings["imports"]:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # not every machine has all of them
+            importlib.import_module(name)
     import locks
     from observe import plain
 

@@ -1,0 +1,53 @@
+"""Assignment 3: PagedAttention."""
+
+from minipaged.course.assignment import Assignment, Part
+from minipaged.course.assignments import pagedattention_cases as cases
+from minipaged.course.assignments import pagedattention_judges as judges
+
+REFERENCE = "kernels/reference.py"
+TORCH = "kernels/torch_attention.py"
+TRITON = "kernels/triton_attention.py"
+
+ASSIGNMENT = Assignment(
+    number=3,
+    title="PagedAttention",
+    parts=(
+        Part(
+            "write into slots", 8, REFERENCE, ("write_slots",), "write", cases.write_cases, judges.judge_write,
+            smaller=cases.smaller_writes, show=cases.show_write, num_cases=30,
+        ),
+        Part(
+            "copy and move blocks", 8, REFERENCE, ("copy_blocks", "move_blocks"), "move", cases.move_cases,
+            judges.judge_move, smaller=cases.smaller_moves, show=cases.show_move, num_cases=30,
+        ),
+        Part(
+            "attention through page tables", 20, REFERENCE, ("paged_attention",), "attention", cases.attention_cases,
+            judges.judge_attention, smaller=cases.smaller_batches, show=cases.show_batch, num_cases=50,
+        ),
+        Part(
+            "online softmax", 22, REFERENCE, ("paged_attention_by_blocks",), "by_blocks", cases.by_blocks_cases,
+            judges.judge_by_blocks, smaller=cases.smaller_batches, show=cases.show_batch, num_cases=50,
+        ),
+        Part(
+            "many sequences at once", 16, TORCH, ("AttentionPlan._bucket", "_decode"), "together",
+            cases.together_cases, judges.judge_together, smaller=cases.smaller_batches, show=cases.show_batch,
+            num_cases=50,
+        ),
+        Part(
+            "a tile of keys in Triton", 18, TRITON, ("_attend",), "in_triton", cases.attend_cases,
+            judges.judge_triton, smaller=cases.smaller_batches, show=cases.show_batch, num_cases=12, seconds=30,
+            needs=("triton",),
+        ),
+        Part(
+            "merging splits in Triton", 8, TRITON, ("_merge_kernel",), "in_triton", cases.merge_cases,
+            judges.judge_triton, smaller=cases.smaller_batches, show=cases.show_batch, num_cases=8, seconds=30,
+            needs=("triton",),
+        ),
+    ),
+    chapters=(6, 7),
+    hours="6 to 9",
+    imports=("torch", "triton", "triton.language"),
+    environment={"TRITON_INTERPRET": "1"},
+    generate=("--kernels", "torch"),
+    memory=6 << 30,
+)  # fmt: skip
