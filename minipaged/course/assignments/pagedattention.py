@@ -7,6 +7,7 @@ from minipaged.course.assignments import pagedattention_judges as judges
 REFERENCE = "kernels/reference.py"
 TORCH = "kernels/torch_attention.py"
 TRITON = "kernels/triton_attention.py"
+COLUMNS = "of values, columns from D on are nobody's: what is in them is never stored"
 
 ASSIGNMENT = Assignment(
     number=3,
@@ -50,4 +51,14 @@ ASSIGNMENT = Assignment(
     environment={"TRITON_INTERPRET": "1"},
     generate=("--kernels", "torch"),
     memory=6 << 30,
+    harmless={
+        "AttentionPlan._bucket: width = -(-int(contexts.max()) // self.block_size) -> "
+        "width = -(-int(contexts.max()) * self.block_size)": "wider than need be; what lies beyond is masked anyhow",
+        "_decode: values.masked_fill_(bucket.beyond.transpose(1, 2), 0) -> "
+        "values.masked_fill_(bucket.beyond.transpose(1, 2), 1)": "any number will do: its weight is 0",
+        "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
+        "v = _load(values + numbers, inside, not MASKED)": COLUMNS,
+        "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
+        "v = _load(values + numbers, inside, not MASKED and D != D_PAD)": COLUMNS,
+    },
 )  # fmt: skip

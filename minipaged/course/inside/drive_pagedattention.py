@@ -13,7 +13,7 @@ import types
 import torch
 from torch.overrides import TorchFunctionMode
 
-KEYS = 16  # in a tile of the Triton kernel: as few as can be, so that small contexts have several
+KEYS, QUERIES = 4, 8  # in a tile of the Triton kernel: few, so that small contexts have several
 FOREIGN = ("torch_attention", "triton_attention", "triton_cache", "torch_backend", "reference")
 
 
@@ -207,8 +207,8 @@ def in_triton(case):
 def run_triton(case, q, cache, starts, contexts, tables, scale):
     module = alone("triton_attention")
     tiles = importlib.import_module("kernels.triton_tiles").Tiles
-    group = case["heads"] // case["kv_heads"]
-    module.choose_tiles = lambda *args, **kwargs: tiles(1 if args[3] else max(16 // group, 1), 16, KEYS, 4, 1)
+    rows = importlib.import_module("kernels.triton_tiles").power_of_2(QUERIES * case["heads"] // case["kv_heads"])
+    module.choose_tiles = lambda *args: tiles(1 if args[3] else QUERIES, rows, KEYS, num_warps=4, num_stages=1)
     whole = [x.to(torch.int32) for x in (starts, contexts, tables)]
     most = [int(starts.diff().max()), int(contexts.max())]
     return module.paged_attention(q, cache, *whole, scale, *most, num_splits=case["splits"])
