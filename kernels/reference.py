@@ -123,7 +123,9 @@ def paged_attention_by_blocks(
     keep m, the largest score so far, z, the sum of all exp(score - m), and o, the sum of all exp(score - m) V. The
     keys j of another block, with scores s_j, change them by
 
-        m' = max(m, max_j s_j),   z' = exp(m - m') z + sum_j exp(s_j - m'),   o' = exp(m - m') o + sum_j exp(s_j - m') V_j
+        m' = max(m, max_j s_j)
+        z' = exp(m - m') z + sum_j exp(s_j - m')
+        o' = exp(m - m') o + sum_j exp(s_j - m') V_j
 
     and at the end the answer is o / z. Arguments and answer: as of `paged_attention`. However long the contexts, no
     tensor of floats that is made on the way has more than 2 max(T H D, T H B, S H B D) numbers.

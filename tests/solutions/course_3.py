@@ -339,7 +339,8 @@ def paged_attention_by_blocks(q, cache, query_start, context_lens, block_tables,
         if end == begin:
             continue
         position = torch.arange(n - (end - begin), n)
-        one = lambda j: _of_block(q[begin:end], position, cache, int(block_tables[s, j]), j * B, min(n, j * B + B), scale)
+        one = lambda j: _of_block(q[begin:end], position, cache, int(block_tables[s, j]), j * B,
+                                  min(n, j * B + B), scale)
         state = _of_range(0, -(-n // B), one)
         out[begin:end] = (state.o / state.z[..., None]).to(q.dtype)
     return out
@@ -351,7 +352,8 @@ def paged_attention(q, cache, query_start, context_lens, block_tables, scale):
         n, begin, end = int(context_lens[s]), int(query_start[s]), int(query_start[s + 1])
         if begin == end:
             continue
-        together = [dequantize(cache[:, :, b][:, :, None])[:, :, 0] for b in block_tables[s].tolist()[: (n + B - 1) // B]]
+        blocks = block_tables[s].tolist()[: (n + B - 1) // B]
+        together = [dequantize(cache[:, :, b][:, :, None])[:, :, 0] for b in blocks]
         k, v = torch.cat(together, 2)[:, :, :n].float()
         seen = torch.arange(n)[None] < torch.arange(n - (end - begin), n)[:, None] + 1
         x = torch.nn.functional.scaled_dot_product_attention(
@@ -578,7 +580,8 @@ WRONG = [
           "torch.arange(context - (end - begin), context, device=q.device)",
           "torch.arange(end - begin, device=q.device)", source=f"{GITHUB}/onnx/onnx/pull/8068"),
     Wrong("a query doesn't see itself", ATTENTION, REFERENCE,
-          "torch.arange(context, device=q.device) > query_position", "torch.arange(context, device=q.device) >= query_position"),
+          "torch.arange(context, device=q.device) > query_position",
+          "torch.arange(context, device=q.device) >= query_position"),
     Wrong("query heads take keys and values in turn", ATTENTION, REFERENCE,
           """keys = keys.repeat_interleave(groups, 0)  # [H, context, D]
         values = values.repeat_interleave(groups, 0)""",

@@ -55,9 +55,11 @@ def sequences(rng: random.Random, size: int, block_size: int, kinds: str) -> tup
     needed = [-(-one["context"] // block_size) for one in found]
     num_blocks = sum(needed) + 2
     order = rng.sample(range(num_blocks), num_blocks)
+    placed: list[dict[str, Any]] = []
     for one, count in zip(found, needed, strict=True):
-        one["blocks"], order = order[:count], order[count:]
-    return found, num_blocks
+        placed.append(one | {"blocks": order[:count]})
+        order = order[count:]
+    return placed, num_blocks
 
 
 def batch(rng: random.Random, size: int, kinds: str, block_size: int = 0, **more: Any) -> Case:
@@ -144,7 +146,8 @@ def merge_cases(rng: random.Random) -> Iterator[Case]:
             case |= {"sequences": [few], "heads": 2, "kv_heads": rng.choice([1, 2]), "far": False}
             yield case | {"splits": rng.choice([2, 3, 5])}
         if number == 3:  # as in the padding of a CUDA graph: a query that sees nothing
-            yield case | {"sequences": [{"context": 0, "new": 1, "blocks": []}], "splits": 2, "behind": [0], "shift": 0.0}
+            nothing = {"context": 0, "new": 1, "blocks": []}
+            yield case | {"sequences": [nothing], "splits": 2, "behind": [0], "shift": 0.0}
 
 
 def smaller_writes(case: Case) -> Iterator[Case]:

@@ -75,7 +75,10 @@ def judge_attention(case: Case, answer: Any) -> Failure | None:
     expected = reference.paged_attention(*given)
     if answer["is"] != case["dtype"]:
         return Failure("the answer's dtype is q's", case["dtype"], str(answer["is"]))
-    got = torch.tensor(answer["numbers"])
+    try:
+        got = torch.tensor(answer["numbers"], dtype=torch.float32)
+    except RuntimeError as error:  # no numbers, or too large ones
+        raise ValueError(str(error)) from None
     if got.shape != expected.shape:
         return Failure("the answer's shape is q's, [T, H, D]", str(list(expected.shape)), str(list(got.shape)))
     tolerance = TOLERANCE[case["dtype"]] * (1 + 30 * (abs(case["shift"]) > 1000)) * (1 + case["loud"] / 8)

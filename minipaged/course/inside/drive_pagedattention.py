@@ -28,7 +28,7 @@ def alone(name):
         needed = other == name or (name, other) == ("torch_attention", "reference")
         full = f"kernels.{other}"
         if not needed:
-            sys.modules[full] = None  # to import it is an error
+            sys.modules[full] = None  # type: ignore[assignment]  # to import it is an error
         elif sys.modules.get(full, "") is None:
             del sys.modules[full]
     return importlib.import_module(f"kernels.{name}")
