@@ -86,9 +86,7 @@ def paged_attention(
     q [T, H, D]; cache [2, G, N, B, D]; query_start [S+1]; context_lens [S] counts
     the tokens of a sequence including this step's; block_tables [S, M].
     The queries of sequence s are the last ``query_start[s+1] - query_start[s]``
-    of its ``context_lens[s]`` positions; there may be none. Scores and sums are
-    fp32. Of a page table, only the blocks of the context are looked at, and of the
-    last block only its slots. Returns [T, H, D] in q's dtype.
+    of its ``context_lens[s]`` positions. Returns [T, H, D] in q's dtype.
     """
     out = torch.empty_like(q)
     block_size = cache.shape[3]

@@ -91,21 +91,19 @@ def _load(pointers, inside, ALL: tl.constexpr):
     return tl.load(pointers, mask=inside, other=0.0)
 
 
+# What the next one is given. q, o [BLOCK_M, D_PAD], m, z, position [BLOCK_M]: of each row's query; m is in powers of
+# two, and NONE where nothing was seen. keys, values, key_scales, value_scales: where block 0 of this head begins; table:
+# where the sequence's page table does. Columns D and beyond of q are 0, and o's are nobody's. Not MASKED: all rows see
+# all keys, in whole tiles of BLOCK_N. MASKED: what lies at `end` and beyond is not even read. It returns o, m and z.
+
+
 @triton.jit
 def _attend(
     q, o, m, z, position, keys, values, key_scales, value_scales, table, begin, end, stride_n, stride_b, stride_scale_n,
     scale_log2, B: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys begin .. end - 1 of a sequence into o, m and z, BLOCK_N at a time, and return these: (o, m, z).
-
-    q and o [BLOCK_M, D_PAD], m, z and position [BLOCK_M]: of a row's query; m is in powers of two, and NONE where
-    nothing was seen. keys, values: where block 0 of this head begins; table: where the sequence's page table does.
-    Columns D and beyond of q are 0, and o's are nobody's. scale_log2: scale log2(e).
-    MASKED: a row sees keys up to its position only, and end may be no multiple of BLOCK_N: what lies at end and beyond
-    is not even read. If not MASKED, all rows see all keys, and begin and end are multiples of BLOCK_N.
-    SCALED: numbers are codes; key_scales and value_scales point to those of block 0, one for each slot.
-    """
+    """Take the keys begin .. end - 1 into o, m and z. MASKED: some of them lie behind some query's position."""
     d = tl.arange(0, D_PAD)
     for tile_begin in range(begin, end, BLOCK_N):
         j = tile_begin + tl.arange(0, BLOCK_N)
