@@ -92,9 +92,9 @@ def _load(pointers, inside, ALL: tl.constexpr):
 
 
 # What the next one is given. q, o [BLOCK_M, D_PAD], m, z, position [BLOCK_M]: of each row's query; m is in powers of
-# two, and NONE where nothing was seen. keys, values, key_scales, value_scales: where block 0 of this head begins; table:
-# where the sequence's page table does. Columns D and beyond of q are 0, and o's are nobody's. Not MASKED: all rows see
-# all keys, in whole tiles of BLOCK_N. MASKED: what lies at `end` and beyond is not even read. It returns o, m and z.
+# two, and NONE where nothing was seen. keys, values, key_scales, value_scales: where block 0 of this head begins, and
+# table: where the page table does. Columns D and beyond of q are 0, and o's are nobody's. Not MASKED: all rows see
+# all keys, in whole tiles of BLOCK_N. MASKED: no key and no value at `end` and beyond is read. It returns o, m and z.
 
 
 @triton.jit

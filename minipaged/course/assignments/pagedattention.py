@@ -8,6 +8,7 @@ REFERENCE = "kernels/reference.py"
 TORCH = "kernels/torch_attention.py"
 TRITON = "kernels/triton_attention.py"
 COLUMNS = "of values, columns from D on are nobody's: what is in them is never stored"
+ENTRIES = "an entry of the page table more is loaded, and what it says isn't used"
 
 ASSIGNMENT = Assignment(
     number=3,
@@ -56,6 +57,10 @@ ASSIGNMENT = Assignment(
         "width = -(-int(contexts.max()) * self.block_size)": "wider than need be; what lies beyond is masked anyhow",
         "_decode: values.masked_fill_(bucket.beyond.transpose(1, 2), 0) -> "
         "values.masked_fill_(bucket.beyond.transpose(1, 2), 1)": "any number will do: its weight is 0",
+        "_attend: block = _load(table + j // B, j < end, not MASKED).to(tl.int64) -> "
+        "block = _load(table + j // B, j <= end, not MASKED).to(tl.int64)": ENTRIES,
+        "_attend: block = _load(table + j // B, j < end, not MASKED).to(tl.int64) -> "
+        "block = _load(table + j // B, j < end, not not MASKED).to(tl.int64)": ENTRIES,
         "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
         "v = _load(values + numbers, inside, not MASKED)": COLUMNS,
         "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
