@@ -8,6 +8,7 @@ REFERENCE = "kernels/reference.py"
 TORCH = "kernels/torch_attention.py"
 TRITON = "kernels/triton_attention.py"
 COLUMNS = "of values, columns from D on are nobody's: what is in them is never stored"
+SCALES = "a scale more is loaded, and the score that it makes is masked"
 ENTRIES = "an entry of the page table more is loaded, and what it says isn't used"
 
 ASSIGNMENT = Assignment(
@@ -61,9 +62,15 @@ ASSIGNMENT = Assignment(
         "block = _load(table + j // B, j <= end, not MASKED).to(tl.int64)": ENTRIES,
         "_attend: block = _load(table + j // B, j < end, not MASKED).to(tl.int64) -> "
         "block = _load(table + j // B, j < end, not not MASKED).to(tl.int64)": ENTRIES,
+        "_attend: products *= _load(key_scales + scale, j < end, not MASKED)[None, :] -> "
+        "products *= _load(key_scales + scale, j <= end, not MASKED)[None, :]": SCALES,
+        "_attend: products *= _load(key_scales + scale, j < end, not MASKED)[None, :] -> "
+        "products *= _load(key_scales + scale, j < end, not not MASKED)[None, :]": SCALES,
         "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
         "v = _load(values + numbers, inside, not MASKED)": COLUMNS,
         "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
         "v = _load(values + numbers, inside, not MASKED and D != D_PAD)": COLUMNS,
+        "_merge_kernel: filled = (z > 0)[:, None] & (d < D)[None, :] -> "
+        "filled = (z > 0)[:, None] & (d <= D)[None, :]": COLUMNS,
     },
 )  # fmt: skip

@@ -133,6 +133,11 @@ def attend_cases(rng: random.Random) -> Iterator[Case]:
             case |= {"kv": "int8", "size": 4, "shift": 0.0, "far": size == 3}
         if size % 6 == 5:
             case |= {"dtype": "float16", "kv": "float16", "shift": 0.0}
+        if case["far"]:  # the last block is the one that lies so far away: it should be read
+            swapped = {case["sequences"][0]["blocks"][0]: case["num_blocks"] - 1}
+            swapped |= {new: old for old, new in swapped.items()}
+            for one in case["sequences"]:
+                one["blocks"] = [swapped.get(block, block) for block in one["blocks"]]
         if any(one["new"] for one in case["sequences"]):
             yield case
 
