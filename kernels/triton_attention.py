@@ -94,7 +94,7 @@ def _load(pointers, inside, ALL: tl.constexpr):
 # What the next one is given. q, o [BLOCK_M, D_PAD], m, z, position [BLOCK_M]: of each row's query; m is in powers of
 # two, and NONE where nothing was seen. keys, values, key_scales, value_scales: where block 0 of this head begins, and
 # table: where the page table does. Columns D and beyond of q are 0, and o's are nobody's. Not MASKED: all rows see
-# all keys, in whole tiles of BLOCK_N. MASKED: no key and no value at `end` and beyond is read. It returns o, m and z.
+# all keys, in whole tiles of BLOCK_N. MASKED: what lies at `end` and beyond must not reach o. It returns o, m and z.
 
 
 @triton.jit

@@ -8,7 +8,7 @@ REFERENCE = "kernels/reference.py"
 TORCH = "kernels/torch_attention.py"
 TRITON = "kernels/triton_attention.py"
 COLUMNS = "of values, columns from D on are nobody's: what is in them is never stored"
-SCALES = "a scale more is loaded, and the score that it makes is masked"
+SCORES = "of keys or their scales more is loaded, and the score that it makes is masked"
 ENTRIES = "an entry of the page table more is loaded, and what it says isn't used"
 
 ASSIGNMENT = Assignment(
@@ -63,14 +63,19 @@ ASSIGNMENT = Assignment(
         "_attend: block = _load(table + j // B, j < end, not MASKED).to(tl.int64) -> "
         "block = _load(table + j // B, j < end, not not MASKED).to(tl.int64)": ENTRIES,
         "_attend: products *= _load(key_scales + scale, j < end, not MASKED)[None, :] -> "
-        "products *= _load(key_scales + scale, j <= end, not MASKED)[None, :]": SCALES,
+        "products *= _load(key_scales + scale, j <= end, not MASKED)[None, :]": SCORES,
         "_attend: products *= _load(key_scales + scale, j < end, not MASKED)[None, :] -> "
-        "products *= _load(key_scales + scale, j < end, not not MASKED)[None, :]": SCALES,
+        "products *= _load(key_scales + scale, j < end, not not MASKED)[None, :]": SCORES,
+        "_attend: k = _load(keys + numbers, inside, not MASKED and D == D_PAD).to(q.dtype) -> "
+        "k = _load(keys + numbers, inside, not not MASKED and D == D_PAD).to(q.dtype)": SCORES,
         "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
         "v = _load(values + numbers, inside, not MASKED)": COLUMNS,
         "_attend: v = _load(values + numbers, inside, not MASKED and D == D_PAD) -> "
         "v = _load(values + numbers, inside, not MASKED and D != D_PAD)": COLUMNS,
         "_merge_kernel: filled = (z > 0)[:, None] & (d < D)[None, :] -> "
         "filled = (z > 0)[:, None] & (d <= D)[None, :]": COLUMNS,
+        "_merge_kernel: merged = tl.sum(weight[:, None] * o, 0) / tl.where(total > 0, total, 1.0) -> "
+        "merged = tl.sum(weight[:, None] * o, 0) / tl.where(total > 1, total, 1.0)":
+            "a total that isn't 0 is at least 1: the largest score counts 2^0",
     },
 )  # fmt: skip

@@ -146,4 +146,6 @@ def judge_together(case: Case, answer: Any) -> Failure | None:
 def judge_triton(case: Case, answer: Any) -> Failure | None:
     if by_pytorch := BY_PYTORCH & set(answer["names"]):
         return Failure("the kernels compute, not PyTorch", "no arithmetic in PyTorch", ", ".join(sorted(by_pytorch)))
+    if answer["kept"] is not True:
+        return Failure("D numbers of a head are written, and none behind them", "as it was", "changed")
     return judge_attention(case, answer)
