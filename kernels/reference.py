@@ -52,17 +52,25 @@ def write_kv(
     cache [2, G, N, B, D]: keys and values of one layer; in eight bits see cache.py. slot_mapping [T] holds
     ``block * B + offset``; a slot of -1 writes nothing. static: scales of keys and of values for an fp8 cache.
     """
-    block_size = cache.shape[3]
     both = static if static and cache.dtype == torch.float8_e4m3fn else (None, None)
     for part, x, scale in zip(cache, (k, v), both, strict=True):
         if is_quantized(cache):
             x, new_scales = quantize(x, cache.dtype, scale)
-        for t, slot in enumerate(slot_mapping.tolist()):
-            if slot >= 0:
-                block, offset = divmod(slot, block_size)
-                codes(part)[:, block, offset] = x[t]
-                if is_quantized(cache):
-                    scales(part)[:, block, offset] = new_scales[t]
+            write_slots(scales(part), new_scales, slot_mapping)
+        write_slots(raw(codes(part)), raw(x), slot_mapping)
+
+
+def write_slots(part: Tensor, x: Tensor, slot_mapping: Tensor) -> None:
+    """Write one row of x [T, G, ...] into each slot of part [G, N, B, ...]: keys, or values, or their scales.
+
+    slot_mapping [T]: row t goes to offset ``slot % B`` of block ``slot // B``, in each head; one of -1 goes nowhere.
+    No two rows have the same slot, but for -1. x is converted to the dtype of `part`; other slots stay as they are.
+    """
+    block_size = part.shape[2]
+    for t, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, block_size)
+            part[:, block, offset] = x[t]
 
 
 def paged_attention(
@@ -100,6 +108,52 @@ def paged_attention(
         future = torch.arange(context, device=q.device) > query_position[:, None]
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         out[begin:end] = torch.einsum("htc,hcd->thd", weights, values).to(q.dtype)
+    return out
+
+
+def paged_attention_by_blocks(
+    q: Tensor,
+    cache: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same, a block at a time: nothing of a context is brought together, and no score outlives its block.
+
+    Online softmax (Milakov and Gimelshein 2018), the rule of the kernels in C++ and Triton. For each query and head,
+    keep m, the largest score so far, z, the sum of all exp(score - m), and o, the sum of all exp(score - m) V. The
+    keys j of another block, with scores s_j, change them by
+
+        m' = max(m, max_j s_j)
+        z' = exp(m - m') z + sum_j exp(s_j - m')
+        o' = exp(m - m') o + sum_j exp(s_j - m') V_j
+
+    and at the end the answer is o / z. Arguments and answer: as of `paged_attention`. However long the contexts, no
+    tensor of floats that is made on the way has more than 2 max(T H D, T H B, S H B D) numbers.
+    """
+    out = torch.empty_like(q)
+    block_size = cache.shape[3]
+    groups = q.shape[1] // cache.shape[1]
+    starts = query_start.tolist()
+    for s, context in enumerate(context_lens.tolist()):
+        mine = q[starts[s] : starts[s + 1]].float().transpose(0, 1)  # [H, t, D]
+        position = torch.arange(context - mine.shape[1], context, device=q.device)
+        m = torch.full(mine.shape[:2], -math.inf, device=q.device)
+        z, o = torch.zeros_like(m), torch.zeros_like(mine)
+        for begin in range(0, context, block_size):
+            filled = min(block_size, context - begin)
+            block = int(block_tables[s, begin // block_size])
+            read = dequantize(raw(cache)[:, :, block].view(cache.dtype))[:, :, :filled]
+            keys, values = (part.repeat_interleave(groups, 0) for part in read.float())  # [H, filled, D]
+            future = torch.arange(begin, begin + filled, device=q.device) > position[:, None]
+            scores = (scale * (mine @ keys.transpose(1, 2))).masked_fill(future, -math.inf)  # [H, t, filled]
+            m_new = torch.maximum(m, scores.amax(-1))
+            weights, shrink = torch.exp(scores - m_new[..., None]), torch.exp(m - m_new)
+            z = z * shrink + weights.sum(-1)
+            o = o * shrink[..., None] + weights @ values
+            m = m_new
+        out[starts[s] : starts[s + 1]] = (o / z[..., None]).transpose(0, 1).to(q.dtype)
     return out
 
 

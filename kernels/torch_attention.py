@@ -84,6 +84,8 @@ class AttentionPlan:
         return buckets
 
     def _bucket(self, members: Tensor) -> Bucket:
+        """What `_decode` has to know of these sequences [n], each of one query. Every block number in `tables` is one
+        of the pool's, but what lies behind a context is nobody's."""
         contexts = self.context_lens[members]
         width = -(-int(contexts.max()) // self.block_size)
         tables = self.tables[members, :width]  # [n, m]
@@ -129,7 +131,10 @@ def _gather(pool: Tensor, kind: torch.dtype, blocks: Tensor, plan: AttentionPlan
 def _decode(
     q: Tensor, pools: Tensor, kind: torch.dtype, plan: AttentionPlan, bucket: Bucket, scale: float
 ) -> Tensor:
-    """Attention of the n queries of a bucket: [n, H, D]."""
+    """Attention of the n queries of a bucket: [n, H, D], with as many calls of PyTorch for any n.
+
+    q [T, H, D]: all of the batch; pools: keys and values [G N, B D] each; kind: the cache's dtype.
+    """
     n, d, g, r = len(bucket.rows), q.shape[-1], plan.kv_heads, plan.repeat
     queries = q.index_select(0, bucket.rows).view(n, g, r, d).transpose(0, 1).reshape(g * n, r, d)
     gathered = _gather(pools[0], kind, bucket.key_blocks, plan, q.dtype).view(g * n, -1, d)  # [G n, m B, D]

@@ -91,6 +91,12 @@ def _load(pointers, inside, ALL: tl.constexpr):
     return tl.load(pointers, mask=inside, other=0.0)
 
 
+# What the next one is given. q, o [BLOCK_M, D_PAD], m, z, position [BLOCK_M]: of each row's query; m is in powers of
+# two, and NONE where nothing was seen. keys, values, key_scales, value_scales: where block 0 of this head begins, and
+# table: where the page table does. Columns D and beyond of q are 0, and o's are nobody's. Not MASKED: all rows see
+# all keys, in whole tiles of BLOCK_N. MASKED: what lies at `end` and beyond must not reach o. It returns o, m and z.
+
+
 @triton.jit
 def _attend(
     q, o, m, z, position, keys, values, key_scales, value_scales, table, begin, end, stride_n, stride_b, stride_scale_n,
@@ -192,7 +198,12 @@ def _merge_kernel(
     out, partial_o, partial_mz, query_start, num_seqs, least, num_splits, stride_out_t, stride_out_h,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE_Q: tl.constexpr, DECODE: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One query, one head: the splits' m, z and o become the answer."""
+    """One query, one head: the splits' m, z and o become the answer, o / z; zeros if no split saw a key.
+
+    Program (i, head) has query i % TILE_Q of tile i // TILE_Q. partial_mz [rows, H, num_splits, 2] and partial_o
+    [rows, H, num_splits, D] lie in one piece, with i for the row; where z is 0, o was never written. SPLITS_PAD: the
+    power of two that is not below num_splits.
+    """
     tile = tl.program_id(0) // TILE_Q
     s, start, count, first = _find_queries(tile, query_start, num_seqs, least, TILE_Q, DECODE)
     query = first + tl.program_id(0) % TILE_Q

@@ -250,6 +250,29 @@ def test_reference_attention_is_ordinary_attention():
     torch.testing.assert_close(out, expected.transpose(0, 1))
 
 
+@settings(max_examples=40)
+@given(
+    lengths=LENGTHS,
+    heads=st.sampled_from([(9, 3), (5, 1), (4, 4), (6, 2)]),
+    block_size=st.sampled_from([1, 2, 3, 16, 64]),
+    dtype=st.sampled_from([torch.float32, torch.float16, *BYTES]),
+    loud=st.sampled_from([1, 100]),
+    seed=st.integers(0, 2**20),
+)
+def test_online_softmax_is_ordinary_softmax(lengths, heads, block_size, dtype, loud, seed):
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [max(pair) for pair in lengths]
+    counts = [seed % 2 * min(pair) for pair in lengths[1:]] + [min(lengths[0])]  # some have no query at all
+    contexts = contexts[1:] + contexts[:1]
+    num_blocks = sum(-(-c // block_size) for c in contexts) + 3
+    batch = make_batch(contexts, counts, block_size, num_blocks, generator)
+    cache = make_cache(batch, contexts, heads[1], 8, block_size, num_blocks, dtype, generator)
+    q = loud * torch.randn(sum(counts), heads[0], 8, generator=generator)
+    given = q, cache, batch.query_start, batch.context_lens, batch.block_tables, 0.5
+    expected, found = reference.paged_attention(*given), reference.paged_attention_by_blocks(*given)
+    torch.testing.assert_close(found, expected, atol=1e-4 * loud, rtol=1e-4 * loud)
+
+
 def test_many_sequences_fall_into_several_buckets():
     """Long and short contexts are not padded to one width, and a bucket does not outgrow the cache."""
     generator = torch.Generator().manual_seed(0)

@@ -37,6 +37,7 @@ class Part:
     judge: of a case and its answer, None if it is right.
     smaller: cases that are simpler than this one, for the search for the smallest that fails.
     num_cases, seconds: how many are tried, and for how long one may take.
+    needs: packages that not every machine has; without them the part can't be tried.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Part:
     show: Callable[[Case], str] = str
     num_cases: int = 100
     seconds: float = 10.0
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Assignment:
     """number, title, and what a student gets and is tried with.
 
     absent: files and folders of the package that would give it away; they are in no student's tree.
-    imports: what the process imports before its doors are closed: packages that look around in the machine.
+    imports: what the process imports before its doors are closed: packages that look around in the machine; those
+    that it doesn't have are left out.
     environment: variables that the process has, and the student's tests.
     generate: flags with which `generate` uses what the student writes.
     """

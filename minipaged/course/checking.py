@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ SECONDS_FOR_DOCTESTS = 20.0
 MOST_TRIES, MOST_SECONDS_OF_TRIES = 200, 20.0  # to make a failing case smaller
 PATIENCE = 300.0  # seconds, for all of a submission
 WORKS, FAILS, UNWRITTEN, UNUSABLE = "works", "fails", "not written yet", "can't be used"
+UNTRIED = "can't be tried here"  # this machine lacks a package
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ def check(
             results[part.name] = PartResult(part, UNUSABLE, fault)
         elif missing := [name for name in part.names if f"{part.file}:{name}" in unwritten]:
             results[part.name] = PartResult(part, UNWRITTEN, Failure(f"not written yet: {', '.join(missing)}"))
+        elif lacking := [name for name in part.needs if find_spec(name) is None]:
+            said = f"this needs the package {lacking[0]}, which isn't installed here: it can be tried where it is"
+            results[part.name] = PartResult(part, UNTRIED, Failure(said))
         else:
             written.append(part)
     until = time.monotonic() + patience
