@@ -42,6 +42,10 @@ class LiveSequences:
         """Its memory is free at once, wherever it is, but for what is kept for another engine."""
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self._transfers.request_finished(request, seq, reason, self._memory, self.new_id)
+        self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        """It lives no more, and holds no memory, on the GPU or swapped out."""
         if seq.in_memory:
             self._memory.free(seq.seq_id)
             seq.in_memory = False

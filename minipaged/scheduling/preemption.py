@@ -26,14 +26,13 @@ class Preempted:
 def preempt(request: Request, memory: KVCacheManager, mode: str) -> Preempted:
     """Take all its GPU blocks from a running request."""
     held = [seq for seq in request.live if seq.in_memory]
-    if request.load is None and (mode == "swap" or (mode == "auto" and len(held) > 1)):
+    if mode == "swap" or (mode == "auto" and len(held) > 1):
         swapped = memory.swap_out([seq.seq_id for seq in held])
         if isinstance(swapped, Swapped):
             return Preempted("swap", swapped.moves)
     for seq in held:
         memory.free(seq.seq_id)
         seq.in_memory, seq.num_computed_tokens = False, 0
-    request.load = None
     return Preempted("recompute")
 
 
