@@ -66,7 +66,7 @@ class Admission:
     def let_in(self, step: Step, room: int) -> None:
         """Let requests in, be they new, preempted, or swapped out, until one can't: nobody overtakes that one.
 
-        room: so many sequences may run besides those that do.
+        room: so many sequences may run besides those that do. A request needs room for its `width`.
         Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
         """
         if step.spare < 1 or not (self._queues.waiting or self._queues.swapped):
@@ -87,7 +87,8 @@ class Admission:
     def _has_to_wait(self, request: Request, step: Step) -> bool:
         """Whether other long prompts have taken all that a long one may have: then shorter ones may pass.
 
-        Not for long: once these are through, nobody passes it any more. So it doesn't starve.
+        Not for long: once these are through, nobody passes it any more. So it doesn't starve. Long is who has more
+        than `Step.short` to compute without a prefix. Who is swapped out never has to wait for that.
         """
         todo = request.target(request.live[0])  # all of it: looking up what is there of it would take long
         return todo > step.short and step.grant(todo) < 1 and request not in self._queues.swapped
@@ -160,7 +161,11 @@ class Admission:
         return True
 
     def _resume(self, request: Request, step: Step) -> bool:
-        """Swap a request in; False if there is no room."""
+        """Swap a request in; False, and nothing has changed, if there is no room.
+
+        Each of its sequences is sure of a token. Its rest (see `_keep_free`) are, for each, the blocks for the tokens
+        that it has and not yet computed, and one at least. Of what it computed, memory may still find blocks.
+        """
         if step.spare < len(request.live):
             return False
         held = {seq.seq_id: seq.tokens(0, seq.num_computed_tokens) for seq in request.live if seq.in_memory}

@@ -172,6 +172,11 @@ class Scheduler:
             self.speculation.book(step, wishes, self.memory, self.sequences.new_id)
 
     def _continue_running(self, step: Step) -> None:
+        """Slots for what the running requests compute, in the order of arrival; or the latest of them make way.
+
+        One by one, and no more than have to. Who makes way for itself computes nothing. For each sequence that
+        computes, one token is out of the budget already.
+        """
         for request in self.ready():
             if not self.running or self.running[-1].arrival < request.arrival:
                 break  # it was preempted just now, and so were all behind it
@@ -199,10 +204,14 @@ class Scheduler:
         return sum(request.width for request in self.running)
 
     def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
+        """What the plan says of each sequence that computes so many tokens, by sequence id.
+
+        Only the logits of a sequence's last token tell something new: a draw, or for beams `Search.num_candidates`.
+        """
         for seq_id, count in counts.items():
             seq = self.sequences[seq_id]
             start = seq.num_computed_tokens
-            last = start + count == len(seq)  # its logits tell the next token
+            last = start + count == len(seq)
             yield ScheduledSequence(
                 seq_id,
                 request.request_id,

@@ -34,15 +34,15 @@ ASSIGNMENT = Assignment(
             "running", 20, SCHEDULER,
             ("Scheduler._continue_running", "Scheduler._preempt", "Scheduler._scheduled", "Scheduler._count_computed"),
             "serve", cases.run_cases, judges.judge_server, smaller=cases.smaller_server, show=cases.show_server,
-            num_cases=150,
+            num_cases=70,
         ),
         Part(
             "making way", 14, PREEMPTION, ("preempt", "share_rebuilt_prompt"), "serve", cases.make_way_cases,
-            judges.judge_server, smaller=cases.smaller_server, show=cases.show_server, num_cases=120,
+            judges.judge_server, smaller=cases.smaller_server, show=cases.show_server, num_cases=40,
         ),
         Part(
             "coming back", 8, ADMISSION, ("Admission._resume",), "serve", cases.resume_cases, judges.judge_server,
-            smaller=cases.smaller_server, show=cases.show_server, num_cases=120,
+            smaller=cases.smaller_server, show=cases.show_server, num_cases=30,
         ),
         Part(
             "tokens", 12, GROWTH,

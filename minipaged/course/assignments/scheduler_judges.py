@@ -3,6 +3,7 @@
 from typing import Any
 
 from minipaged.course.assignment import Case, Failure
+from minipaged.course.assignments.scheduler_cases import served
 from minipaged.course.inside import drive_scheduler
 
 COLUMNS = 14  # steps that a picture shows
@@ -64,7 +65,7 @@ def judge_growth(case: Case, answer: Any) -> Failure | None:
 
 
 def judge_server(case: Case, answer: Any) -> Failure | None:
-    expected = drive_scheduler.serve(case)
+    expected = served(case)
     if answer["refused"] != expected["refused"]:
         return Failure("which requests are refused", str(expected["refused"]), str(answer["refused"]))
     for number, (wanted, got) in enumerate(zip(expected["steps"], answer["steps"], strict=False)):

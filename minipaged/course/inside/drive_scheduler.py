@@ -169,7 +169,7 @@ def next_token(digest, sample):
     if digest is None:
         return UNREADABLE
     number = (digest * 6_364_136 + sample * 104_729) % 1_000_003
-    return number % 40 if number % 40 in (END, STOP) else WORD + number % 997
+    return number % 60 if number % 60 in (END, STOP) else WORD + number % 997
 
 
 def best_tokens(digest, count):
