@@ -69,7 +69,7 @@ class Admission:
         room: so many sequences may run besides those that do. A request needs room for its `width`.
         Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
         """
-        if step.spare < 1 or not (self._queues.waiting or self._queues.swapped):
+        if step.spare < 1:
             return
         for request in self._in_order():
             if step.spare < 1 or request.width > room:

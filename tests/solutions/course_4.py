@@ -784,4 +784,185 @@ RIGHT = {
     "expressions and recursion": EXPRESSIONS,
     "other data structures": OTHER_STRUCTURES,
 }
-WRONG: list[Wrong] = []
+
+# --- what real engines had, and other mistakes -----------------------------------------------------------------
+
+GITHUB = "https://github.com/"
+
+WRONG = [
+    # say no early
+    Wrong(
+        "only the prompt must fit into the pool", "say no early", SCHEDULER,
+        "most = request.most_blocks(self.memory.block_size)",
+        "most = self.memory.blocks_for(len(request.prompt_token_ids))",
+        source=GITHUB + "vllm-project/vllm/issues/39734",
+    ),
+    Wrong(
+        "a request that needs the whole pool is refused", "say no early", SCHEDULER,
+        "if most > self.memory.num_blocks:", "if most >= self.memory.num_blocks:",
+    ),
+    # the budget
+    Wrong(
+        "each sample is granted all that is left", "the budget", PLAN,
+        "self.grant(todo) - granted", "self.grant(todo)",
+    ),
+    Wrong(
+        "a long prompt leaves nothing to short ones", "the budget", PLAN,
+        "self.spare - min(self.spare // 2, self.wanted_by_short(self))", "self.spare",
+        source=GITHUB + "ROCm/ATOM/pull/1835",
+    ),
+    Wrong(
+        "what was set aside is paid twice", "the budget", PLAN,
+        "extra = sum(counts.values()) - set_aside", "extra = sum(counts.values())",
+    ),
+    Wrong(
+        "only a prompt counts, not what follows it", "the budget", PLAN,
+        "todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0",
+        "todo = max(1, len(seq.prompt_token_ids) - seq.num_computed_tokens) if seq.in_memory else 0",
+        source=GITHUB + "vllm-project/vllm-ascend/pull/11313",
+    ),
+    # admission
+    Wrong(
+        "without chunks a prompt is computed whole, whatever the budget is", "admission", ADMISSION,
+        "count = min(wanted, step.grant(wanted))",
+        "count = min(wanted, step.grant(wanted)) if self._chunked_prefill else wanted",
+        source=GITHUB + "ROCm/ATOM/pull/408",
+    ),
+    Wrong(
+        "samples count when they are forked, and not before", "admission", ADMISSION,
+        "if step.spare < 1 or request.width > room:", "if step.spare < 1 or len(request.live) > room:",
+        source=GITHUB + "vllm-project/vllm/pull/1034",
+    ),
+    Wrong(
+        "a prompt may be found whole, and nothing is computed", "admission", ADMISSION,
+        "leader.tokens(0, request.target(leader) - 1)", "leader.tokens(0, request.target(leader))",
+        source=GITHUB + "vllm-project/vllm/pull/3239",
+    ),
+    Wrong(
+        "blocks can be found once they are allocated", "admission", ADMISSION,
+        "        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens\n",
+        "        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens\n"
+        "        self._memory.publish(leader.seq_id, slots, leader.tokens)\n",
+        source=GITHUB + "GeeeekExplorer/nano-vllm/issues/208",
+    ),
+    Wrong(
+        "the shortest prompt first, and long ones wait for ever", "admission", ADMISSION,
+        "for request in self._in_order():",
+        "for request in sorted(self._in_order(), key=lambda r: len(r.prompt_token_ids)):",
+        source=GITHUB + "Avarok-Cybersecurity/atlas/pull/911",
+    ),
+    Wrong(
+        "who finds no room is passed by smaller ones", "admission", ADMISSION,
+        "            if not come_in(request, step):\n                return\n",
+        "            if not come_in(request, step):\n                continue\n",
+    ),
+    Wrong(
+        "the watermark is kept from a request that is alone, and it waits for ever", "admission", ADMISSION,
+        "return self.watermark_blocks + rest if self._queues.running else 0", "return self.watermark_blocks + rest",
+        source=GITHUB + "inference-sim/inference-sim/issues/963", also=("coming back",),
+    ),
+    Wrong(
+        "a long prompt that gets nothing blocks short ones", "admission", ADMISSION,
+        "return todo > step.short and step.grant(todo) < 1 and request not in self._queues.swapped", "return False",
+    ),
+    # running
+    Wrong(
+        "the earliest makes way", "running", SCHEDULER,
+        "victim = self.running.pop()  #", "victim = self.running.pop(0)  #",
+    ),
+    Wrong(
+        "once somebody made way, nobody behind goes on", "running", SCHEDULER,
+        "            else:\n                step.take(request, counts, grown.copies, set_aside=len(counts))\n",
+        "            else:\n                step.take(request, counts, grown.copies, set_aside=len(counts))\n"
+        "            if step.plan.preempted:\n                return\n",
+        source=GITHUB + "vllm-project/vllm/pull/26765",
+    ),
+    Wrong(
+        "who made way loses its place in the queue", "running", SCHEDULER,
+        'put(self.swapped if done.mode == "swap" else self.waiting, request)',
+        '(self.swapped if done.mode == "swap" else self.waiting).append(request)',
+        source=GITHUB + "interestingLSY/swiftLLM/pull/6",
+    ),
+    Wrong(
+        "what was set aside for who makes way is lost", "running", SCHEDULER,
+        "        step.spare += len(request.live)\n", "",
+    ),
+    Wrong(
+        "a chunk behind the prompt draws, though not all is computed again", "running", SCHEDULER,
+        "last = start + count == len(seq)", "last = start + count >= len(seq.prompt_token_ids)",
+        source=GITHUB + "vllm-project/vllm-ascend/pull/11313",
+    ),
+    Wrong(
+        "computed tokens are those of the last step", "running", SCHEDULER,
+        "seq.num_computed_tokens += s.num_own", "seq.num_computed_tokens = s.num_own",
+    ),
+    # making way
+    Wrong(
+        "who recomputes forgets what it has generated", "making way", PREEMPTION,
+        "        seq.in_memory, seq.num_computed_tokens = False, 0\n",
+        "        seq.in_memory, seq.num_computed_tokens = False, 0\n        seq.output_token_ids.clear()\n",
+        source=GITHUB + "vllm-project/vllm/issues/16832",
+    ),
+    Wrong(
+        "a full swap space ends everything", "making way", PREEMPTION,
+        "        if isinstance(swapped, Swapped):\n            return",
+        "        if not isinstance(swapped, Swapped):\n            raise RuntimeError('no swap space')\n"
+        "        else:\n            return",
+        source=GITHUB + "vllm-project/vllm/issues/5578",
+    ),
+    Wrong(
+        "what was computed still counts after the memory is given up", "making way", PREEMPTION,
+        "seq.in_memory, seq.num_computed_tokens = False, 0", "seq.in_memory = False",
+        source=GITHUB + "vllm-project/vllm/pull/36752",
+    ),
+    Wrong(
+        "samples don't fork the prompt until the first one is done", "making way", PREEMPTION,
+        "leader.num_computed_tokens != len(request.prompt_token_ids)", "leader.num_computed_tokens != len(leader)",
+    ),
+    # coming back
+    Wrong(
+        "who comes back leaves no block for what it wants next", "coming back", ADMISSION,
+        "moved = self._memory.swap_in(held, self._keep_free(rest), held)",
+        "moved = self._memory.swap_in(held, 0, held)",
+    ),
+    Wrong(
+        "who comes back takes more tokens than there are", "coming back", ADMISSION,
+        "if step.spare < len(request.live):", "if step.spare < 1:",
+    ),
+    # tokens
+    Wrong(
+        "the first sample may end before the others fork", "tokens", GROWTH, text="""
+class LiveSequences:
+    def _append(self, request, seq, output):
+        for index, tokens in enumerate(output.tokens[seq.seq_id]):
+            one = seq
+            if index:
+                one = self._fork(seq, index)
+                request.sequences.append(one)
+            reason, stop_reason = self._append_tokens(request, one, tokens)
+            self._settle(one)
+            if reason:
+                self.end(request, one, reason, stop_reason)
+""",
+    ),
+    Wrong(
+        "tokens behind a stop token are kept if the length ends there too", "tokens", GROWTH, text="""
+class LiveSequences:
+    def _append_tokens(self, request, seq, tokens):
+        room = request.max_tokens - len(seq.output_token_ids)
+        for token in tokens[:room]:
+            seq.sampled.append(token)
+            seq.output_token_ids.append(token.token_id)
+            if len(tokens) < room and token.token_id in request.stop_ids:
+                return "stop", request.stop_reason(token.token_id)
+        if len(seq.output_token_ids) == request.max_tokens:
+            return "length", None
+        return None, None
+""", source=GITHUB + "sgl-project/sglang/pull/33758",
+    ),
+    Wrong(
+        "an aborted request keeps its blocks in CPU memory", "tokens", GROWTH,
+        "if seq.in_memory:", "if seq.in_memory and not self._memory.is_swapped(seq.seq_id):",
+        source=GITHUB + "sgl-project/sglang/pull/18705",
+    ),
+]  # fmt: skip

@@ -34,7 +34,7 @@ ASSIGNMENT = Assignment(
             "running", 20, SCHEDULER,
             ("Scheduler._continue_running", "Scheduler._preempt", "Scheduler._scheduled", "Scheduler._count_computed"),
             "serve", cases.run_cases, judges.judge_server, smaller=cases.smaller_server, show=cases.show_server,
-            num_cases=70,
+            num_cases=90,
         ),
         Part(
             "making way", 14, PREEMPTION, ("preempt", "share_rebuilt_prompt"), "serve", cases.make_way_cases,

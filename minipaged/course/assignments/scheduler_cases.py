@@ -108,15 +108,19 @@ def admit_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def run_cases(rng: random.Random) -> Iterator[Case]:
-    return eventful(_run_cases(rng), lambda step: step["preempted"], 3)
+    """Of two kinds by turns: all that there is, and memory that is short."""
+    crowded = make_way_cases(rng)
+    for mixed in eventful(_run_cases(rng), lambda step: step["preempted"], 3):
+        yield mixed
+        yield next(crowded)
 
 
 def _run_cases(rng: random.Random) -> Iterator[Case]:
     for size, longest in sizes(5, 12):
         yield server(
             rng, size, longest, rng.choice([0, 1, 2, 5]), samples=(1, 2, 3), beams=(0, 0, 0, 2, 3), scored=0.2,
-            aborts=0.15, outputs=(2, 8), spread=2, cpu=(0, 4, 20), modes=("recompute", "swap", "auto"), chunks=0.8, alike=True,
-            caches=("none", "none", "hash"),
+            aborts=0.15, outputs=(2, 8), spread=2, cpu=(0, 4, 20), modes=("recompute", "swap", "auto"), chunks=0.8,
+            alike=True, caches=("none", "none", "hash"),
         )  # fmt: skip
 
 
@@ -129,7 +133,7 @@ def _make_way_cases(rng: random.Random) -> Iterator[Case]:
         yield server(
             rng, size, longest, rng.choice([0, 0, 1]), samples=(1, 2, 3), beams=(0, 0, 2), aborts=0.1,
             cpu=(0, 3, 6, 30), modes=("recompute", "swap", "auto"), caches=("none", "none", "hash", "radix"), spread=2,
-            outputs=(4, 10),
+            outputs=(4, 10), budgets=(0, 1, 2, 4, 16),
         )  # fmt: skip
 
 
@@ -275,7 +279,7 @@ def grow_cases(rng: random.Random) -> Iterator[Case]:
             rounds.append([[_word(rng) for _ in range(rng.randint(1, 3) if guesses else 1)] for _ in range(n)])
         yield {
             "block_size": rng.choice([1, 2, 4]), "prompt": rng.randint(1, 6), "n": n, "most": rng.randint(1, 8),
-            "ignore_eos": rng.random() < 0.3, "rounds": rounds,
+            "ignore_eos": rng.random() < 0.3, "rounds": rounds, "swapped": rng.random() < 0.5,
         }  # fmt: skip
 
 
@@ -290,6 +294,8 @@ def show_grow(case: Case) -> str:
         f"{case['most']} tokens; 1 is a stop token; {eos}"
     ]
     lines += [f"step {number}: drawn for those that live: {rows}" for number, rows in enumerate(case["rounds"], 1)]
+    swapped = " they are swapped out, and then" if case["swapped"] else ""
+    lines.append(f"step {len(lines)}: for those that live still:{swapped} LiveSequences.end")
     return "\n".join(lines)
 
 
@@ -298,6 +304,8 @@ def smaller_grow(case: Case) -> Iterator[Case]:
         yield from ({**one} for one in without(case, "rounds") if one["rounds"] and len(one["rounds"][0]) == case["n"])
     if case["n"] > 1:
         yield {**case, "n": case["n"] - 1, "rounds": [rows[:-1] for rows in case["rounds"]]}
+    if case["swapped"]:
+        yield {**case, "swapped": False}
     for key in ("prompt", "most"):
         if case[key] > 1:
             yield {**case, key: case[key] - 1}

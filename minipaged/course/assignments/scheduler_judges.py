@@ -121,6 +121,7 @@ def _wrong_rest(wanted: Case, got: Case) -> Failure | None:
     for key, what in (
         ("moved", "how many blocks are swapped out, swapped in, copied"), ("free", "free blocks, once it is planned"),
         ("free_after", "free blocks, after the update"), ("changed", "which requests got new tokens"),
+        ("known", "of each sequence: whether it is in memory, and its computed tokens, after the update"),
     ):  # fmt: skip
         if got[key] != wanted[key]:
             return Failure(what, str(wanted[key]), str(got[key]))

@@ -96,7 +96,12 @@ class Server:
             "free": self.memory.num_free,
         }
         changed = scheduler.update(plan, self.model.execute(plan))
-        return told | {"changed": [r.request_id for r in changed], "free_after": self.memory.num_free}
+        known = {
+            r.request_id: [[seq.in_memory, seq.num_computed_tokens] for seq in r.live]
+            for queue in scheduler.queues.lists() for r in queue
+        }  # fmt: skip
+        changed = [r.request_id for r in changed]
+        return told | {"changed": changed, "known": known, "free_after": self.memory.num_free}
 
     def told(self, s, places):
         return {
@@ -245,7 +250,14 @@ def grow(case):
             "sequences": [grown(seq, memory) for seq in request.sequences], "changed": changed,
             "free": memory.num_free, "living": len(living), "held": len(memory.sequences()),
         })  # fmt: skip
-    return happened
+    if case["swapped"]:
+        memory.swap_out([seq.seq_id for seq in request.live])
+    for seq in list(request.live):
+        living.end(request, seq, "abort")
+    return [*happened, {
+        "sequences": [grown(seq, memory) for seq in request.sequences], "changed": None,
+        "free": memory.num_free, "living": len(living), "held": len(memory.sequences()),
+    }]  # fmt: skip
 
 
 def grown(seq, memory):
