@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -81,11 +81,17 @@ def _served(case: str) -> Any:
     return drive_scheduler.serve(json.loads(case))
 
 
-def eventful(cases: Iterator[Case], event: Callable[[Case], Any], every: int) -> Iterator[Case]:
-    """Those in which it happens in a step; and each so manieth of the others."""
+def eventful(cases: Iterator[Case], what: str, every: int, in_full_steps: bool = False) -> Iterator[Case]:
+    """Those with a step in which somebody was `what`: "preempted" or "resumed"; and each so manieth of the others.
+
+    in_full_steps: only steps that compute as many tokens as they may.
+    """
     others = 0
     for case in cases:
-        happens = any(event(step) for step in served(case)["steps"])
+        steps = served(case)["steps"]
+        if in_full_steps:
+            steps = [step for step in steps if sum(len(s["tokens"]) for s in step["sequences"]) == case["budget"]]
+        happens = any(step[what] for step in steps)
         others += not happens
         if happens or others % every == 1:
             yield case
@@ -97,7 +103,20 @@ def sizes(most: int, longest: int) -> Iterator[tuple[int, int]]:
         yield min(2 + round_ // 10, most), min(4 + round_ // 2, longest)
 
 
+def _long_and_away() -> Case:
+    """Others have all the tokens for long prompts when one that is long by now may come back from CPU memory."""
+    asked = [("a", 0, 11, 5, 1), ("c", 0, 8, 1, 1), ("d", 0, 3, 7, 2), ("f", 0, 1, 1, 1)]
+    requests = [
+        {**ALONE, "name": name, "at": at, "prompt": prompt, "most": most, "n": n} for name, at, prompt, most, n in asked
+    ]
+    return {
+        **PLAIN, "blocks": 8, "block_size": 4, "cpu_blocks": 40, "seqs": 4, "budget": 7, "preemption": "swap",
+        "requests": requests,
+    }  # fmt: skip
+
+
 def admit_cases(rng: random.Random) -> Iterator[Case]:
+    yield _long_and_away()
     for size, longest in sizes(6, 24):
         spare = rng.choice([0, 2, 6, 30])
         yield server(
@@ -108,11 +127,11 @@ def admit_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def run_cases(rng: random.Random) -> Iterator[Case]:
-    """Of two kinds by turns: all that there is, and memory that is short."""
-    crowded = make_way_cases(rng)
-    for mixed in eventful(_run_cases(rng), lambda step: step["preempted"], 3):
-        yield mixed
-        yield next(crowded)
+    """Of three kinds by turns: all that there is; memory that is short; prompts that are longer than a step."""
+    kinds = [eventful(_run_cases(rng), "preempted", 3), make_way_cases(rng)]
+    kinds.append(eventful(_chunked_cases(rng), "preempted", 20, in_full_steps=True))
+    while True:
+        yield from map(next, kinds)
 
 
 def _run_cases(rng: random.Random) -> Iterator[Case]:
@@ -125,11 +144,11 @@ def _run_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def make_way_cases(rng: random.Random) -> Iterator[Case]:
-    return eventful(_make_way_cases(rng), lambda step: step["preempted"], 8)
+    return eventful(_make_way_cases(rng), "preempted", 8)
 
 
 def _make_way_cases(rng: random.Random) -> Iterator[Case]:
-    for size, longest in sizes(4, 6):
+    for size, longest in sizes(4, 9):
         yield server(
             rng, size, longest, rng.choice([0, 0, 1]), samples=(1, 2, 3), beams=(0, 0, 2), aborts=0.1,
             cpu=(0, 3, 6, 30), modes=("recompute", "swap", "auto"), caches=("none", "none", "hash", "radix"), spread=2,
@@ -138,7 +157,27 @@ def _make_way_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def resume_cases(rng: random.Random) -> Iterator[Case]:
-    return eventful(_resume_cases(rng), lambda step: step["resumed"], 8)
+    kinds = [eventful(_resume_cases(rng), "resumed", 8)]
+    kinds.append(eventful(_chunked_cases(rng), "resumed", 20, in_full_steps=True))
+    while True:
+        yield from map(next, kinds)
+
+
+def _chunked_cases(rng: random.Random) -> Iterator[Case]:
+    """A short prompt with a long answer, a long one with a short answer, and others, in small steps."""
+    while True:
+        case = server(
+            rng, rng.randint(3, 4), 4, 0, samples=(1, 1, 2, 2), cpu=(20, 40),
+            modes=("auto", "auto", "swap", "recompute"), outputs=(4, 10), spread=3,
+        )  # fmt: skip
+        first, second, *_ = case["requests"]
+        first |= {"most": rng.randint(8, 14), "n": 1}
+        second |= {"prompt": rng.randint(8, 16), "most": rng.randint(1, 3), "n": 1, "at": rng.randint(0, 1)}
+        seqs = rng.randint(3, 5)
+        need = max(most_blocks(one, case["block_size"]) for one in case["requests"])
+        yield {
+            **case, "seqs": seqs, "budget": seqs + rng.randint(0, 4), "blocks": need + rng.randint(1, 3),
+        }  # fmt: skip
 
 
 def _resume_cases(rng: random.Random) -> Iterator[Case]:
@@ -181,14 +220,14 @@ def show_server(case: Case) -> str:
     extra += [f"watermark {case['watermark']}"] if case["watermark"] else []
     extra += [] if case["chunks"] else ["no chunked prefill"]
     return "\n".join([
-        f"{case['blocks']} blocks of {case['block_size']} tokens{cpu}; a step computes at most {case['budget']} tokens, "
-        f"of at most {case['seqs']} sequences",
+        f"{case['blocks']} blocks of {case['block_size']} tokens{cpu}; a step computes at most {case['budget']} "
+        f"tokens, of at most {case['seqs']} sequences",
         f"preemption by {case['preemption']}; {', '.join(extra)}",
-        *(_show_request(asked) for asked in case["requests"]),
+        *(show_request(asked) for asked in case["requests"]),
     ])  # fmt: skip
 
 
-def _show_request(asked: Case) -> str:
+def show_request(asked: Case) -> str:
     said = f"{asked['name']}: arrives before step {asked['at'] + 1}, {asked['prompt']} prompt tokens"
     said += f" (the first {asked['same']} are those of every such prompt)" if asked["same"] else ""
     said += f", at most {asked['most']} more"
@@ -196,116 +235,3 @@ def _show_request(asked: Case) -> str:
     said += f", {asked['beams']} beams" if asked["beams"] else ""
     said += ", with prompt_logprobs" if asked["scored"] else ""
     return said + (f", aborted before step {asked['abort'] + 1}" if asked["abort"] is not None else "")
-
-
-# --- parts alone -----------------------------------------------------------------------------------------------
-
-
-def refuse_cases(rng: random.Random) -> Iterator[Case]:
-    while True:
-        asked = request(rng, 0, 20, samples=(1, 2, 3), beams=(0, 2))
-        block_size = rng.choice([1, 2, 4])
-        blocks = max(1, most_blocks(asked, block_size) + rng.choice([-2, -1, 0, 0, 1]))
-        seqs = max(1, (asked["beams"] or asked["n"]) + rng.choice([-1, 0, 0, 1]))
-        yield {"blocks": blocks, "block_size": block_size, "seqs": seqs, "requests": [asked]}
-
-
-def smaller_refusal(case: Case) -> Iterator[Case]:
-    for one in smaller_server({**PLAIN, **case}):
-        yield {key: one[key] for key in case}
-
-
-def show_refusal(case: Case) -> str:
-    return (
-        f"{case['blocks']} blocks of {case['block_size']} tokens, at most {case['seqs']} sequences\n"
-        f"{_show_request(case['requests'][0])}"
-    )
-
-
-def share_cases(rng: random.Random) -> Iterator[Case]:
-    for round_ in range(1000):
-        spare = rng.randint(0, 6 + round_ // 4)
-        takers = [_taker(rng) for _ in range(1 + min(round_ // 20, 4))]
-        yield {
-            "spare": spare, "short": rng.choice([4, 8, 1000]), "wanted": rng.randint(0, spare + 4), "takers": takers,
-        }  # fmt: skip
-
-
-def _taker(rng: random.Random) -> Case:
-    prompt = rng.randint(1, 20)
-    outputs = [rng.randint(0, 3)] if rng.random() < 0.6 else [rng.randint(1, 4) for _ in range(rng.randint(2, 3))]
-    computed = rng.choice([0, 0, rng.randint(0, prompt), prompt])
-    away = [i for i in range(len(outputs)) if i and rng.random() < 0.1] if len(outputs) > 1 else []
-    number = rng.randint(0, 2)
-    copies = [rng.sample(range(4), 2) for _ in range(number)] if rng.random() < 0.5 else []
-    return {
-        "prompt": prompt, "outputs": outputs, "computed": computed, "away": away, "set_aside": rng.random() < 0.7,
-        "grants": [rng.randint(1, 12) for _ in range(rng.choice([0, 0, 1, 2]))], "copies": copies,
-    }  # fmt: skip
-
-
-def show_share(case: Case) -> str:
-    lines = [
-        f"Step(plan, spare={case['spare']}, short={case['short']}), and short prompts want {case['wanted']} tokens"
-    ]
-    for number, one in enumerate(case["takers"]):
-        lines += [f"grant({todo})" for todo in one["grants"]]
-        lengths = [one["prompt"] + length for length in one["outputs"]]
-        away = f", of which {one['away']} have no memory" if one["away"] else ""
-        lines.append(
-            f"request {number}: {one['prompt']} prompt tokens, sequences of {lengths} tokens{away}, "
-            f"{one['computed']} computed in each; it takes what counts_of gives"
-            f"{', one token each of which was set aside' if one['set_aside'] else ''}"
-        )
-    return "\n".join(lines)
-
-
-def smaller_share(case: Case) -> Iterator[Case]:
-    yield from without(case, "takers")
-    for place, one in enumerate(case["takers"]):
-        for less in without(one, "grants") + without(one, "copies"):
-            yield {**case, "takers": [*case["takers"][:place], less, *case["takers"][place + 1 :]]}
-    for key in ("spare", "wanted"):
-        if case[key]:
-            yield {**case, key: case[key] - 1}
-
-
-def grow_cases(rng: random.Random) -> Iterator[Case]:
-    for round_ in range(1000):
-        n = rng.choice([1, 1, 2, 3])
-        guesses = rng.random() < 0.5
-        rounds = [[[_word(rng)] for _ in range(n)]]
-        for _ in range(rng.randint(0, 1 + round_ // 8)):
-            rounds.append([[_word(rng) for _ in range(rng.randint(1, 3) if guesses else 1)] for _ in range(n)])
-        yield {
-            "block_size": rng.choice([1, 2, 4]), "prompt": rng.randint(1, 6), "n": n, "most": rng.randint(1, 8),
-            "ignore_eos": rng.random() < 0.3, "rounds": rounds, "swapped": rng.random() < 0.5,
-        }  # fmt: skip
-
-
-def _word(rng: random.Random) -> int:
-    return rng.choice([0, 1, *range(10, 22)])
-
-
-def show_grow(case: Case) -> str:
-    eos = "not told to ignore end of text (0)" if not case["ignore_eos"] else "told to ignore end of text (0)"
-    lines = [
-        f"a prompt of {case['prompt']} tokens in blocks of {case['block_size']}, {case['n']} sample(s) of at most "
-        f"{case['most']} tokens; 1 is a stop token; {eos}"
-    ]
-    lines += [f"step {number}: drawn for those that live: {rows}" for number, rows in enumerate(case["rounds"], 1)]
-    swapped = " they are swapped out, and then" if case["swapped"] else ""
-    lines.append(f"step {len(lines)}: for those that live still:{swapped} LiveSequences.end")
-    return "\n".join(lines)
-
-
-def smaller_grow(case: Case) -> Iterator[Case]:
-    if len(case["rounds"]) > 1:
-        yield from ({**one} for one in without(case, "rounds") if one["rounds"] and len(one["rounds"][0]) == case["n"])
-    if case["n"] > 1:
-        yield {**case, "n": case["n"] - 1, "rounds": [rows[:-1] for rows in case["rounds"]]}
-    if case["swapped"]:
-        yield {**case, "swapped": False}
-    for key in ("prompt", "most"):
-        if case[key] > 1:
-            yield {**case, key: case[key] - 1}

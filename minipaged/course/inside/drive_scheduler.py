@@ -4,10 +4,10 @@ The model is a memory: the keys and values of a token are the pair (token, posit
 from all pairs that are read back through the page table. One wrong position, slot or block, and the tokens are others.
 """
 
-from minipaged.memory import PREFIX_CACHES, KVCacheManager
+from minipaged.memory import PREFIX_CACHES, HashCache, KVCacheManager
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import Request, RequestRefused
-from minipaged.requests.sampling_params import SampledToken, SamplingParams
+from minipaged.requests.sampling_params import Logprob, SampledToken, SamplingParams
 from minipaged.requests.sequence import Sequence
 from minipaged.scheduling.growth import LiveSequences
 from minipaged.scheduling.plan import Step, StepOutput, StepPlan
@@ -66,8 +66,9 @@ class Server:
         self.scheduler.admission.patience = case["patience"]
         self.model = Model(case["blocks"], size, case["cpu_blocks"])
         self.requests = [request_of(asked, arrival) for arrival, asked in enumerate(case["requests"])]
-        self.pending = sorted(zip([a["at"] for a in case["requests"]], self.requests), key=lambda pair: pair[0])
-        self.aborts = [(a["abort"], r) for a, r in zip(case["requests"], self.requests) if a["abort"] is not None]
+        both = list(zip(case["requests"], self.requests, strict=True))
+        self.pending = sorted(((asked["at"], r) for asked, r in both), key=lambda pair: pair[0])
+        self.aborts = [(asked["abort"], r) for asked, r in both if asked["abort"] is not None]
         self.refused, self.clock = [], 0
 
     def arrive(self):
@@ -100,8 +101,8 @@ class Server:
             r.request_id: [[seq.in_memory, seq.num_computed_tokens] for seq in r.live]
             for queue in scheduler.queues.lists() for r in queue
         }  # fmt: skip
-        changed = [r.request_id for r in changed]
-        return told | {"changed": changed, "known": known, "free_after": self.memory.num_free}
+        told |= {"changed": [r.request_id for r in changed], "known": known}
+        return told | {"free_after": self.memory.num_free}
 
     def told(self, s, places):
         return {
@@ -117,11 +118,9 @@ def request_of(asked, arrival):
     own = [1000 * (arrival + 1) + place for place in range(asked["prompt"])]
     prompt = [500 + place for place in range(asked["same"])] + own[asked["same"] :]
     most = asked["most"]
-    if asked["beams"]:
-        params = BeamSearchParams(asked["beams"], max_tokens=most)
-    else:
-        logprobs = 0 if asked["scored"] else None
-        params = SamplingParams(asked["n"], max_tokens=most, stop_token_ids=[STOP], prompt_logprobs=logprobs)
+    logprobs = 0 if asked["scored"] else None
+    samples = SamplingParams(asked["n"], max_tokens=most, stop_token_ids=[STOP], prompt_logprobs=logprobs)
+    params = BeamSearchParams(asked["beams"], max_tokens=most) if asked["beams"] else samples
     return Request(asked["name"], arrival, prompt[: asked["prompt"]], params, most, frozenset({END}))
 
 
@@ -141,10 +140,10 @@ class Model:
         for source, target in plan.swap_in:
             self.gpu[target] = list(self.cpu[source])
         olds = [list(self.gpu[source]) for source, _ in plan.copies]  # all copies are made at once
-        for old, (_, target) in zip(olds, plan.copies):
+        for old, (_, target) in zip(olds, plan.copies, strict=False):
             self.gpu[target] = old
         for s in plan.sequences:
-            for place, (token, slot) in enumerate(zip(s.token_ids, s.slots), s.start):
+            for place, (token, slot) in enumerate(zip(s.token_ids, s.slots, strict=False), s.start):
                 self.gpu[slot // self.size][slot % self.size] = (token, place)
         output = StepOutput()
         for s in plan.sequences:
@@ -155,7 +154,7 @@ class Model:
             if s.num_candidates:
                 output.candidates[s.seq_id] = best_tokens(digest, s.num_candidates)
             if s.targets:
-                output.prompt_logprobs[s.seq_id] = [{token: None} for token in s.targets.token_ids]
+                output.prompt_logprobs[s.seq_id] = [{token: Logprob(-1.0)} for token in s.targets.token_ids]
         return output
 
     def read(self, s):
@@ -229,7 +228,7 @@ def share(case):
 def grow(case):
     """What a model has drawn for one request, step by step: rows of tokens for each of its sequences that live."""
     size = case["block_size"]
-    memory = KVCacheManager(64, size, 64, cache=PREFIX_CACHES["hash"](size))
+    memory = KVCacheManager(64, size, 64, cache=HashCache(size))
     living = LiveSequences(memory, Transfers())
     params = SamplingParams(case["n"], max_tokens=case["most"], stop_token_ids=[STOP], ignore_eos=case["ignore_eos"])
     request = Request("r", 0, [100 + i for i in range(case["prompt"])], params, case["most"], frozenset({END}))
@@ -241,8 +240,9 @@ def grow(case):
     for number, rows in enumerate(case["rounds"]):
         live, output = list(request.live), StepOutput()
         if number:
-            memory.append({seq.seq_id: len(row) for seq, row in zip(live, rows)})
-            output.tokens.update({s.seq_id: [[SampledToken(t) for t in row]] for s, row in zip(live, rows)})
+            memory.append({seq.seq_id: len(row) for seq, row in zip(live, rows, strict=False)})
+            for seq, row in zip(live, rows, strict=False):
+                output.tokens[seq.seq_id] = [[SampledToken(token) for token in row]]
         elif live:
             output.tokens[live[0].seq_id] = [[SampledToken(t) for t in row] for row in rows]
         changed = living.grow(request, output)
@@ -264,6 +264,6 @@ def grown(seq, memory):
     tokens = [*seq.prompt_token_ids, *seq.output_token_ids]
     return {
         "sample": seq.index, "tokens": seq.output_token_ids, "again": [drawn.token_id for drawn in seq.sampled],
-        "ended": [seq.finish_reason, seq.stop_reason], "slots": memory.num_tokens(seq.seq_id) if seq.in_memory else None,
-        "computed": seq.num_computed_tokens, "found": memory.find(tokens).num_tokens,
+        "ended": [seq.finish_reason, seq.stop_reason], "computed": seq.num_computed_tokens,
+        "slots": memory.num_tokens(seq.seq_id) if seq.in_memory else None, "found": memory.find(tokens).num_tokens,
     }  # fmt: skip
