@@ -13,7 +13,8 @@ GROWTH = "minipaged/scheduling/growth.py"
 
 HARMLESS = {
     "Admission._has_to_wait: return todo > step.short and step.grant(todo) < 1 and (request not in "
-    "self._queues.swapped) -> return todo >= step.short and step.grant(todo) < 1 and (request not in self._queues.swapped)":
+    "self._queues.swapped) -> return todo >= step.short and step.grant(todo) < 1 and (request not in "
+    "self._queues.swapped)":
         "of no more than `short` all that is spare is granted, and that is 1 at least",
     "LiveSequences._append: for one, tokens in zip([seq, *children], rows, strict=True):"
     " -> for one, tokens in zip([seq, *children], rows, strict=False):":

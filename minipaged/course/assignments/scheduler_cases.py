@@ -103,20 +103,27 @@ def sizes(most: int, longest: int) -> Iterator[tuple[int, int]]:
         yield min(2 + round_ // 10, most), min(4 + round_ // 2, longest)
 
 
-def _long_and_away() -> Case:
-    """Others have all the tokens for long prompts when one that is long by now may come back from CPU memory."""
-    asked = [("a", 0, 11, 5, 1), ("c", 0, 8, 1, 1), ("d", 0, 3, 7, 2), ("f", 0, 1, 1, 1)]
-    requests = [
-        {**ALONE, "name": name, "at": at, "prompt": prompt, "most": most, "n": n} for name, at, prompt, most, n in asked
-    ]
-    return {
-        **PLAIN, "blocks": 8, "block_size": 4, "cpu_blocks": 40, "seqs": 4, "budget": 7, "preemption": "swap",
-        "requests": requests,
-    }  # fmt: skip
+def _known(asked: list[tuple[str, int, int, int, int]], **settings: Any) -> Case:
+    """A case that chance seldom makes. asked: (name, at, prompt, most, n)."""
+    keys = ("name", "at", "prompt", "most", "n")
+    requests = [{**ALONE, **dict(zip(keys, one, strict=True))} for one in asked]
+    return {**PLAIN, "cpu_blocks": 20, "seqs": 4, "budget": 4, "preemption": "auto", **settings, "requests": requests}
+
+
+# Others have all the tokens for long prompts when one that is long by now may come back.
+LONG_AND_AWAY = _known(
+    [("a", 0, 11, 5, 1), ("c", 0, 8, 1, 1), ("d", 0, 3, 7, 2), ("f", 0, 1, 1, 1)], blocks=8, block_size=4, budget=7,
+    preemption="swap",
+)  # fmt: skip
+# There is one token less than the sequences that may come back need, or just as many.
+ONE_TOO_FEW = _known(
+    [("a", 0, 1, 9, 1), ("b", 0, 13, 3, 1), ("c", 0, 1, 3, 1), ("d", 0, 2, 2, 2)], blocks=11, block_size=2
+)
+JUST_ENOUGH = _known([("a", 0, 2, 7, 1), ("b", 0, 14, 1, 1), ("d", 1, 4, 2, 2)], blocks=20, block_size=1)
 
 
 def admit_cases(rng: random.Random) -> Iterator[Case]:
-    yield _long_and_away()
+    yield LONG_AND_AWAY
     for size, longest in sizes(6, 24):
         spare = rng.choice([0, 2, 6, 30])
         yield server(
@@ -157,6 +164,7 @@ def _make_way_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def resume_cases(rng: random.Random) -> Iterator[Case]:
+    yield from (ONE_TOO_FEW, JUST_ENOUGH)
     kinds = [eventful(_resume_cases(rng), "resumed", 8)]
     kinds.append(eventful(_chunked_cases(rng), "resumed", 20, in_full_steps=True))
     while True:
