@@ -88,10 +88,10 @@ class Admission:
         """Whether other long prompts have taken all that a long one may have: then shorter ones may pass.
 
         Not for long: once these are through, nobody passes it any more. So it doesn't starve. Long is who has more
-        than `Step.short` to compute without a prefix. Who is swapped out never has to wait for that.
+        than `Step.short` to compute without a prefix. Who is swapped out never has to wait for that, and asks no grant.
         """
         todo = request.target(request.live[0])  # all of it: looking up what is there of it would take long
-        return todo > step.short and step.grant(todo) < 1 and request not in self._queues.swapped
+        return request not in self._queues.swapped and todo > step.short and step.grant(todo) < 1
 
     # --- in which order -----------------------------------------------------------------------------------------
 

@@ -863,7 +863,7 @@ WRONG = [
     ),
     Wrong(
         "a long prompt that gets nothing blocks short ones", "admission", ADMISSION,
-        "return todo > step.short and step.grant(todo) < 1 and request not in self._queues.swapped", "return False",
+        "return request not in self._queues.swapped and todo > step.short and step.grant(todo) < 1", "return False",
     ),
     # running
     Wrong(
