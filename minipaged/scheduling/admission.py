@@ -66,10 +66,10 @@ class Admission:
     def let_in(self, step: Step, room: int) -> None:
         """Let requests in, be they new, preempted, or swapped out, until one can't: nobody overtakes that one.
 
-        room: so many sequences may run besides those that do.
+        room: so many sequences may run besides those that do. A request needs room for its `width`.
         Running requests are kept in the order of arrival, so the earliest is the last to be preempted.
         """
-        if step.spare < 1 or not (self._queues.waiting or self._queues.swapped):
+        if step.spare < 1:
             return
         for request in self._in_order():
             if step.spare < 1 or request.width > room:
@@ -77,7 +77,7 @@ class Admission:
             if self._has_to_wait(request, step):
                 continue
             room -= request.width
-            if self.schedule == "prefix" and not self._may_overtake(request):
+            if not self._may_overtake(request):
                 return
             come_in = self._resume if request in self._queues.swapped else self._admit
             if not come_in(request, step):
@@ -87,10 +87,11 @@ class Admission:
     def _has_to_wait(self, request: Request, step: Step) -> bool:
         """Whether other long prompts have taken all that a long one may have: then shorter ones may pass.
 
-        Not for long: once these are through, nobody passes it any more. So it doesn't starve.
+        Not for long: once these are through, nobody passes it any more. So it doesn't starve. Long is who has more
+        than `Step.short` to compute without a prefix. Who is swapped out never has to wait for that, and asks no grant.
         """
         todo = request.target(request.live[0])  # all of it: looking up what is there of it would take long
-        return todo > step.short and step.grant(todo) < 1 and request not in self._queues.swapped
+        return request not in self._queues.swapped and todo > step.short and step.grant(todo) < 1
 
     # --- in which order -----------------------------------------------------------------------------------------
 
@@ -110,8 +111,8 @@ class Admission:
         return sorted(islice(requests, WINDOW), key=rank)
 
     def _may_overtake(self, request: Request) -> bool:
-        """Whether all that wait and arrived earlier have patience left."""
-        return all(other.num_overtaken < self.patience for other in self._earlier(request))
+        """Whether all that wait and arrived earlier have patience left. Under fcfs nobody loses it."""
+        return self.schedule == "fcfs" or all(other.num_overtaken < self.patience for other in self._earlier(request))
 
     def _earlier(self, request: Request) -> list[Request]:
         others = self._queues.waiting + self._queues.swapped
@@ -121,18 +122,11 @@ class Admission:
 
     def _admit(self, request: Request, step: Step) -> bool:
         """Start a request, or start it again after a recomputation; False if there is no room."""
-        leader = request.live[0]
         prefix = self._find(request)
-        wanted = request.target(leader) - prefix.num_tokens
         loading = self._transfers.get_num_new_matched_tokens(request, prefix.num_tokens, self._memory.block_size)
-        count = loading or min(wanted, step.grant(wanted))
-        if count < 1 or (count < wanted and step.filled and not self._chunked_prefill and not loading):
-            return False  # in the latter case it waits for a step that has room for it
-        slots = prefix.num_tokens + count
-        rest = request.num_blocks(self._memory.block_size) - self._memory.blocks_for(slots)
-        if isinstance(self._memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
+        count = loading or self._first_chunk(request, prefix, step)
+        if count < 1 or not self._start(request, prefix, count):
             return False
-        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
         self._count_hits(request, prefix)
         step.plan.admitted.append(request.request_id)
         self._leave(self._queues.waiting, request)
@@ -140,11 +134,38 @@ class Admission:
             self._transfers.update_state_after_alloc(request, prefix.num_tokens, self._memory)
         else:
             self._transfers.drop(request)
-            step.take(request, {leader.seq_id: count}, [], set_aside=0)
+            step.take(request, {request.live[0].seq_id: count}, [], set_aside=0)
+        return True
+
+    def _first_chunk(self, request: Request, prefix: Prefix, step: Step) -> int:
+        """How many tokens its first sequence computes in this step, behind those of the prefix.
+
+        As many as it may (`Request.target`) and the step grants. Without chunked prefill it gets less than it wants
+        only in a step in which nobody got more than one token for each sequence (`Step.filled`); else 0: it waits.
+        """
+        wanted = request.target(request.live[0]) - prefix.num_tokens
+        count = min(wanted, step.grant(wanted))
+        return 0 if count < wanted and step.filled and not self._chunked_prefill else count
+
+    def _start(self, request: Request, prefix: Prefix, count: int) -> bool:
+        """Slots for its first sequence: the prefix, of which all is computed, and `count` tokens behind it.
+
+        False, and nothing has changed, if less would be free then than must be kept (`_keep_free`). Its rest are the
+        blocks for all tokens that the request has now (`Request.num_blocks`) that these slots don't give.
+        """
+        leader, slots = request.live[0], prefix.num_tokens + count
+        rest = request.num_blocks(self._memory.block_size) - self._memory.blocks_for(slots)
+        if isinstance(self._memory.allocate(leader.seq_id, slots, self._keep_free(rest), prefix), NoSpace):
+            return False
+        leader.in_memory, leader.num_computed_tokens = True, prefix.num_tokens
         return True
 
     def _resume(self, request: Request, step: Step) -> bool:
-        """Swap a request in; False if there is no room."""
+        """Swap a request in; False, and nothing has changed, if there is no room.
+
+        Each of its sequences is sure of a token. Its rest (see `_keep_free`) are, for each, the blocks for the tokens
+        that it has and not yet computed, and one at least. Of what it computed, memory may still find blocks.
+        """
         if step.spare < len(request.live):
             return False
         held = {seq.seq_id: seq.tokens(0, seq.num_computed_tokens) for seq in request.live if seq.in_memory}

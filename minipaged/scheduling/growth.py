@@ -42,6 +42,10 @@ class LiveSequences:
         """Its memory is free at once, wherever it is, but for what is kept for another engine."""
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self._transfers.request_finished(request, seq, reason, self._memory, self.new_id)
+        self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        """It lives no more, and holds no memory, on the GPU or swapped out."""
         if seq.in_memory:
             self._memory.free(seq.seq_id)
             seq.in_memory = False
@@ -64,7 +68,11 @@ class LiveSequences:
         return bool(grown or failed)
 
     def _append(self, request: Request, seq: Sequence, output: StepOutput) -> None:
-        """What one sequence has drawn; or n samples, when their prompt has just been computed: fork, then append."""
+        """What one sequence has drawn; or n samples, when their prompt has just been computed: fork, then append.
+
+        All have forked before the first token is appended; the children stand behind in `request.sequences`, with the
+        indices 1, 2, ... Each row is appended and settled, and then its sequence ends if there is a reason.
+        """
         rows = output.tokens[seq.seq_id]
         children = [self._fork(seq, index) for index in range(1, len(rows))]
         request.sequences.extend(children)
@@ -77,7 +85,9 @@ class LiveSequences:
     def _append_tokens(
         self, request: Request, seq: Sequence, tokens: list[SampledToken]
     ) -> tuple[str | None, int | None]:
-        """Append them, to the end of the sequence at most; returns why it ended, if it did."""
+        """Append them, to the end of the sequence at most; returns why it ended, if it did: "stop" and the request's
+        `stop_reason` at one of its `stop_ids`, or "length" and None at the last of max_tokens.
+        """
         for token in tokens:
             seq.sampled.append(token)
             seq.output_token_ids.append(token.token_id)

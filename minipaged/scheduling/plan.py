@@ -144,7 +144,11 @@ class Step:
     drafts: dict[int, list[Booked]] = field(default_factory=dict)  # by sequence: its own row first, then its branches'
 
     def counts_of(self, request: Request) -> dict[int, int]:
-        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows."""
+        """How many tokens each sequence computes: one, and more if it has more to do and the budget allows.
+
+        By sequence id: those that are in memory and have something to do, up to `Request.target`. What they get
+        beyond one token each comes out of the same grant, in the order of `request.live`.
+        """
         counts, granted = {}, 0
         for seq in request.live:
             todo = request.target(seq) - seq.num_computed_tokens if seq.in_memory else 0
@@ -154,7 +158,12 @@ class Step:
         return counts
 
     def grant(self, todo: int) -> int:
-        """The most tokens for somebody who has so many to compute."""
+        """The most tokens for somebody who has so many to compute.
+
+        All that is spare, for who is not long. The first long one that asks while there is something settles what
+        long ones may take in this step (`for_long`): what is spare then, less what short ones want, which is at most
+        half of it, rounded down.
+        """
         if todo <= self.short or self.spare < 1:
             return self.spare
         if self.for_long is None:
@@ -162,7 +171,10 @@ class Step:
         return min(self.spare, self.for_long)
 
     def take(self, request: Request, counts: dict[int, int], copies: list[tuple[int, int]], set_aside: int) -> None:
-        """The request computes so many tokens; `set_aside` of them are out of the budget already."""
+        """The request computes so many tokens; `set_aside` of them are out of the budget already.
+
+        A long one takes the others out of `for_long` too, if that was settled. The step notes `counts` and copies.
+        """
         extra = sum(counts.values()) - set_aside
         self.spare -= extra
         if self.for_long is not None and self._is_long(request):

@@ -24,16 +24,18 @@ class Preempted:
 
 
 def preempt(request: Request, memory: KVCacheManager, mode: str) -> Preempted:
-    """Take all its GPU blocks from a running request."""
+    """Take all its GPU blocks from a running request: from those of its sequences that are in memory.
+
+    Who recomputes has no memory any more, and nothing computed.
+    """
     held = [seq for seq in request.live if seq.in_memory]
-    if request.load is None and (mode == "swap" or (mode == "auto" and len(held) > 1)):
+    if mode == "swap" or (mode == "auto" and len(held) > 1):
         swapped = memory.swap_out([seq.seq_id for seq in held])
         if isinstance(swapped, Swapped):
             return Preempted("swap", swapped.moves)
     for seq in held:
         memory.free(seq.seq_id)
         seq.in_memory, seq.num_computed_tokens = False, 0
-    request.load = None
     return Preempted("recompute")
 
 
@@ -41,7 +43,8 @@ def share_rebuilt_prompt(request: Request, memory: KVCacheManager) -> None:
     """After a recomputation: once the first sequence has the prompt again, the others fork it.
 
     So they share it as before, and the request needs no more memory than it may (`Request.most_blocks`). Until
-    then the first sequence computes no more than the prompt: see `Request.target`.
+    then the first sequence computes no more than the prompt: see `Request.target`. Where nothing is to be forked
+    nothing happens; else what the others had computed is looked for at last (`_find_outputs_again`).
     """
     leader, *others = request.live
     if all(seq.in_memory for seq in others) or leader.num_computed_tokens != len(request.prompt_token_ids):

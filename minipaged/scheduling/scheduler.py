@@ -96,6 +96,10 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """RequestRefused if it could not be served even if it were alone."""
         self.transfers.check(request)
+        self._check_size(request)
+
+    def _check_size(self, request: Request) -> None:
+        """RequestRefused, with the numbers, for more sequences than may run, or more blocks than the pool has."""
         if request.width > self.max_num_seqs:
             raise RequestRefused(
                 f"the request wants {request.width} sequences at once, but max_num_seqs is {self.max_num_seqs}"
@@ -168,6 +172,11 @@ class Scheduler:
             self.speculation.book(step, wishes, self.memory, self.sequences.new_id)
 
     def _continue_running(self, step: Step) -> None:
+        """Slots for what the running requests compute, in the order of arrival; or the latest of them make way.
+
+        One by one, and no more than have to. Who makes way for itself computes nothing. For each sequence that
+        computes, one token is out of the budget already.
+        """
         for request in self.ready():
             if not self.running or self.running[-1].arrival < request.arrival:
                 break  # it was preempted just now, and so were all behind it
@@ -195,10 +204,14 @@ class Scheduler:
         return sum(request.width for request in self.running)
 
     def _scheduled(self, request: Request, counts: dict[int, int]) -> Iterable[ScheduledSequence]:
+        """What the plan says of each sequence that computes so many tokens, by sequence id.
+
+        Only the logits of a sequence's last token tell something new: a draw, or for beams `Search.num_candidates`.
+        """
         for seq_id, count in counts.items():
             seq = self.sequences[seq_id]
             start = seq.num_computed_tokens
-            last = start + count == len(seq)  # its logits tell the next token
+            last = start + count == len(seq)
             yield ScheduledSequence(
                 seq_id,
                 request.request_id,
@@ -212,7 +225,12 @@ class Scheduler:
             )
 
     def _preempt(self, request: Request, step: Step) -> None:
-        done = preempt(request, self.memory, self.preemption)
+        """Take the memory of a request that is not among the running ones any more, and let it wait or be swapped out.
+
+        The tokens that were set aside for its sequences are anybody's again. The plan and the counts tell of it.
+        """
+        done = preempt(request, self.memory, self.preemption if request.load is None else "recompute")
+        request.load = None
         put(self.swapped if done.mode == "swap" else self.waiting, request)
         step.spare += len(request.live)
         step.plan.swap_out.extend(done.moves)
@@ -261,11 +279,7 @@ class Scheduler:
         if self.speculation is not None:
             self.speculation.settle(plan, output, self.memory)
             self.speculation.learn(plan, output, requests, self.sequences.__getitem__)
-        for s in plan.sequences:
-            if s.branch_of is None:
-                seq = self.sequences[s.seq_id]
-                seq.num_computed_tokens += s.num_own
-                self.memory.publish(s.seq_id, seq.num_computed_tokens, seq.tokens)
+        self._count_computed(plan)
         changed = self._end_loads(output)
         for request in requests:
             share_rebuilt_prompt(request, self.memory)
@@ -273,6 +287,17 @@ class Scheduler:
                 changed.append(request)
             self._leave_if_finished(request)
         return changed
+
+    def _count_computed(self, plan: StepPlan) -> None:
+        """What a sequence has computed of its own tokens counts, and can be found by others from now on.
+
+        Branches (`branch_of`) are no sequences of ours any more.
+        """
+        for s in plan.sequences:
+            if s.branch_of is None:
+                seq = self.sequences[s.seq_id]
+                seq.num_computed_tokens += s.num_own
+                self.memory.publish(s.seq_id, seq.num_computed_tokens, seq.tokens)
 
     def _end_loads(self, output: StepOutput) -> list[Request]:
         """Who has got its blocks goes on; who can't get them waits to be computed here, or ends: these are returned."""
