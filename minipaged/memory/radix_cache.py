@@ -101,7 +101,7 @@ class RadixCache:
         node.children = {lower.tokens[0]: lower}
 
     def remove(self, block: int) -> None:
-        """As PrefixCache says; ValueError, and nothing changed, if known blocks follow. An empty tree leaves nothing."""
+        """As PrefixCache says. ValueError, and nothing changed, if known blocks follow. An empty tree goes."""
         node = self._nodes[block]
         if node.children or node.blocks[-1] != block:
             raise ValueError(f"block {block} is not the end of a path: what follows it must be removed first")

@@ -5,7 +5,7 @@ from course_solutions import Wrong
 BEAMS, HASH = "minipaged/decoding/beam_search.py", "minipaged/memory/prefix_cache.py"
 RADIX, PUBLISHING = "minipaged/memory/radix_cache.py", "minipaged/memory/publishing.py"
 
-# --- right: plain loops over what the starter has -----------------------------------------------------------------------
+# --- right: plain loops over what the starter has --------------------------------------------------------------------
 
 LOOPS = {
     BEAMS: '''
@@ -176,7 +176,7 @@ def publish(table, num_computed, tokens, pool, cache):
 ''',
 }
 
-# --- right: other data structures: streams that are merged, buckets, a trie, all lists replaced at the end ----------------
+# --- right: other data structures: streams that are merged, buckets, a trie, all lists replaced at the end -----------
 
 STRUCTURES = {
     BEAMS: '''
@@ -217,7 +217,9 @@ class BeamSearch:
         early, penalty = self.params.early_stopping, self.params.length_penalty
         lengths = {True: None, False: length, "never": self.max_tokens if penalty > 0 else length}
         full = len(self.finished) >= self.params.beam_width
-        return not full or (lengths[early] is not None and self.finished[-1].score < best_score / lengths[early]**penalty)
+        if not full or lengths[early] is None:
+            return not full
+        return self.finished[-1].score < best_score / lengths[early] ** penalty
 
 
 def memory_moves(continuations, num_old):
@@ -375,7 +377,7 @@ def publish(table, num_computed, tokens, pool, cache):
 ''',
 }
 
-# --- right: many small functions, and recursion ----------------------------------------------------------------------------
+# --- right: many small functions, and recursion ----------------------------------------------------------------------
 
 SMALL = {
     BEAMS: '''
@@ -551,7 +553,7 @@ def one(table, logical, text, pool, cache):
 ''',
 }
 
-# --- right: hashes that aren't needed: a dictionary knows what its keys are -------------------------------------------------
+# --- right: hashes that aren't needed: a dictionary knows what its keys are ------------------------------------------
 
 DICTIONARY = {
     **LOOPS,
@@ -597,7 +599,7 @@ class HashCache:
 
 RIGHT = {"plain loops": LOOPS, "other structures": STRUCTURES, "small functions": SMALL, "a dictionary": DICTIONARY}
 
-# --- wrong -------------------------------------------------------------------------------------------------------------------
+# --- wrong -----------------------------------------------------------------------------------------------------------
 
 STEP, END, MOVES = "a step of the search", "the end of the search", "moves in memory"
 CHAIN, TREE, SHED, PUBLISH = "hash chain", "radix tree", "shedding leaves", "publishing"
@@ -619,9 +621,11 @@ WRONG = [
           GITHUB + "huggingface/transformers/issues/25455", also=(END,)),
     Wrong("stop tokens finish at any rank", STEP, BEAMS, "for c in ranked[:width] if", "for c in ranked if"),
     Wrong("what runs at the limit is dropped", STEP, BEAMS,
-          "ranked[:width] if at_limit or c.token_id in self.stop_ids]", "ranked[:width] if c.token_id in self.stop_ids]"),
+          "ranked[:width] if at_limit or c.token_id in self.stop_ids]",
+          "ranked[:width] if c.token_id in self.stop_ids]"),
     Wrong("a step's log-probability alone", STEP, BEAMS, "beam.score + logprob", "logprob"),
-    Wrong("NaN is nobody's concern", STEP, BEAMS, "if any(math.isnan(c.score) for c in ranked):", "if not ranked and 0:"),
+    Wrong("NaN is nobody's concern", STEP, BEAMS,
+          "if any(math.isnan(c.score) for c in ranked):", "if not ranked and 0:"),
     Wrong("the search ends as soon as enough are finished", END, BEAMS,
           "if self.params.early_stopping is True:", "if self.params.early_stopping is not None:",
           GITHUB + "OpenNMT/OpenNMT-py/issues/1320"),
@@ -654,8 +658,8 @@ class HashCache:
     Wrong("a prefix that ends on a block's border lacks its last block", CHAIN, HASH,
           "range(self._block_size, len(tokens) + 1, self._block_size)",
           "range(self._block_size, len(tokens), self._block_size)", GITHUB + "Wenyueh/MinivLLM/pull/87"),
-    Wrong("the walk goes on behind an unknown block", CHAIN, HASH, "                break\n", "                continue\n",
-          GITHUB + "llm-d/llm-d-inference-sim/issues/705"),
+    Wrong("the walk goes on behind an unknown block", CHAIN, HASH,
+          "                break\n", "                continue\n", GITHUB + "llm-d/llm-d-inference-sim/issues/705"),
     Wrong("each block is known by all tokens up to it", CHAIN, HASH, text='''
 class HashCache:
     def find(self, tokens, salt=None):
@@ -716,7 +720,8 @@ class RadixCache:
           "if node.children or node.blocks[-1] != block:", "if node.blocks[-1] != block:",
           GITHUB + "kvcache-ai/Mooncake/issues/1998"),
     Wrong("the parent still names a child that is gone", SHED, RADIX,
-          "            del node.parent.children[first]\n", "            node.parent.children[first].tokens.append(first)\n"),
+          "            del node.parent.children[first]\n",
+          "            node.parent.children[first].tokens.append(first)\n"),
     Wrong("blocks can be found before they are written", PUBLISH, PUBLISHING,
           "num_computed // size", "table.num_tokens // size", GITHUB + "GeeeekExplorer/nano-vllm/issues/208"),
     Wrong("a block is given back, and a page table still has it", PUBLISH, PUBLISHING,
@@ -724,7 +729,8 @@ class RadixCache:
           GITHUB + "sgl-project/mini-sglang/pull/142"),
     Wrong("only the table that publishes goes on with the known block", PUBLISH, PUBLISHING,
           "    for table in pool.tables.values():\n        if table.blocks[logical : logical + 1] == [own]:",
-          "    for table in [t for t in pool.tables.values() if t.blocks[logical : logical + 1] == [own]][-1:]:\n        if 1:"),
+          "    holders = [t for t in pool.tables.values() if t.blocks[logical : logical + 1] == [own]]\n"
+          "    for table in holders[-1:]:\n        if True:"),
     Wrong("parents are taken from the list as it was", PUBLISH, PUBLISHING, text='''
 def publish(table, num_computed, tokens, pool, cache):
     size, blocks = table.block_size, table.blocks
@@ -736,5 +742,6 @@ def publish(table, num_computed, tokens, pool, cache):
         table.num_published = logical + 1
 '''),
     Wrong("lists that others have are changed", PUBLISH, PUBLISHING,
-          "table.blocks = [*table.blocks[:logical], known, *table.blocks[logical + 1 :]]", "table.blocks[logical] = known"),
+          "table.blocks = [*table.blocks[:logical], known, *table.blocks[logical + 1 :]]",
+          "table.blocks[logical] = known"),
 ]  # fmt: skip

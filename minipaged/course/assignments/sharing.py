@@ -7,6 +7,17 @@ from minipaged.course.assignments import sharing_publishing as publishing
 
 BEAMS, HASH = "minipaged/decoding/beam_search.py", "minipaged/memory/prefix_cache.py"
 RADIX, PUBLISHING = "minipaged/memory/radix_cache.py", "minipaged/memory/publishing.py"
+_NOT_FULL = "one slice more, of too few tokens: no known block has so few"
+_WALK = "for end in range(self._block_size, len(tokens) + 1, self._block_size):"
+HARMLESS = {
+    "BeamSearch._can_improve: if self.params.early_stopping == 'never' and penalty > 0: "
+    "-> if self.params.early_stopping == 'never' and penalty >= 0:": "any length to the power of 0 is 1",
+    "HashCache.find: entry: _Entry | None = None -> entry: _Entry & None = None": "a local name's type isn't evaluated",
+    f"HashCache.find: {_WALK} -> {_WALK.replace('+ 1', '+ 2')}": _NOT_FULL,
+    f"RadixCache.find: {_WALK} -> {_WALK.replace('+ 1', '+ 2')}": _NOT_FULL,
+    "RadixCache.add: at = 0 -> at = 1": "a root has no blocks: both are behind its end",
+    "RadixCache.remove: if not node.blocks and node.parent: -> if not node.blocks:": "a node with blocks is no root",
+}
 
 ASSIGNMENT = Assignment(
     number=5,
@@ -45,5 +56,6 @@ ASSIGNMENT = Assignment(
     ),
     chapters=(9, 13, 14),
     hours="6 to 9",
+    harmless=HARMLESS,
     generate=("--beam-width", "3", "--prefix-cache", "radix"),
 )  # fmt: skip

@@ -6,56 +6,10 @@ from itertools import count
 from typing import Any
 
 from minipaged.course.assignment import Case, Failure
+from minipaged.course.assignments.sharing_model import Prefixes
 from minipaged.course.checking import without
 from minipaged.memory.prefix_cache import Salt
 from minipaged.memory.radix_cache import RadixCache
-
-Prefix = tuple[Salt, tuple[int, ...]]
-
-
-class Prefixes:
-    """The contract, in the plainest way. Which of the blocks a cache took, it is told."""
-
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self.blocks: dict[Prefix, int] = {}
-        self.prefixes: dict[int, Prefix] = {}  # the same, the other way round
-
-    def find(self, tokens: list[int], salt: Salt) -> list[int]:
-        found = []
-        for end in range(self.block_size, len(tokens) + 1, self.block_size):
-            if (block := self.blocks.get((salt, tuple(tokens[:end])))) is None:
-                break
-            found.append(block)
-        return found
-
-    def prefix(self, parent: int | None, own: list[int], salt: Salt) -> Prefix:
-        return salt, (() if parent is None else self.prefixes[parent][1]) + tuple(own)
-
-    def add(self, block: int, prefix: Prefix) -> None:
-        self.blocks[prefix], self.prefixes[block] = block, prefix
-
-    def remove(self, block: int) -> None:
-        del self.blocks[self.prefixes.pop(block)]
-
-    def parents(self) -> list[list[int | None]]:
-        pairs = [(block, self.blocks.get((salt, own[: -self.block_size]))) for block, (salt, own) in self._items()]
-        return [list(pair) for pair in sorted(pairs, key=lambda pair: pair[0])]
-
-    def _items(self) -> list[tuple[int, Prefix]]:
-        return list(self.prefixes.items())
-
-    def leaves(self) -> list[int]:
-        inner = {parent for _, parent in self.parents()}
-        return [block for block in self.prefixes if block not in inner]
-
-    def tree(self) -> RadixCache:
-        """For a picture of it."""
-        cache, by_length = RadixCache(self.block_size), sorted(self._items(), key=lambda item: len(item[1][1]))
-        for block, (salt, tokens) in by_length:
-            cache.add(block, self.blocks.get((salt, tokens[: -self.block_size])), tokens[-self.block_size :], salt)
-        return cache
-
 
 # --- cases
 
@@ -97,7 +51,7 @@ def _come_and_go() -> Case:
 def _history(rng: random.Random, size: int, removals: bool = False, refusals: bool = False) -> Case:
     """Sequences that begin alike are looked up, and computed; some of it side by side; ends of paths are removed."""
     model, ops, free = Prefixes(rng.choice([1, 2, 2, 3])), [], rng.sample(range(1000), 1000)
-    salts = rng.choice([[None], [None], [None, "a"], ["a", "b"]])
+    salts: list[Salt] = rng.choice([[None], [None], [None, "a"], ["a", "b"]])
     for _ in range(size):
         salt, tokens = rng.choice(salts), _tokens(rng, model)
         ops.append(["find", tokens, salt])
@@ -185,7 +139,8 @@ def judge(case: Case, answer: Any) -> Failure | None:
 def _judge_step(op: list, step: Any, model: Prefixes, lies: bool) -> Failure | None:
     """lies: the hash may be equal for different contents; then a cache may refuse a block, and never be wrong."""
     name, *rest = op
-    before, expected = _picture(model), None
+    before = _picture(model)
+    expected: Any = None
     if name == "find":
         expected = model.find(*rest)
     elif name == "add":

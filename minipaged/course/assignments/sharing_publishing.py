@@ -22,7 +22,8 @@ class _Table:
 def cases(rng: random.Random) -> Iterator[Case]:
     """taken: prefixes that the cache doesn't take, as if others had their hash."""
     for size in count():
-        block_size, texts, ops = rng.choice([1, 2, 2, 3]), {}, []
+        block_size, ops = rng.choice([1, 2, 2, 3]), []
+        texts: dict[int, list[int]] = {}
         salts: list[Salt] = rng.choice([[None], [None], ["a", None]])
         for number in range(min(7, 1 + size // 8)):
             if rng.random() < 0.5 or not texts:
@@ -68,8 +69,7 @@ def judge(case: Case, answer: Any) -> Failure | None:
     for (name, seq, *rest), seen in zip(case["ops"], answer, strict=True):
         new, drawn = 0, _tables(tables)
         if name == "start":  # which blocks it gets is the allocator's choice
-            blocks, published = next([blocks, published] for number, blocks, published in seen["tables"] if number == seq)
-            tables[seq] = _Table(rest[0], rest[1], blocks, published)
+            tables[seq] = next(_Table(rest[0], rest[1], *its) for number, *its in seen["tables"] if number == seq)
         elif name == "fork":
             old = tables[seq]
             tables[rest[0]] = _Table(old.tokens, old.salt, list(old.blocks), old.published)
@@ -115,7 +115,8 @@ def _judge_state(what: str, seen: Any, tables: dict[int, _Table], known: dict, d
         return Failure(f"page tables {what}", _lines(expected), _lines(seen["tables"]), "before:\n" + drawn)
     pairs = sorted([salt or "", list(tokens), block] for (salt, tokens), block in known.items())
     if sorted(seen["known"]) != pairs:
-        found = [", ".join(f"{tokens} in block {block}" for _, tokens, block in one) for one in (pairs, sorted(seen["known"]))]
+        both = (pairs, sorted(seen["known"]))
+        found = [", ".join(f"{tokens} in block {block}" for _, tokens, block in one) for one in both]
         return Failure(f"what can be found {what}", found[0] or "nothing", found[1] or "nothing", "before:\n" + drawn)
     counts = [sum(block in table.blocks for table in tables.values()) for block in range(len(seen["counts"]))]
     if seen["counts"] != counts:
@@ -153,10 +154,10 @@ def show(case: Case) -> str:
     for salt, tokens in case["taken"]:
         lines.append(f"the cache takes no block {tokens} at the beginning{f' under salt {salt!r}' if salt else ''}")
     for name, seq, *rest in case["ops"]:
-        lines.append({
-            "start": lambda: f"sequence {seq} starts with {rest[0]}" + (f", salt {rest[1]!r}" if rest[1] else ""),
-            "fork": lambda: f"sequence {seq} is forked: {rest[0]} shares all its blocks",
-            "free": lambda: f"sequence {seq} ends",
-            "publish": lambda: f"publish(table of sequence {seq}, num_computed={rest[0]}, ...)",
-        }[name]())  # fmt: skip
+        if name == "start":
+            lines.append(f"sequence {seq} starts with {rest[0]}" + (f", salt {rest[1]!r}" if rest[1] else ""))
+        elif name == "publish":
+            lines.append(f"publish(table of sequence {seq}, num_computed={rest[0]}, ...)")
+        else:
+            lines.append(f"sequence {seq} " + (f"is forked: {rest[0]} shares its blocks" if rest else "ends"))
     return "\n".join(lines)

@@ -21,10 +21,9 @@ from minipaged.requests.beam_search_params import BeamSearchParams
 
 def search(case):
     """Each call of `advance`, with what it returned and what is seen of the search after it."""
-    params = BeamSearchParams(
-        case["width"], length_penalty=case["penalty"], early_stopping=case["early"], ignore_eos=False
-    )
-    search, seen = BeamSearch(params, case["max_tokens"], case["stop"]), []
+    params = BeamSearchParams(case["width"], length_penalty=case["penalty"], early_stopping=case["early"])
+    search = BeamSearch(params, case["max_tokens"], case["stop"])
+    seen: list = []
     for step in case["steps"]:
         if step["spoilt"] and not search.running:
             seen.append(None)  # nothing to be spoilt
@@ -84,10 +83,8 @@ def _prefixes(case, new, all_costs=False):
     numbers = sorted({op[1] for op in case["ops"] if op[0] != "find"})
     steps = []
     for name, *rest in case["ops"]:
-        if name == "remove" and rest[0] not in cache:  # others have its key
-            result = None
-        else:
-            result = outcome(getattr(cache, name), *rest)
+        gone = name == "remove" and rest[0] not in cache  # others have its key
+        result = None if gone else outcome(getattr(cache, name), *rest)
         steps.append({
             "result": result, "known": [block for block in numbers if block in cache], "len": len(cache),
             "parents": sorted(cache.parents().items(), key=lambda pair: pair[0]),
@@ -174,12 +171,18 @@ def _left_behind(cache, case):
 class Known:
     """A prefix cache that knows whole prefixes. taken: what it doesn't take, as a hash cache after a collision."""
 
-    def __init__(self, taken):
-        self.taken = {(salt, tuple(tokens)) for salt, tokens in taken}
+    def __init__(self, size, taken):
+        self.size, self.taken = size, {(salt, tuple(tokens)) for salt, tokens in taken}
+        self.clear()
+
+    def clear(self):
         self.blocks, self.prefixes = {}, {}
 
-    def find(self, tokens, salt, size):
-        ends = range(size, len(tokens) + 1, size)
+    def remove(self, block):
+        del self.blocks[self.prefixes.pop(block)]
+
+    def find(self, tokens, salt=None):
+        ends = range(self.size, len(tokens) + 1, self.size)
         found = [self.blocks.get((salt, tuple(tokens[:end]))) for end in ends]
         return found[: found.index(None)] if None in found else found
 
@@ -193,23 +196,26 @@ class Known:
         return self.blocks.get(prefix, block)
 
     def parents(self):
-        size = min((len(tokens) for _, tokens in self.blocks), default=0)
-        return {block: self.blocks.get((salt, tokens[:-size])) for block, (salt, tokens) in self.prefixes.items()}
+        return {block: self.blocks.get((salt, own[: -self.size])) for block, (salt, own) in self.prefixes.items()}
 
     def __contains__(self, block):
         return block in self.prefixes
 
+    def __len__(self):
+        return len(self.prefixes)
+
 
 def publish(case):
     """Sequences come, are computed and published, forked, and go: how all stands after each."""
-    size, cache = case["block_size"], Known(case["taken"])
+    size, cache = case["block_size"], Known(case["block_size"], case["taken"])
     pool, texts, seen = Pool(BlockAllocator(48, cache=cache)), {}, []
     for name, seq, *rest in case["ops"]:
         lists = [(table.blocks, table.blocks.copy()) for table in pool.tables.values()]
-        asked, raised = [], None
+        asked: list = []
+        raised = None
         if name == "start":
             tokens, salt = rest
-            found = cache.find(tokens, salt, size)
+            found = cache.find(tokens, salt)
             blocks = pool.allocator.allocate(blocks_for(len(tokens), size) - len(found), found=found)
             pool.tables[seq], texts[seq] = PageTable(size, found + blocks, len(tokens), len(found), salt, True), tokens
         elif name == "fork":
