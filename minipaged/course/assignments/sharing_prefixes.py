@@ -57,7 +57,7 @@ def _history(
     twins: what is known may be added again. (Not where hashes lie: a cache that refused the first may take the second,
     and then others follow a block than the ones planned.)
     """
-    model, free = Prefixes(rng.choice([1, 2, 2, 3])), rng.sample(range(1000), 1000)
+    model, free = Prefixes(rng.choice([1, 2, 2, 3])), rng.sample(range(400), 400)
     ops: list[list[Any]] = []
     salts: list[Salt] = rng.choice([[None], [None], [None, "a"], ["a", "b"]])
     for _ in range(size):

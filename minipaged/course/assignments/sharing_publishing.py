@@ -104,7 +104,8 @@ def _judge_asked(asked: list[list[int]], start: int, new: int, drawn: str) -> Fa
     total, inside = sum(many for _, many in asked), all(start <= at and at + many <= start + new for at, many in asked)
     if total <= new and (inside or not total):
         return None
-    return Failure("which tokens are asked for, as (start, count)", f"{start}, {new} in all", str(asked), drawn)
+    right = f"{new} tokens from {start} on, each once" if new else "no token"
+    return Failure("which tokens are asked for, as [start, count]", right, str(asked), drawn)
 
 
 def _judge_state(what: str, seen: Any, tables: dict[int, _Table], known: dict, drawn: str) -> Failure | None:
