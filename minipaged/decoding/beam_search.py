@@ -11,12 +11,15 @@ One step, `BeamSearch.advance`, with W = beam_width:
       the W best without a stop token        -> the running beams of the next step
       everything else                        -> forgotten
 
+With the last token that max_tokens allows, all of ranks 0..W-1 finish, stop token or not, and nothing runs on.
+
 If two continuations of a beam survive, it is forked: two sequences share all its blocks. If none does, it is
 freed. All that paged memory has to do for beam search is sharing (paper, section 4.4).
 
 The rules are those of transformers 5 (`GenerationMixin._beam_search`), so tokens and scores equal its. Two
 differences: sums are Python floats, not float32, so candidates that differ by a rounding may swap ranks; and
-of equal scores the better beam's, then the earlier candidate's goes first, where torch promises no order.
+of equal scores the better beam's, then the earlier candidate's goes first, where torch promises no order. Of
+equal hypotheses the one that finished first stays first; in one step, the one of the better rank.
 """
 
 import math
@@ -103,8 +106,9 @@ class BeamSearch:
     def advance(self, candidates: Sequence[Sequence[tuple[int, float]]]) -> list[Continuation]:
         """One step. Returns the beams that run now, best first; none: the search is over, see `hypotheses`.
 
-        candidates[i]: the `num_candidates` likeliest (token id, log-probability) after beam i of `running`.
-        Fewer only if the vocabulary has no more.
+        candidates[i]: the `num_candidates` likeliest (token id, log-probability) after beam i of `running`,
+        likeliest first. Fewer only if the vocabulary has no more.
+        A search that is over stays as it is: no beam runs, and advance([]) is [].
         Errors: ValueError, and nothing changed, if the lists do not fit the running beams or hold a NaN.
         """
         if len(candidates) != len(self.running):
@@ -118,7 +122,7 @@ class BeamSearch:
 
         finished = self.finished + [self._finish(c) for c in finishing]
         self.finished = sorted(finished, key=lambda h: h.score, reverse=True)[:width]
-        self.done = not survivors or not self._can_improve(survivors[0].score)
+        self.done = not survivors or not self._can_improve(survivors[0].score, len(self.running[0].token_ids) + 1)
         if self.done:
             survivors = []
         self.running = [Beam((*self.running[c.parent].token_ids, c.token_id), c.score) for c in survivors]
@@ -142,15 +146,19 @@ class BeamSearch:
             return Hypothesis(token_ids, score, last.score, "stop", last.token_id)
         return Hypothesis(token_ids, score, last.score, "length", None)
 
-    def _can_improve(self, best_score: float) -> bool:
-        """Whether to go on, given the log-probability of the best survivor. See `early_stopping`."""
+    def _can_improve(self, best_score: float, length: int) -> bool:
+        """Whether to go on, once this step's hypotheses are among `finished`. See `BeamSearchParams.early_stopping`.
+
+        best_score, length: log-probability and tokens of the best beam that would run on, this step's token included.
+        While fewer than beam_width hypotheses are finished, the search goes on in any case.
+        """
         if len(self.finished) < self.params.beam_width:
             return True
         if self.params.early_stopping is True:
             return False
         penalty = self.params.length_penalty
-        hopeful = self.params.early_stopping == "never" and penalty > 0
-        length = self.max_tokens if hopeful else len(self.running[0].token_ids) + 1
+        if self.params.early_stopping == "never" and penalty > 0:
+            length = self.max_tokens
         return best_score / length**penalty > self.finished[-1].score
 
     @property

@@ -29,7 +29,8 @@ class PrefixCache(Protocol):
     def add(self, block: int, parent: int | None, tokens: Sequence[int], salt: Salt = None) -> int:
         """Let `block` be found by its tokens after those of `parent` (None: at the beginning).
 
-        Returns the block that is found from now on: an older one, if these tokens were computed before.
+        Returns the block that is found from now on: an older one, if these tokens were computed before. Then `block`
+        itself isn't known.
         """
         ...
 
@@ -80,6 +81,7 @@ class HashCache:
         self._by_block: dict[int, _Entry] = {}
 
     def find(self, tokens: Sequence[int], salt: Salt = None) -> list[int]:
+        """As PrefixCache says. It looks at each token a few times, however many blocks are known."""
         found: list[int] = []
         entry: _Entry | None = None
         for end in range(self._block_size, len(tokens) + 1, self._block_size):
@@ -90,6 +92,7 @@ class HashCache:
         return found
 
     def add(self, block: int, parent: int | None, tokens: Sequence[int], salt: Salt = None) -> int:
+        """As PrefixCache says. A block whose key other contents have, or whose parent isn't known, stays unknown."""
         before = None if parent is None else self._by_block.get(parent)
         if parent is not None and before is None:
             return block  # it follows one whose key was taken by other tokens: nobody could walk here
@@ -102,6 +105,7 @@ class HashCache:
         return block
 
     def remove(self, block: int) -> None:
+        """As PrefixCache says. Nothing of it is left, and its key is free for others."""
         del self._by_key[self._by_block.pop(block).key]
 
     def clear(self) -> None:

@@ -14,7 +14,12 @@ from minipaged.memory.prefix_cache import PrefixCache
 def publish(
     table: PageTable, num_computed: int, tokens: Callable[[int, int], Sequence[int]], pool: Pool, cache: PrefixCache
 ) -> None:
-    """Let the full blocks of the first `num_computed` tokens of a table be found; tokens(start, count): those there."""
+    """Let the full blocks of the first `num_computed` tokens of a table be found; tokens(start, count): those there.
+
+    They are given to the cache from the beginning on, each once: `table.num_published` counts them. Where the cache
+    finds another block instead, each table of the pool that holds the one gets a list with the other in its place, and
+    the allocator's counts follow.
+    """
     size = table.block_size
     for logical in range(table.num_published, num_computed // size):
         own, parent = table.blocks[logical], table.blocks[logical - 1] if logical else None

@@ -53,6 +53,7 @@ class RadixCache:
         self._nodes: dict[int, _Node] = {}  # where each known block stands
 
     def find(self, tokens: Sequence[int], salt: Salt = None) -> list[int]:
+        """As PrefixCache says. It looks at each token a few times, however many blocks are known."""
         found: list[int] = []
         node, at = self._roots.get(salt), 0  # `at` blocks of the node were walked
         for end in range(self._block_size, len(tokens) + 1, self._block_size):
@@ -66,6 +67,7 @@ class RadixCache:
         return found
 
     def add(self, block: int, parent: int | None, tokens: Sequence[int], salt: Salt = None) -> int:
+        """As PrefixCache says, for a known parent. Runs end only where sequences part (until blocks are removed)."""
         own = tuple(tokens)
         if parent is None:
             node = self._roots.setdefault(salt, _Node(None, [], [], salt))
@@ -99,6 +101,7 @@ class RadixCache:
         node.children = {lower.tokens[0]: lower}
 
     def remove(self, block: int) -> None:
+        """As PrefixCache says. ValueError, and nothing changed, if known blocks follow. An empty tree goes."""
         node = self._nodes[block]
         if node.children or node.blocks[-1] != block:
             raise ValueError(f"block {block} is not the end of a path: what follows it must be removed first")
