@@ -1,0 +1,54 @@
+"""Assignment 2: cases in words, and what is in memory as a picture."""
+
+from typing import TYPE_CHECKING, Any
+
+from minipaged.course.assignment import Case
+
+if TYPE_CHECKING:
+    from minipaged.course.assignments.blocks_memory import Shadow
+
+WIDTH = 80
+
+
+def in_words(op: list[Any]) -> str:
+    """The call as it would be written."""
+    name, *arguments = op
+    if name == "allocate":
+        seq_id, tokens, keep_free, salt = arguments
+        found = ", prefix=find(its tokens)" if salt is not None else ""
+        return f"allocate({seq_id}, {len(tokens)}{_keep(keep_free)}{found})"
+    if name == "append":
+        growing, keep_free = arguments
+        return f"append({{{', '.join(f'{seq_id}: {len(tokens)}' for seq_id, tokens in growing)}}}{_keep(keep_free)})"
+    if name == "swap_in":
+        return f"swap_in({arguments[0]}{_keep(arguments[1])})"
+    return f"{name}({', '.join(map(str, arguments))})"
+
+
+def _keep(keep_free: int) -> str:
+    return f", keep_free={keep_free}" if keep_free else ""
+
+
+def show_memory(case: Case) -> str:
+    cpu = f", num_cpu_blocks={case['num_cpu_blocks']}" if case["num_cpu_blocks"] else ""
+    cache = ", with a prefix cache" if case["cached"] else ""
+    first = f"memory = KVCacheManager({case['num_blocks']}, block_size={case['block_size']}{cpu}){cache}"
+    lines = [first, *(f"  {in_words(op)}" for op in case["ops"])]
+    tokens = [f"  tokens of {op[1]}: {' '.join(map(str, op[2]))}" for op in case["ops"] if op[0] == "allocate"]
+    return "\n".join(lines + (tokens if case["cached"] else []))
+
+
+def draw_memory(case: Case, shadow: "Shadow", counts: list[int] | None = None) -> str:
+    """Page tables, and below the blocks with the tokens that were written into them."""
+    lines = ["page tables (logical block -> physical block)"]
+    for seq_id, (swapped, blocks) in sorted(shadow.tables.items()):
+        lines.append(f"  {seq_id}: {''.join(f'[{block}]' for block in blocks)}{'  in CPU memory' if swapped else ''}")
+    for swapped, size in ((False, case["num_blocks"]), (True, case["num_cpu_blocks"])):
+        lines += [f"{'CPU ' if swapped else ''}blocks"] if size else []
+        for block in range(size):
+            slots = shadow.pools[swapped].get(block, [()] * case["block_size"])
+            row = " ".join(f"{contents[-1] if contents else '.':>4}" for contents in slots)
+            holders = [str(s) for s, (where, blocks) in sorted(shadow.tables.items()) if where == swapped and block in blocks]
+            count = f"count {counts[block]}, " if counts and not swapped and block < len(counts) else ""
+            lines.append(f"  {block:2} |{row} |  {count}held by {' '.join(holders) or 'nobody'}")
+    return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines)
