@@ -7,7 +7,8 @@ from typing import Any
 from minipaged.course.assignment import Assignment, Case, Failure, Part
 from minipaged.course.assignments.blocks_cases import GROWTH, SEQUENCES, SWAPS, memory_cases, smaller_memory
 from minipaged.course.assignments.blocks_memory import judge_memory
-from minipaged.course.assignments.blocks_pool import judge_pool, plainly, pool_cases, show_pool, smaller_pool
+from minipaged.course.assignments.blocks_pool import judge_pool, plainly, show_pool
+from minipaged.course.assignments.blocks_pool_cases import pool_cases, smaller_pool
 from minipaged.course.assignments.blocks_words import show_memory
 from minipaged.course.inside.observe import outcome
 from minipaged.memory import PageTable, blocks_for
@@ -87,12 +88,12 @@ ASSIGNMENT = Assignment(
         Part(
             "the allocator", 20, ALLOCATOR,
             ("BlockAllocator.allocate", "BlockAllocator.share", "BlockAllocator.release"),
-            "pool", pool_cases(cached=False), judge_pool, smaller=smaller_pool, show=show_pool, num_cases=40,
+            "pool", pool_cases(first=16), judge_pool, smaller=smaller_pool, show=show_pool, num_cases=60,
         ),
         Part(
             "idle blocks", 15, ALLOCATOR,
             ("BlockAllocator._take", "BlockAllocator._drop", "BlockAllocator.take_freed", "BlockAllocator.forget_all"),
-            "pool", pool_cases(cached=True), judge_pool, smaller=smaller_pool, show=show_pool, num_cases=60,
+            "pool", pool_cases(first=0), judge_pool, smaller=smaller_pool, show=show_pool, num_cases=60,
         ),
         Part(
             "page tables", 15, TABLE,
@@ -102,7 +103,7 @@ ASSIGNMENT = Assignment(
         Part(
             "sequences", 15, MANAGER,
             ("KVCacheManager.allocate", "KVCacheManager.fork", "KVCacheManager.free"),
-            "memory", memory_cases(SEQUENCES, cached=0.5), judge_memory, smaller=smaller_memory, show=show_memory,
+            "memory", memory_cases(SEQUENCES, cached=0.5, cpu=True), judge_memory, smaller=smaller_memory, show=show_memory,
             num_cases=60,
         ),
         Part(
@@ -110,7 +111,7 @@ ASSIGNMENT = Assignment(
             smaller=smaller_memory, show=show_memory, num_cases=60,
         ),
         Part(
-            "swapping", 15, SWAP, ("move",), "memory", memory_cases(SWAPS, cached=0.5, cpu=True), judge_memory,
+            "swapping", 15, SWAP, ("move",), "memory", memory_cases(SWAPS, cached=0.7, cpu=True), judge_memory,
             smaller=smaller_memory, show=show_memory, num_cases=60,
         ),
     ),

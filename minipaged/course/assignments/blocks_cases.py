@@ -8,9 +8,10 @@ from minipaged.course.assignment import Case
 from minipaged.course.assignments.blocks_memory import Reference
 from minipaged.course.checking import without
 
-SEQUENCES = ("allocate", "allocate", "fork", "free", "append")
+SEQUENCES = ("allocate", "allocate", "allocate", "fork", "free", "free", "append", "swap_out")
 GROWTH = ("allocate", "fork", "fork", "append", "append", "append", "append", "free")
 SWAPS = ("allocate", "allocate", "fork", "append", "append", "free", "swap_out", "swap_out", "swap_in", "swap_in")
+KEEP = {"allocate": 3, "append": 2, "swap_in": 2}  # where keep_free stands
 
 
 def memory_cases(
@@ -123,11 +124,16 @@ def smaller_memory(case: Case) -> Iterator[Case]:
         yield {**case, "block_size": case["block_size"] - 1}
     if case["cached"]:
         yield {**case, "cached": False}
+    if case["num_cpu_blocks"]:
+        yield {**case, "num_cpu_blocks": case["num_cpu_blocks"] - 1}
 
 
 def _fewer(op: list[Any]) -> Iterator[list[Any]]:
     if op[0] == "allocate" and op[2]:
         yield ["allocate", op[1], op[2][:-1], *op[3:]]
+    if op[0] in ("allocate", "append", "swap_in") and op[KEEP[op[0]]]:
+        at = KEEP[op[0]]
+        yield [*op[:at], 0, *op[at + 1 :]]
     if op[0] == "append":
         for at, (seq_id, tokens) in enumerate(op[1]):
             rest = [*op[1][:at], *op[1][at + 1 :]]

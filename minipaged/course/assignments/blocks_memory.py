@@ -25,11 +25,20 @@ class Reference:
         cache = HashCache(case["block_size"]) if case["cached"] else None
         self.memory = KVCacheManager(case["num_blocks"], case["block_size"], case["num_cpu_blocks"], None, cache)
         self.tokens: dict[int, list[int]] = {}
+        self.shadow = Shadow(case["block_size"])
 
-    def do(self, op: list[Any]) -> Any:
-        """The answer as plain data."""
+    def do(self, op: list[Any]) -> dict[str, Any]:
+        """What can be seen afterwards. num_found: blocks in which the tokens of a new sequence stand already."""
         name, *arguments = op
-        return outcome(getattr(self, f"_{name}"), *arguments)
+        finds = name == "allocate" and op[4] is not None
+        num_found = len(self.memory.find(op[2], *op[4]).blocks) if finds else 0
+        answer = outcome(getattr(self, f"_{name}"), *arguments)
+        seen = {
+            "answer": answer, "tables": self.tables(), "freed": self.memory.take_freed(),
+            "idle": self.memory.idle_blocks(), "num_found": num_found, "usage": plain(self.memory.usage()),
+        }  # fmt: skip
+        self.shadow.carry_out(op, seen, self.tokens, num_found)
+        return seen
 
     def _allocate(self, seq_id: int, tokens: list[int], keep_free: int, salt: list[str] | None) -> Any:
         prefix = self.memory.find(tokens, *salt) if salt is not None else None
@@ -79,8 +88,11 @@ class Shadow:
     def block(self, swapped: bool, number: int) -> list[Contents]:
         return self.pools[swapped].setdefault(number, [JUNK] * self.size)
 
-    def carry_out(self, op: list[Any], seen: dict[str, Any], tokens: dict[int, list[int]]) -> None:
-        """Swap-outs, junk into freed blocks, swap-ins, copies, and then the new tokens."""
+    def carry_out(self, op: list[Any], seen: dict[str, Any], tokens: dict[int, list[int]], num_found: int) -> None:
+        """Swap-outs, junk into freed blocks, swap-ins, copies, and then the new tokens.
+
+        num_found: the first blocks of a new sequence of which it is said that they hold its tokens already.
+        """
         answer = seen["answer"] if isinstance(seen["answer"], dict) else {}
         before = {number: list(slots) for number, slots in self.pools[False].items()}
         for number in seen["freed"]:
@@ -91,12 +103,11 @@ class Shadow:
         copied = [(target, list(self.block(False, source))) for source, target in answer.get("copies", ())]
         self.pools[False] |= dict(copied)
         self.tables = {seq_id: (swapped, blocks) for seq_id, swapped, blocks in seen["tables"]}
-        self._write(op, answer, tokens)
+        self._write(op, answer, tokens, num_found)
 
-    def _write(self, op: list[Any], answer: dict[str, Any], tokens: dict[int, list[int]]) -> None:
+    def _write(self, op: list[Any], answer: dict[str, Any], tokens: dict[int, list[int]], num_found: int) -> None:
         if op[0] == "allocate" and answer.get("is") == "Allocated":
-            found = sum(block in op[-1] for block in answer["blocks"])
-            self.length[op[1]] = found * self.size
+            self.length[op[1]] = num_found * self.size
         if op[0] == "fork" and op[2] in self.tables:
             self.length.setdefault(op[2], self.length.get(op[1], 0))
         for seq_id, (swapped, blocks) in self.tables.items():
@@ -116,33 +127,26 @@ class Shadow:
 def judge_memory(case: Case, answer: Any) -> Failure | None:
     reference, shadow = Reference(case), Shadow(case["block_size"])
     for op, seen in zip(case["ops"], answer, strict=True):
-        found = reference.memory.find(op[2], *op[4]).blocks if op[0] == "allocate" and op[4] is not None else []
         expected = reference.do(op)
         picture = draw_memory(case, shadow)
-        failure = _judge_answer(case, seen["answer"], expected)
+        failure = _judge_answer(seen["answer"], expected["answer"])
         if not failure:
-            op_found = op if op[0] != "allocate" else [*op, _found(seen["answer"], len(found))]
-            shadow.carry_out(op_found, seen, reference.tokens)
-            failure = _judge_state(case, seen, shadow, reference)
+            shadow.carry_out(op, seen, reference.tokens, expected["num_found"])
+            failure = _judge_state(case, seen, shadow, expected, reference)
             picture = draw_memory(case, shadow, seen["ref_count"])
         if failure:
-            what = f"`{in_words(op)}`: {failure.what}"
-            return Failure(what, failure.expected, failure.got, picture)
+            return Failure(f"`{in_words(op)}`: {failure.what}", failure.expected, failure.got, picture)
     return None
 
 
-def _found(answer: Any, count: int) -> list[int]:
-    """The first `count` blocks of a new sequence are said to hold its tokens already."""
-    return answer["blocks"][:count] if isinstance(answer, dict) and answer.get("is") == "Allocated" else []
-
-
-def _judge_answer(case: Case, got: Any, expected: Any) -> Failure | None:
+def _judge_answer(got: Any, expected: Any) -> Failure | None:
     """Its kind, the numbers of a refusal, how many copies and moves."""
     wrong = Failure("a wrong answer", plainly(expected), plainly(got))
     if not isinstance(expected, dict) or not isinstance(got, dict):
         return None if got == expected else wrong
     if "raised" in expected:
-        return None if got.get("raised") == expected["raised"] else Failure("a wrong answer", expected["raised"], plainly(got))
+        same = got.get("raised") == expected["raised"]
+        return None if same else Failure("a wrong answer", expected["raised"], plainly(got))
     if got.get("is") != expected["is"] or (expected["is"] == "NoSpace" and got != expected):
         return wrong
     for name in ("copies", "moves"):
@@ -154,27 +158,31 @@ def _judge_answer(case: Case, got: Any, expected: Any) -> Failure | None:
     return None
 
 
-def _judge_state(case: Case, seen: dict[str, Any], shadow: Shadow, reference: Reference) -> Failure | None:
-    tables = {seq_id: (swapped, blocks) for seq_id, swapped, blocks in seen["tables"]}
-    expected = {seq_id: (swapped, blocks) for seq_id, swapped, blocks in reference.tables()}
-    if {seq_id: swapped for seq_id, (swapped, _) in tables.items()} != {s: swapped for s, (swapped, _) in expected.items()}:
-        return Failure("there are other sequences", _living(expected), _living(tables))
+def _judge_state(
+    case: Case, seen: dict[str, Any], shadow: Shadow, expected: dict[str, Any], reference: Reference
+) -> Failure | None:
+    living, right = _living(seen["tables"]), _living(expected["tables"])
+    if living != right:
+        return Failure("there are other sequences", right, living)
     return (
-        _judge_contents(case, seen, shadow, reference)
-        or _judge_counts(case, seen)
-        or _judge_sharing(seen, tables, expected, reference)
-        or _judge_account(seen, reference)
+        _judge_contents(case, seen, shadow, reference.tokens)
+        or _judge_counts(seen)
+        or _judge_sharing(seen, expected)
+        or _judge_idle(seen, shadow, expected, reference.shadow)
+        or _judge_account(seen, expected)
     )
 
 
-def _living(tables: dict[int, tuple[bool, list[int]]]) -> str:
-    return ", ".join(f"{seq_id}{' (swapped)' if swapped else ''}" for seq_id, (swapped, _) in sorted(tables.items()))
+def _living(tables: list[list[Any]]) -> str:
+    return ", ".join(f"{seq_id}{' (swapped)' if swapped else ''}" for seq_id, swapped, _ in sorted(tables))
 
 
-def _judge_contents(case: Case, seen: dict[str, Any], shadow: Shadow, reference: Reference) -> Failure | None:
+def _judge_contents(
+    case: Case, seen: dict[str, Any], shadow: Shadow, tokens: dict[int, list[int]]
+) -> Failure | None:
     """Every sequence reads its own tokens."""
     for (seq_id, _, blocks), num_tokens in zip(seen["tables"], seen["num_tokens"], strict=True):
-        own = reference.tokens[seq_id]
+        own = tokens[seq_id]
         if num_tokens != len(own):
             return Failure(f"sequence {seq_id} has a wrong number of tokens", str(len(own)), str(num_tokens))
         needed = blocks_for(len(own), case["block_size"])
@@ -194,7 +202,7 @@ def _token(contents: Contents, own: int) -> str:
     return f"{contents[-1]}" + (", behind other tokens" if contents[-1] == own else "")
 
 
-def _judge_counts(case: Case, seen: dict[str, Any]) -> Failure | None:
+def _judge_counts(seen: dict[str, Any]) -> Failure | None:
     """A count is the number of page tables that name the block."""
     holders = Counter(block for _, swapped, blocks in seen["tables"] if not swapped for block in blocks)
     for block, count in enumerate(seen["ref_count"]):
@@ -204,36 +212,41 @@ def _judge_counts(case: Case, seen: dict[str, Any]) -> Failure | None:
     return None
 
 
-def _judge_sharing(
-    seen: dict[str, Any], tables: dict[int, tuple[bool, list[int]]], expected: dict[int, tuple[bool, list[int]]],
-    reference: Reference,
-) -> Failure | None:  # fmt: skip
+def _judge_sharing(seen: dict[str, Any], expected: dict[str, Any]) -> Failure | None:
     """The same blocks are shared, if those of one side are given the names of the other."""
-    there, here = set(), set()
-    for seq_id, (swapped, blocks) in expected.items():
-        pairs = zip(blocks, tables[seq_id][1], strict=True)
-        there |= {(swapped, ours, theirs) for ours, theirs in pairs}
-    idle, own = reference.memory.idle_blocks(), seen["idle"]
-    if len(idle) != len(own):
-        return Failure("a wrong number of idle blocks, which can be found again", str(len(idle)), f"{len(own)}: {own}")
-    there |= {(False, ours, theirs) for ours, theirs in zip(idle, own, strict=True)}
-    here = {(swapped, theirs) for swapped, _, theirs in there}
-    if len(here) == len(there) == len({(swapped, ours) for swapped, ours, _ in there}):
+    own = {seq_id: blocks for seq_id, _, blocks in seen["tables"]}
+    pairs = {
+        (swapped, ours, theirs)
+        for seq_id, swapped, blocks in expected["tables"]
+        for ours, theirs in zip(blocks, own[seq_id], strict=True)
+    }
+    if len(pairs) == len({pair[:2] for pair in pairs}) == len({pair[::2] for pair in pairs}):
         return None
-    names = "; ".join(f"{seq_id}: {blocks}" for seq_id, (_, blocks) in expected.items())
-    got = "; ".join(f"{seq_id}: {blocks}" for seq_id, (_, blocks) in tables.items())
-    return Failure("other blocks are shared than should be", f"as here, under any numbers: {names}", got)
+    right = "; ".join(f"{seq_id}: {blocks}" for seq_id, _, blocks in sorted(expected["tables"]))
+    got = "; ".join(f"{seq_id}: {blocks}" for seq_id, blocks in sorted(own.items()))
+    return Failure("other blocks are shared than should be", f"as here, under any numbers: {right}", got)
 
 
-def _judge_account(seen: dict[str, Any], reference: Reference) -> Failure | None:
-    freed = reference.memory.take_freed()
-    if sorted(set(seen["freed"])) != sorted(seen["freed"]) or len(freed) != len(seen["freed"]):
+def _judge_idle(
+    seen: dict[str, Any], shadow: Shadow, expected: dict[str, Any], right: Shadow
+) -> Failure | None:
+    """What can be found again, in the order in which it will be evicted: each block by its last token."""
+    holds = [shadow.block(False, block)[-1] for block in seen["idle"]]
+    should = [right.block(False, block)[-1] for block in expected["idle"]]
+    if holds == should:
+        return None
+    what = "the idle blocks are wrong. Here they are by the last token in each; the first is the next to be evicted"
+    return Failure(what, str([one[-1] for one in should]), str([one[-1] if one else "junk" for one in holds]))
+
+
+def _judge_account(seen: dict[str, Any], expected: dict[str, Any]) -> Failure | None:
+    if len(set(seen["freed"])) != len(seen["freed"]) or len(expected["freed"]) != len(seen["freed"]):
         what = "take_freed doesn't name the blocks whose contents were lost, each once"
-        return Failure(what, f"{len(freed)} blocks", str(seen["freed"]))
+        return Failure(what, f"{len(expected['freed'])} blocks", str(seen["freed"]))
     if seen["changed"]:
         what = "a page table that was handed out earlier has been changed"
         return Failure(what, "a new list in table.blocks; the old one as it was", "the old list, with other numbers")
-    for name, value in plain(reference.memory.usage()).items():
-        if seen["usage"][name] != value:
+    for name, value in expected["usage"].items():
+        if name != "peak_used" and seen["usage"][name] != value:  # that one is the allocator's
             return Failure(f"usage().{name} is wrong", str(value), str(seen["usage"][name]))
     return None

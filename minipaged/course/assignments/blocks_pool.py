@@ -1,15 +1,12 @@
-"""Assignment 2, the allocator: cases, a judge that follows the student's choice of blocks, and pictures.
+"""Assignment 2, the allocator: a judge that follows the student's choice of blocks, and pictures.
 
 An operation names a block by when it was handed out, ["nth", 0] is the first one, or by its number, ["block", 5].
 """
 
-import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from minipaged.course.assignment import Case, Failure
-from minipaged.course.checking import without
 
 Named = list[Any]
 MISUSE = "MisuseError"
@@ -30,7 +27,8 @@ class PoolModel:
     idle: list[int] = field(default_factory=list)
     freed: set[int] = field(default_factory=set)
     handed_out: list[int] = field(default_factory=list)
-    peak_used: int = 0
+    peak_used: int = 0  # as it was after any `allocate`; some count what a `share` wakes, too:
+    most_used: int = 0
     num_evicted: int = 0
     fresh: bool = True  # no block came back yet
 
@@ -85,6 +83,7 @@ class PoolModel:
         if block in self.idle:
             self.idle.remove(block)
         self.counts[block] += 1
+        self.most_used = max(self.most_used, sum(map(bool, self.counts)))
 
     def _release(self, block: int) -> None:
         self.counts[block] -= 1
@@ -122,6 +121,7 @@ class PoolModel:
         self.handed_out += got
         self.order = [block for block in self.order if block not in got]
         self.peak_used = max(self.peak_used, sum(map(bool, self.counts)))
+        self.most_used = max(self.most_used, self.peak_used)
         return None
 
     def _wrong_choice(self, count: int, unused: set[int], evicted: list[int], got: Any) -> str | None:
@@ -158,6 +158,8 @@ def judge_pool(case: Case, answer: Any) -> Failure | None:
             return Failure(f"`{words}` gave a wrong answer", wrong, plainly(after["answer"]), draw_pool(before))
         expected = model.seen()
         for name, value in expected.items():
+            if name == "peak_used" and value <= after[name] <= model.most_used:
+                continue
             if after[name] != value:
                 what = "the cache knows" if name == "known" else name
                 text = f"after `{words}`, {what} is wrong"
@@ -188,7 +190,7 @@ def in_words(op: list[Any], model: PoolModel | None = None) -> str:
     """The call as it would be written; with a model, with the numbers of the blocks."""
     def one(named: Named) -> str:
         number = model.block(named) if model else named[1] if named[0] == "block" else None
-        return str(number) if number is not None else f"<handed out, number {named[1] + 1}>"
+        return str(number) if number is not None else f"b{named[1] + 1}"
 
     name, *arguments = op
     if name == "allocate":
@@ -201,99 +203,7 @@ def in_words(op: list[Any], model: PoolModel | None = None) -> str:
 
 def show_pool(case: Case) -> str:
     if "cost" in case:
-        return f"a pool of {case['cost']} blocks, every second of them released; then single operations"
+        return f"a pool of {case['cost']} blocks, all taken, and a third of them released; then single operations"
     order = f", free_order={case['free_order']}" if case["free_order"] else ""
-    return "\n".join([f"a pool of {case['num_blocks']} blocks{order}", *(f"  {in_words(op)}" for op in case["ops"])])
-
-
-def smaller_pool(case: Case) -> Iterator[Case]:
-    if "cost" not in case:
-        yield from without(case, "ops")
-        yield from without(case, "free_order")
-
-
-def pool_cases(cached: bool) -> Callable[[random.Random], Iterator[Case]]:
-    """Operations that correct callers make, and one that none makes at the end of some."""
-    def cases(rng: random.Random) -> Iterator[Case]:
-        size = 0
-        while True:
-            size += 1
-            num_blocks = rng.randint(min(1 + cached, size), 2 + size // 6)
-            order = rng.sample(range(num_blocks), rng.randint(0, num_blocks)) if rng.random() < 0.5 else []
-            yield _case(rng, num_blocks, order, cached, 2 + size // 2)
-            if size == 12:
-                yield {"cost": 4000, "num_blocks": 4000, "free_order": [], "cached": cached}
-
-    return cases
-
-
-def _case(rng: random.Random, num_blocks: int, order: list[int], cached: bool, length: int) -> Case:
-    draw = _Draw(rng, num_blocks, cached)
-    ops = [draw.op() for _ in range(length)]
-    if rng.random() < 0.5:
-        ops.append(draw.misuse())
-    ops.append(["take_freed"])
-    return {"num_blocks": num_blocks, "free_order": order, "cached": cached, "ops": ops}
-
-
-class _Draw:
-    """Draws operations, and knows roughly which blocks are held by then."""
-
-    def __init__(self, rng: random.Random, num_blocks: int, cached: bool):
-        self.rng, self.num_blocks, self.cached = rng, num_blocks, cached
-        self.held: list[int] = []  # blocks, as the nth that was handed out: once for each holder
-        self.known: list[int] = []
-        self.model = PoolModel(num_blocks, list(range(num_blocks)))
-
-    def op(self) -> list[Any]:
-        rng = self.rng
-        names = ["allocate"] * 3 + ["take_freed"] * (rng.random() < 0.3)
-        names += ["share"] * 2 + ["release"] * 4 if self.held else []
-        names += ["know"] * 3 + ["forget_all"] * (rng.random() < 0.2) if self.held and self.cached else []
-        name = rng.choice(names)
-        return self._take(getattr(self, f"_{name}", lambda: [name])())
-
-    def _take(self, op: list[Any]) -> list[Any]:
-        """The model takes the step, with the first blocks that are allowed."""
-        if op[0] != "allocate":
-            self.model.step(op, None)
-            return op
-        free = sorted(self.model.unused()) + self.model.idle
-        found = [self.model.block(one) for one in op[3]]
-        choice = [block for block in free if block not in found][: op[1]]
-        self.model.fresh = False
-        before = len(self.model.handed_out)
-        self.model.step(op, choice)
-        self.held += range(before, len(self.model.handed_out))
-        self.held += [named[1] for named in op[3]] if self.model.handed_out[before:] or not op[1] else []
-        return op
-
-    def _allocate(self) -> list[Any]:
-        free = self.model.num_blocks - sum(map(bool, self.model.counts))
-        count = self.rng.choice([0, 1, 1, 2, free, free + 1, self.rng.randint(0, self.num_blocks + 1)])
-        found: list[int] = []
-        if self.cached and self.model.handed_out and self.rng.random() < 0.5:
-            newest = {block: nth for nth, block in enumerate(self.model.handed_out)}
-            usable = [nth for block, nth in newest.items() if self.model.has_contents(block)]
-            found = self.rng.sample(usable, self.rng.randint(0, min(2, len(usable))))
-        return ["allocate", count, self.rng.choice([0, 0, 0, 1, 2]), [["nth", nth] for nth in found]]
-
-    def _share(self) -> list[Any]:
-        newest = {block: nth for nth, block in enumerate(self.model.handed_out)}
-        nth = self.rng.choice([nth for block, nth in newest.items() if self.model.has_contents(block)] or self.held)
-        self.held.append(nth)
-        return ["share", ["nth", nth]]
-
-    def _release(self) -> list[Any]:
-        return ["release", ["nth", self.held.pop(self.rng.randrange(len(self.held)))]]
-
-    def _know(self) -> list[Any]:
-        return ["know", ["nth", self.rng.choice(self.held)]]
-
-    def misuse(self) -> list[Any]:
-        block = self.rng.choice([-1, self.num_blocks, *range(self.num_blocks)])
-        op = self.rng.choice(["share", "release", "allocate"])
-        if op == "allocate":
-            found = [["block", block]] if self.rng.random() < 0.5 else []
-            return [op, self.rng.choice([-1, 0, 1]), self.rng.choice([-1, 0]), found]
-        return [op, ["block", block]]
+    first = f"a pool of {case['num_blocks']} blocks{order}; b1, b2, ... are those handed out, in this order"
+    return "\n".join([first, *(f"  {in_words(op)}" for op in case["ops"])])

@@ -44,11 +44,20 @@ def draw_memory(case: Case, shadow: "Shadow", counts: list[int] | None = None) -
     for seq_id, (swapped, blocks) in sorted(shadow.tables.items()):
         lines.append(f"  {seq_id}: {''.join(f'[{block}]' for block in blocks)}{'  in CPU memory' if swapped else ''}")
     for swapped, size in ((False, case["num_blocks"]), (True, case["num_cpu_blocks"])):
-        lines += [f"{'CPU ' if swapped else ''}blocks"] if size else []
-        for block in range(size):
-            slots = shadow.pools[swapped].get(block, [()] * case["block_size"])
-            row = " ".join(f"{contents[-1] if contents else '.':>4}" for contents in slots)
-            holders = [str(s) for s, (where, blocks) in sorted(shadow.tables.items()) if where == swapped and block in blocks]
-            count = f"count {counts[block]}, " if counts and not swapped and block < len(counts) else ""
-            lines.append(f"  {block:2} |{row} |  {count}held by {' '.join(holders) or 'nobody'}")
+        rows = [row for block in range(size) if (row := _row(shadow, swapped, block, None if swapped else counts))]
+        rest = f"  and {size - len(rows)} free ones" if len(rows) < size else ""
+        lines += [f"{'CPU ' if swapped else ''}blocks", *rows, *([rest] if rest else [])] if size else []
     return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines)
+
+
+def _row(shadow: "Shadow", swapped: bool, block: int, counts: list[int] | None) -> str | None:
+    """A block with its contents and holders; None if there are neither."""
+    slots = shadow.pools[swapped].get(block, [])
+    tables = sorted(shadow.tables.items())
+    holders = [str(seq_id) for seq_id, (where, blocks) in tables if where == swapped and block in blocks]
+    count = counts[block] if counts and block < len(counts) else 0
+    if not holders and not count and not any(slots):
+        return None
+    row = " ".join(f"{contents[-1] if contents else '.':>4}" for contents in slots)
+    words = f"count {count}, " if counts else ""
+    return f"  {block:2} |{row} |  {words}held by {' '.join(holders) or 'nobody'}"

@@ -91,12 +91,13 @@ def cost(case):
     pool = Pool(case)
     blocks = pool.allocator.allocate(case["cost"])
     if case["cached"]:
-        pool.cache.blocks.update(blocks)
-    for block in blocks[::2]:
+        pool.cache.blocks.update(blocks[: case["known"]])
+    third = case["cost"] // 3
+    free = blocks[third : 2 * third]  # whoever looks from one end or the other has a long way
+    for block in free:
         pool.allocator.release(block)
-    first, last, other = blocks[0], blocks[-2], blocks[1]
-    asked = [("release", other), ("allocate", 1)]
-    asked += [("share", last), ("release", last), ("share", first)] if case["cached"] else [("share", blocks[3])]
+    asked = [("release", blocks[0]), ("allocate", 1)]
+    asked += [("share", free[9]), ("release", free[9])] if case["cached"] else [("share", blocks[1])]
     return {name: lines(getattr(pool.allocator, name), number) for name, number in asked}
 
 
