@@ -609,7 +609,7 @@ def move(tables, old, new, keep_free, found):
 
 RIGHT = {"plain loops": LOOPS, "own data structures": OWN, "small helpers": HELPERS}
 
-A, I, P, S, G, W = "the allocator", "idle blocks", "page tables", "sequences", "append", "swapping"
+A, IDLE, P, S, G, W = "the allocator", "idle blocks", "page tables", "sequences", "append", "swapping"
 NANO, VLLM = "https://github.com/GeeeekExplorer/nano-vllm", "https://github.com/vllm-project/vllm"
 
 WRONG = [
@@ -633,7 +633,7 @@ WRONG = [
     ),
     Wrong(
         "a block that is free can be freed again, silently", A, ALLOCATOR,
-        '            raise MisuseError(f"block {block} is free already, so it cannot be released")', "            return",
+        'raise MisuseError(f"block {block} is free already, so it cannot be released")', "return",
         VLLM + "/issues/1584",
     ),
     Wrong(
@@ -659,27 +659,37 @@ class BlockAllocator:
         return blocks
 ''',
     ),
-    Wrong("keep_free is forgotten", A, ALLOCATOR, "if taken and taken + keep_free > self.num_free", "if taken > self.num_free"),
     Wrong(
-        "looks through all blocks for a free one", I, ALLOCATOR, "            block = self._free.popleft()\n",
+        "keep_free is forgotten", A, ALLOCATOR, "if taken and taken + keep_free > self.num_free",
+        "if taken > self.num_free",
+    ),
+    Wrong(
+        "looks through all blocks for a free one", IDLE, ALLOCATOR, "            block = self._free.popleft()\n",
         "            block = next(b for b in range(self.num_blocks) if b == self._free[0])\n"
         "            self._free.popleft()\n",
     ),
     # idle blocks
     Wrong(
-        "a block that is handed out has a count of 0", I, ALLOCATOR, "        self._ref_counts[block] = 1\n",
+        "a block that is handed out has a count of 0", IDLE, ALLOCATOR, "        self._ref_counts[block] = 1\n",
         "        self._ref_counts[block] = 0\n", "https://github.com/Wenyueh/MinivLLM/pull/84",
     ),
     Wrong(
-        "what is evicted can still be found", I, ALLOCATOR, "            self._cache.remove(block)\n", "",
+        "what is evicted can still be found", IDLE, ALLOCATOR, "            self._cache.remove(block)\n", "",
         NANO + "/issues/163",
     ),
-    Wrong("the newest idle block is evicted", I, ALLOCATOR, "self._idle.popitem(last=False)\n            assert", "self._idle.popitem()\n            assert"),
     Wrong(
-        "idle blocks are taken while others are free", I, ALLOCATOR, "        if self._free:\n", "        if not self._idle:\n"
+        "the newest idle block is evicted", IDLE, ALLOCATOR, "block, _ = self._idle.popitem(last=False)",
+        "block, _ = self._idle.popitem()",
     ),
-    Wrong("evicted blocks are not named as freed", I, ALLOCATOR, "            self._freed[block] = None\n            self.num_evicted", "            self.num_evicted"),
-    Wrong("a freed block is named only once and for ever", I, ALLOCATOR, "        self._freed.clear()\n", ""),
+    Wrong(
+        "idle blocks are taken while others are free", IDLE, ALLOCATOR, "        if self._free:\n",
+        "        if not self._idle:\n",
+    ),
+    Wrong(
+        "evicted blocks are not named as freed", IDLE, ALLOCATOR,
+        "            self._freed[block] = None\n            self.num_evicted", "            self.num_evicted",
+    ),
+    Wrong("a freed block is named only once and for ever", IDLE, ALLOCATOR, "        self._freed.clear()\n", ""),
     # page tables
     Wrong(
         "a full last block is taken for an empty one", P, TABLE, "len(self.blocks) * self.block_size - self.num_tokens",
@@ -704,7 +714,10 @@ class BlockAllocator:
         "a fork does not count", S, MANAGER, "            home.allocator.share(block)\n", "            pass\n",
         "https://github.com/apache/tvm/pull/16666",
     ),
-    Wrong("a fork is the same page table", S, MANAGER, "home.tables[child] = replace(table)", "home.tables[child] = table"),
+    Wrong(
+        "a fork is the same page table", S, MANAGER, "home.tables[child] = replace(table)",
+        "home.tables[child] = table",
+    ),
     Wrong(
         "blocks are lost when a request is cancelled while it is not on the GPU", S, MANAGER,
         "            home.allocator.release(block)\n",
@@ -720,7 +733,15 @@ class BlockAllocator:
         "what was found is not held", S, MANAGER, "allocate(new_blocks, keep_free, prefix.blocks)",
         "allocate(new_blocks, keep_free)",
     ),
+    Wrong(
+        "a sequence may be shorter than what was found of it", S, MANAGER,
+        "        if num_tokens < prefix.num_tokens:\n", "        if num_tokens < 0:\n",
+    ),
     # append
+    Wrong(
+        "a sequence may grow by less than nothing", G, GROW, "        if num_tokens < 0:\n",
+        "        if num_tokens < -9:\n",
+    ),
     Wrong(
         "of several copies of one block only the first is named", G, GROW,
         "            copies.append((source, target))\n",
@@ -789,5 +810,8 @@ def move(tables, old, new, keep_free, found):
         "who stays behind loses what it shared", W, SWAP, "        old.allocator.release(source)\n",
         "        while old.allocator.ref_count(source):\n                old.allocator.release(source)\n",
     ),
-    Wrong("shared blocks count once in the new pool", W, SWAP, "                new.allocator.share(target)\n", "                pass\n"),
+    Wrong(
+        "shared blocks count once in the new pool", W, SWAP, "                new.allocator.share(target)\n",
+        "                pass\n",
+    ),
 ]  # fmt: skip

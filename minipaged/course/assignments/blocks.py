@@ -29,7 +29,8 @@ def table_cases(rng: random.Random) -> Iterator[Case]:
             num_tokens = block_size * rng.randint(0, 3)  # on a block's border
         start = rng.randint(-1, num_tokens + 1)
         count = rng.choice([0, 1, max(0, num_tokens - start), rng.randint(-1, num_tokens + 1)])
-        yield _table_case(block_size, rng.sample(range(9 + size), -(-num_tokens // block_size)), num_tokens, start, count)
+        blocks = rng.sample(range(9 + size), -(-num_tokens // block_size))
+        yield _table_case(block_size, blocks, num_tokens, start, count)
 
 
 def _table_case(block_size: int, blocks: list[int], num_tokens: int, start: int, count: int) -> Case:
@@ -67,7 +68,8 @@ def draw_table(case: Case) -> str:
 
 
 def show_table(case: Case) -> str:
-    return f"table = PageTable(block_size={case['block_size']}, blocks={case['blocks']}, num_tokens={case['num_tokens']})"
+    fields = ", ".join(f"{name}={case[name]}" for name in ("block_size", "blocks", "num_tokens"))
+    return f"table = PageTable({fields})"
 
 
 def smaller_table(case: Case) -> Iterator[Case]:
@@ -103,8 +105,8 @@ ASSIGNMENT = Assignment(
         Part(
             "sequences", 15, MANAGER,
             ("KVCacheManager.allocate", "KVCacheManager.fork", "KVCacheManager.free"),
-            "memory", memory_cases(SEQUENCES, cached=0.5, cpu=True), judge_memory, smaller=smaller_memory, show=show_memory,
-            num_cases=60,
+            "memory", memory_cases(SEQUENCES, cached=0.75, cpu=True), judge_memory,
+            smaller=smaller_memory, show=show_memory, num_cases=60,
         ),
         Part(
             "append", 20, GROW, ("grow",), "memory", memory_cases(GROWTH), judge_memory, helpers=("_growths",),

@@ -31,8 +31,8 @@ def memory_cases(
             chosen = kinds + (("publish",) * 4 if case["cached"] else ())
             for _ in range(2 + size // 3):
                 draw.add(rng.choice(chosen))
-            if rng.random() < 0.2:
-                draw.add_misuse()
+            if rng.random() < (0.5 if case["cached"] else 0.25):
+                draw.add_misuse(grows="append" in kinds)
             yield case
 
     return cases
@@ -81,7 +81,7 @@ class _Draw:
 
     def _append(self, living: list[int], here: list[int], there: list[int]) -> list[Any]:
         rng, size = self.rng, self.case["block_size"]
-        chosen = rng.sample(here, rng.randint(1, len(here)))
+        chosen = rng.sample(here, len(here) if rng.random() < 0.4 else rng.randint(1, len(here)))
         growing = []
         for seq_id in chosen:
             count, begin = rng.choice([0, 1, 1, 1, 1, size, rng.randint(0, 2 * size)]), 100 * seq_id + 50
@@ -104,13 +104,18 @@ class _Draw:
     def _swap_in(self, living: list[int], here: list[int], there: list[int]) -> list[Any]:
         return [sorted(self.rng.sample(there, self.rng.randint(1, len(there)))), self._keep_free()]
 
-    def add_misuse(self) -> None:
+    def add_misuse(self, grows: bool) -> None:
         """What no correct caller does; nothing may change."""
         living, nobody = self.reference.memory.sequences(), 99
         ops: list[list[Any]] = [["free", nobody], ["fork", nobody, self._new()]]
         if living:
             one = self.rng.choice(living)
             ops += [["allocate", one, [1, 2], 0, None], ["fork", one, one]]
+            if grows and not self.reference.memory.is_swapped(one):
+                ops += [["shrink", [[one, -1]]]] * 2
+        known = [tokens for tokens in self.reference.tokens.values() if self.reference.memory.find(tokens).blocks]
+        if known and self.rng.random() < 0.7:
+            ops = [["allocate_less", self._new(), self.rng.choice(known)]]
         self.case["ops"].append(self.rng.choice(ops))
 
 

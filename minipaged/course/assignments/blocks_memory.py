@@ -47,6 +47,13 @@ class Reference:
             self.tokens[seq_id] = tokens
         return answer
 
+    def _allocate_less(self, seq_id: int, tokens: list[int]) -> Any:
+        prefix = self.memory.find(tokens)
+        return self.memory.allocate(seq_id, prefix.num_tokens - 1, 0, prefix) if prefix.blocks else None
+
+    def _shrink(self, growing: list[tuple[int, int]]) -> Any:
+        return self.memory.append(dict(growing))
+
     def _append(self, growing: list[tuple[int, list[int]]], keep_free: int) -> Any:
         answer = self.memory.append({seq_id: len(tokens) for seq_id, tokens in growing}, keep_free)
         if isinstance(answer, Appended):

@@ -59,7 +59,8 @@ class PoolModel:
         """What the answer should have been, if it was wrong. Otherwise the model has taken the step."""
         name, *arguments = op
         if name == "allocate":
-            return self._allocate(*arguments, got)
+            count, keep_free, found = arguments
+            return self._allocate(count, keep_free, found, got)
         if name == "take_freed":
             expected, self.freed = sorted(self.freed), set()
             right = isinstance(got, list) and sorted(got) == expected
@@ -198,7 +199,9 @@ def in_words(op: list[Any], model: PoolModel | None = None) -> str:
         extra = f", keep_free={keep_free}" if keep_free else ""
         extra += f", found=[{', '.join(map(one, found))}]" if found else ""
         return f"allocate({count}{extra})"
-    return f"{name}({', '.join(map(one, arguments))})" if name != "know" else f"the cache learns block {one(arguments[0])}"
+    if name == "know":
+        return f"the cache learns block {one(arguments[0])}"
+    return f"{name}({', '.join(map(one, arguments))})"
 
 
 def show_pool(case: Case) -> str:

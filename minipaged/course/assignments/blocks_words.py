@@ -20,6 +20,10 @@ def in_words(op: list[Any]) -> str:
     if name == "append":
         growing, keep_free = arguments
         return f"append({{{', '.join(f'{seq_id}: {len(tokens)}' for seq_id, tokens in growing)}}}{_keep(keep_free)})"
+    if name == "allocate_less":
+        return f"allocate({arguments[0]}, one token less than is found, prefix=find(its tokens))"
+    if name == "shrink":
+        return f"append({{{', '.join(f'{seq_id}: {count}' for seq_id, count in arguments[0])}}})"
     if name == "swap_in":
         return f"swap_in({arguments[0]}{_keep(arguments[1])})"
     return f"{name}({', '.join(map(str, arguments))})"

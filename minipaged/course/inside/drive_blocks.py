@@ -31,13 +31,19 @@ class Known:
     def parents(self):
         return dict.fromkeys(self.blocks)
 
+    def find(self, tokens, salt=None):
+        return []
+
+    def add(self, block, parent, tokens, salt=None):
+        return block
+
 
 class Pool:
     """An allocator. Cases name blocks by when they were handed out, since which ones are is the student's choice."""
 
     def __init__(self, case):
-        self.cache = Known() if case["cached"] else None
-        self.allocator = BlockAllocator(case["num_blocks"], case["free_order"], self.cache)
+        self.cache = Known()
+        self.allocator = BlockAllocator(case["num_blocks"], case["free_order"], self.cache if case["cached"] else None)
         self.handed_out = []
 
     def block(self, named):
@@ -75,7 +81,7 @@ class Pool:
         return {name: getattr(self.allocator, name) for name in names} | {
             "ref_count": [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)],
             "idle": self.allocator.idle(),
-            "known": sorted(self.cache.blocks) if self.cache else [],
+            "known": sorted(self.cache.blocks),
         }
 
 
@@ -90,6 +96,7 @@ def cost(case):
     """Lines of Python that are run for single operations in a large pool: at the most."""
     pool = Pool(case)
     blocks = pool.allocator.allocate(case["cost"])
+    assert isinstance(blocks, list)
     if case["cached"]:
         pool.cache.blocks.update(blocks[: case["known"]])
     third = case["cost"] // 3
@@ -149,6 +156,15 @@ class Memory:
             self.tokens[seq_id] = list(tokens)
         return answer
 
+    def allocate_less(self, seq_id, tokens):
+        """Than was found: misuse."""
+        prefix = self.memory.find(tokens)
+        return self.memory.allocate(seq_id, prefix.num_tokens - 1, 0, prefix) if prefix.blocks else None
+
+    def shrink(self, growing):
+        """Misuse, too."""
+        return self.memory.append(dict(growing))
+
     def append(self, growing, keep_free):
         answer = self.memory.append({seq_id: len(tokens) for seq_id, tokens in growing}, keep_free)
         if type(answer).__name__ == "Appended":
@@ -157,9 +173,8 @@ class Memory:
         return answer
 
     def fork(self, parent, child):
-        answer = self.memory.fork(parent, child)
+        self.memory.fork(parent, child)
         self.tokens[child] = list(self.tokens[parent])
-        return answer
 
     def free(self, seq_id):
         return self.memory.free(seq_id)
@@ -176,10 +191,11 @@ class Memory:
 
     def seen(self):
         memory, allocator = self.memory, self.memory._gpu.allocator
-        tables = [[seq_id, memory.is_swapped(seq_id), memory.block_table(seq_id)] for seq_id in memory.sequences()]
+        tables = [(seq_id, memory.is_swapped(seq_id), memory.block_table(seq_id)) for seq_id in memory.sequences()]
         changed = any(table != copy for table, copy in self.handed_out)
-        on_gpu = [memory.current_table(seq_id) for seq_id, swapped, _ in tables if not swapped]
-        self.handed_out += [(table, list(table)) for table in on_gpu if not any(table is old for old, _ in self.handed_out)]
+        current = [memory.current_table(seq_id) for seq_id, swapped, _ in tables if not swapped]
+        new = [table for table in current if not any(table is old for old, _ in self.handed_out)]
+        self.handed_out += [(table, list(table)) for table in new]
         return {
             "tables": tables,
             "num_tokens": [memory.num_tokens(seq_id) for seq_id, *_ in tables],
