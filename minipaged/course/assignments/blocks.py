@@ -83,6 +83,13 @@ def smaller_table(case: Case) -> Iterator[Case]:
         yield _table_case(size, case["blocks"], tokens, start, count - 1)
 
 
+HARMLESS = {
+    "BlockAllocator.forget_all: self._drop(self._idle.popitem(last=False)[0]) -> "
+    "self._drop(self._idle.popitem(last=True)[0])": "in which order idle blocks become free is not promised",
+    "move: moves = dict(zip(sources, targets, strict=True)) -> moves = dict(zip(sources, targets, strict=False))":
+    "allocate gives just as many as it is asked for",
+}  # fmt: skip
+
 ASSIGNMENT = Assignment(
     number=2,
     title="Blocks and page tables",
@@ -120,4 +127,5 @@ ASSIGNMENT = Assignment(
     chapters=(3, 4, 5, 8),
     hours="5 to 8",
     generate=("--n", "2"),
+    harmless=HARMLESS,
 )  # fmt: skip
