@@ -31,6 +31,9 @@ def memory_cases(
             chosen = kinds + (("publish",) * 4 if case["cached"] else ())
             for _ in range(2 + size // 3):
                 draw.add(rng.choice(chosen))
+            if case["cached"] and "swap_in" in kinds:  # who was away publishes again what was evicted meanwhile
+                for name in ("swap_out", "allocate", "allocate", "swap_in", "publish", "free"):
+                    draw.add(name)
             if rng.random() < (0.5 if case["cached"] else 0.25):
                 draw.add_misuse(grows="append" in kinds)
             yield case

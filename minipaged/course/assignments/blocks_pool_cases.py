@@ -106,5 +106,7 @@ class _Draw:
         op = self.rng.choice(["share", "release", "allocate"])
         if op == "allocate":
             found = [["block", block]] if self.rng.random() < 0.5 else []
+            if others := self._allocate()[3]:  # what is right before it must not be shared
+                found = [*others, ["block", -1]]
             return [op, self.rng.choice([-1, 0, 1]), self.rng.choice([-1, 0]), found]
         return [op, ["block", block]]
