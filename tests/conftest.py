@@ -10,6 +10,11 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+import kernels  # noqa: E402
+from minipaged import cache_folder  # noqa: E402
+from minipaged.models import ModelError  # noqa: E402
+from minipaged.models.fetch import fetch_smollm2  # noqa: E402
+
 # The same examples on every run: a failure in CI is a failure here. HYPOTHESIS_PROFILE=explore draws new ones.
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("suite", derandomize=True, **common)
@@ -30,8 +35,33 @@ def pytest_addoption(parser):
     parser.addoption("--router-examples", type=int, default=1, help="times that a server is killed below a router (1)")
 
 
-def pytest_collection_modifyitems(items):
-    """The tests of a file run on one worker, which builds once what they share; those of a chapter, too."""
+def pytest_configure(config):
+    """xdist begins with the groups that have most tests, but a chapter takes a minute for five: our order counts."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """What each worker would fetch or build for itself, if it isn't there yet, is there before they begin."""
+    try:
+        fetch_smollm2()
+        kernels.load("cpp", folder=cache_folder())
+    except (ModelError, kernels.Unavailable):
+        pass  # the tests that need it say so
+
+
+def pytest_collection_modifyitems(config, items):
+    """The tests of a file run on one worker, which builds once what they share; those of a chapter, too.
+
+    For workers what takes long is first, so that none ends with a long one while another has nothing left.
+    """
+    groups = {}
     for item in items:
         chapter = item.callspec.params.get("chapter") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(chapter.name if chapter else item.path.name))
+        name = chapter.name if chapter else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+        groups.setdefault((not chapter, name), []).append(item)
+    if hasattr(config, "workerinput"):
+        order = sorted(groups, key=lambda group: (group[0], -len(groups[group])))  # chapters, then by number
+        items[:] = [item for group in order for item in groups[group]]
