@@ -36,7 +36,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """xdist begins with the groups that have most tests, but a chapter takes a minute for five: our own order counts."""
+    """xdist begins with the groups that have most tests, but a chapter takes a minute for five: our order counts."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -52,14 +52,15 @@ def pytest_xdist_setupnodes():
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests of a file run on one worker, which builds once what they share; those of a chapter, too.
+    """The tests of a file run on one worker, which builds once what they share; those of a chapter, too, or of an assignment.
 
     For workers what takes long is first, so that none ends with a long one while another has nothing left.
     """
     groups = {}
     for item in items:
         chapter = item.callspec.params.get("chapter") if hasattr(item, "callspec") else None
-        name = chapter.name if chapter else item.path.name
+        number = item.callspec.params["number"] if item.path.name == "test_course_solutions.py" else ""
+        name = chapter.name if chapter else f"{item.path.name}{number}"
         item.add_marker(pytest.mark.xdist_group(name))
         groups.setdefault((not chapter, name), []).append(item)
     if hasattr(config, "workerinput"):

@@ -12,8 +12,9 @@ PREEMPTION = "minipaged/scheduling/preemption.py"
 GROWTH = "minipaged/scheduling/growth.py"
 
 HARMLESS = {
-    "Admission._has_to_wait: return request not in self._queues.swapped and todo > step.short and (step.grant(todo) < 1)"
-    " -> return request not in self._queues.swapped and todo >= step.short and (step.grant(todo) < 1)":
+    "Admission._has_to_wait: return request not in self._queues.swapped and todo > step.short and "
+    "(step.grant(todo) < 1) -> return request not in self._queues.swapped and todo >= step.short and "
+    "(step.grant(todo) < 1)":
         "of no more than `short` all that is spare is granted, and that is 1 at least",
     "LiveSequences._append: for one, tokens in zip([seq, *children], rows, strict=True):"
     " -> for one, tokens in zip([seq, *children], rows, strict=False):":
