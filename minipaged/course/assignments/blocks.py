@@ -121,7 +121,7 @@ ASSIGNMENT = Assignment(
         ),
         Part(
             "swapping", 15, SWAP, ("move",), "memory", memory_cases(SWAPS, cached=0.7, cpu=True), judge_memory,
-            smaller=smaller_memory, show=show_memory, num_cases=60,
+            smaller=smaller_memory, show=show_memory, num_cases=120,
         ),
     ),
     chapters=(3, 4, 5, 8),

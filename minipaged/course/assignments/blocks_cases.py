@@ -31,9 +31,8 @@ def memory_cases(
             chosen = kinds + (("publish",) * 4 if case["cached"] else ())
             for _ in range(2 + size // 3):
                 draw.add(rng.choice(chosen))
-            if case["cached"] and "swap_in" in kinds:  # who was away publishes again what was evicted meanwhile
-                for name in ("swap_out", "allocate", "allocate", "swap_in", "publish", "free"):
-                    draw.add(name)
+            if case["cached"] and "swap_in" in kinds:
+                draw.add_return()
             if rng.random() < (0.5 if case["cached"] else 0.25):
                 draw.add_misuse(grows="append" in kinds)
             yield case
@@ -58,6 +57,18 @@ class _Draw:
         op = [name, *getattr(self, f"_{name}")(living, here, there)]
         self.case["ops"].append(op)
         self.reference.do(op)
+
+    def add_return(self) -> None:
+        """A sequence leaves, all that it left behind is evicted, and it comes back: it must publish anew."""
+        for name in ("allocate", "publish", "swap_out"):
+            self.add(name)
+        free, seq_id = self.reference.memory.num_free, self._new()
+        tokens = [100 * seq_id + position for position in range(free * self.case["block_size"])]
+        for op in (["allocate", seq_id, tokens, 0, []], ["free", seq_id]):
+            self.case["ops"].append(op)
+            self.reference.do(op)
+        for name in ("swap_in", "publish", "publish", "free", "free"):
+            self.add(name)
 
     def _keep_free(self) -> int:
         return self.rng.choice([0, 0, 0, 0, 1, 2])
