@@ -52,7 +52,7 @@ def pytest_xdist_setupnodes():
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests of a file run on one worker, which builds once what they share; those of a chapter, too, or of an assignment.
+    """The tests of a file run on one worker, which builds once what they share; so do those of a chapter or assignment.
 
     For workers what takes long is first, so that none ends with a long one while another has nothing left.
     """
