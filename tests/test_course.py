@@ -145,7 +145,7 @@ def test_its_tests_run_with_pytest(tmp_path):
 @pytest.mark.parametrize("number", TITLES)
 def test_a_handout_is_whole_and_a_notebook_too(number):
     text = handout(load(number))
-    assert "{parts}" not in text and "{work}" not in text and f"start {number} my-work/" in text
+    assert "{parts}" not in text and "{work}" not in text and "my-work/" in text
     for part in load(number).parts:
         assert f"| {part.name} | {part.points} |" in text
     assert text.count("<details>") == text.count("</details>") >= (3 * len(load(number).parts) or 3)
@@ -225,7 +225,7 @@ def model(tmp_path_factory):
 
 def generate(folder, model, *arguments):
     command = [sys.executable, "-m", "minipaged.course", "generate", folder, "Hello", "--model", model]
-    return subprocess.run([*command, "--max-tokens", "4", *arguments], capture_output=True, text=True)
+    return subprocess.run([*command, "--max-tokens", "4", "--seed", "1", *arguments], capture_output=True, text=True)
 
 
 def test_generate_runs_on_whatever_is_there(tmp_path, model):

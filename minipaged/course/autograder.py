@@ -65,7 +65,8 @@ STEP = """\
         uses: classroom-resources/autograding-command-grader@v1
         with:
           test-name: {name}
-          command: grep -qx "{name}: {points} of {points} points" "$HOME"/grades/*/points.txt
+          command: |
+            grep -qx "{name}: {points} of {points} points" "$HOME"/grades/*/points.txt
           timeout: 1
           max-score: {points}
 """

@@ -1,11 +1,8 @@
 """Assignment 2: cases in words, and what is in memory as a picture."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from minipaged.course.assignment import Case
-
-if TYPE_CHECKING:
-    from minipaged.course.assignments.blocks_memory import Shadow
 
 WIDTH = 80
 
@@ -42,7 +39,14 @@ def show_memory(case: Case) -> str:
     return "\n".join(lines + (tokens if case["cached"] else []))
 
 
-def draw_memory(case: Case, shadow: "Shadow", counts: list[int] | None = None) -> str:
+class Drawn(Protocol):
+    """What can be drawn: page tables, (swapped, blocks) by sequence, and the slots of blocks, by swapped and number."""
+
+    tables: dict[int, tuple[bool, list[int]]]
+    pools: dict[bool, dict[int, list[Any]]]
+
+
+def draw_memory(case: Case, shadow: Drawn, counts: list[int] | None = None) -> str:
     """Page tables, and below the blocks with the tokens that were written into them."""
     lines = ["page tables (logical block -> physical block)"]
     for seq_id, (swapped, blocks) in sorted(shadow.tables.items()):
@@ -54,7 +58,7 @@ def draw_memory(case: Case, shadow: "Shadow", counts: list[int] | None = None) -
     return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines)
 
 
-def _row(shadow: "Shadow", swapped: bool, block: int, counts: list[int] | None) -> str | None:
+def _row(shadow: Drawn, swapped: bool, block: int, counts: list[int] | None) -> str | None:
     """A block with its contents and holders; None if there are neither."""
     slots = shadow.pools[swapped].get(block, [])
     tables = sorted(shadow.tables.items())
