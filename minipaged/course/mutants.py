@@ -8,7 +8,7 @@ anybody could see; which of the latter there are, an assignment says with a reas
 import ast
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minipaged.course import cut
 from minipaged.course.assignment import Assignment
@@ -29,9 +29,10 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "popleft": "pop
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault. text: what it is, "function: line -> line"; source: the file with it."""
+    """A fault. name: of the function; text: what it is, "function: line -> line"; source: the file with it."""
 
     file: str
+    name: str
     text: str
     source: str
 
@@ -45,12 +46,18 @@ def mutants(assignment: Assignment) -> list[Mutant]:
             node = cut.functions(ast.parse(source))[name].node
             for changed, before, after in _changes(node):
                 text = f"{name}: {before} -> {after}"
-                found.setdefault(text, Mutant(file, text, cut.replaced(source, name, changed)))
+                found.setdefault(text, Mutant(file, name, text, cut.replaced(source, name, changed)))
     return list(found.values())
 
 
 def is_found(mutant: Mutant, assignment: Assignment) -> bool:
-    """Whether a submission with this fault loses a point."""
+    """Whether a submission with this fault loses a point: in its own part, as most do, or in another one."""
+    own = [part for part in assignment.parts if part.file == mutant.file and mutant.name in part.names + part.helpers]
+    others = [part for part in assignment.parts if part not in own]
+    return any(_loses(mutant, replace(assignment, parts=tuple(parts))) for parts in (own, others) if parts)
+
+
+def _loses(mutant: Mutant, assignment: Assignment) -> bool:
     sources = {file: reference(file) for file in assignment.files} | {mutant.file: mutant.source}
     result = check(Submission("mutant", sources), assignment)
     return any(part.state != WORKS for part in result.parts)
