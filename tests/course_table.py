@@ -1,9 +1,11 @@
 """What the grader says of all solutions, right and wrong: a table for instructors.
 
-    python -m tests.course_table
+    python -m tests.course_table            try all of them (ten minutes on two cores)
+    python -m tests.course_table --page     the lists of INSTRUCTORS.md: what there is, and what fails where
 """
 
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -14,32 +16,59 @@ from course_solutions import right, wrong  # noqa: E402
 
 from minipaged.course.assignment import TITLES, load  # noqa: E402
 from minipaged.course.checking import WORKS, check  # noqa: E402
+from minipaged.course.mutants import mutants  # noqa: E402
+
+NUMBERS = [number for number in TITLES if load(number).parts]
 
 
-def main() -> int:
+def solutions(number: int):
+    return import_module(f"solutions.course_{number}")
+
+
+def counts() -> Iterator[str]:
+    """Rows of a table: how many solutions and mutants there are."""
+    for number in NUMBERS:
+        ours, assignment = solutions(number), load(number)
+        every, harmless = len(mutants(assignment)), len(assignment.harmless)
+        sourced = sum(bool(one.source) for one in ours.WRONG)
+        found = f"{every - harmless} of {every - harmless}"
+        yield f"| {number} | {len(ours.RIGHT)} | {len(ours.WRONG)} | {sourced} | {found} | {harmless} |"
+
+
+def mistakes() -> Iterator[str]:
+    """A list for each assignment: a mistake, the part that fails, where it happened."""
+    for number in NUMBERS:
+        yield f"**Assignment {number}**\n"
+        for one in solutions(number).WRONG:
+            yield f"- {one.what}: *{one.part}*" + (f" ([source]({one.source}))" if one.source else "")
+        yield ""
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--page"]:
+        print("\n".join([*counts(), "", *mistakes()]))
+        return 0
     faults = 0
-    for number in TITLES:
-        assignment = load(number)
-        if not assignment.parts:
-            continue
-        solutions = import_module(f"solutions.course_{number}")
+    for number in NUMBERS:
+        assignment, ours = load(number), solutions(number)
         with ThreadPoolExecutor(2) as pool:
-            submissions = [right(assignment, name, texts) for name, texts in solutions.RIGHT.items()]
-            results = list(pool.map(lambda one: check(one, assignment, seed=1, locked=True), submissions))  # noqa: B023
-            refused = [result.name for result in results if result.points < assignment.points]
-            print(f"Assignment {number}: {len(results) - len(refused)} of {len(results)} right solutions accepted")
-            tried = list(pool.map(lambda one: _found(one, assignment), solutions.WRONG))  # noqa: B023
-        for one, parts in zip(solutions.WRONG, tried, strict=True):
-            print(f"  {one.what}: {', '.join(parts) or 'ACCEPTED'}{' *' * bool(one.source)}")
-        faults += len(refused) + sum(one.part not in parts for one, parts in zip(solutions.WRONG, tried, strict=True))
+            submissions = [right(assignment, name, texts) for name, texts in ours.RIGHT.items()]
+            accepted = [not parts for parts in pool.map(lambda one: _failing(one, assignment), submissions)]  # noqa: B023
+            submissions = [wrong(assignment, one) for one in ours.WRONG]
+            failing = list(pool.map(lambda one: _failing(one, assignment), submissions))  # noqa: B023
+        print(f"Assignment {number}: {sum(accepted)} of {len(accepted)} right solutions accepted")
+        for one, parts in zip(ours.WRONG, failing, strict=True):
+            print(f"  {one.what}: {', '.join(parts) or 'ACCEPTED'}{' *' * bool(one.source)}", flush=True)
+        faults += accepted.count(False)
+        faults += sum(one.part not in parts for one, parts in zip(ours.WRONG, failing, strict=True))
     print("*: real engines had it")
     return 1 if faults else 0
 
 
-def _found(one, assignment) -> list[str]:
-    result = check(wrong(assignment, one), assignment, seed=1, locked=True)
+def _failing(submission, assignment) -> list[str]:
+    result = check(submission, assignment, seed=1, locked=True)
     return [part.part.name for part in result.parts if part.state != WORKS]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,10 @@
 """The grader is graded: no right solution is refused, no wrong one accepted, and no part pays for another."""
 
-from importlib import import_module
+from importlib import import_module, resources
 
 import pytest
 from course_solutions import right, wrong
+from course_table import counts, mistakes
 
 from minipaged.course.assignment import TITLES, load
 from minipaged.course.checking import FAILS, WORKS, check
@@ -39,3 +40,10 @@ def test_a_wrong_solution_loses_its_part(number, one):
 def test_there_are_enough_of_both(number):
     assert len(SOLUTIONS[number].RIGHT) >= 3
     assert len(SOLUTIONS[number].WRONG) >= 15
+
+
+def test_the_page_for_instructors_lists_them_all():
+    """Written by `python -m tests.course_table --page`."""
+    page = (resources.files("minipaged.course") / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    for line in [*counts(), *mistakes()]:
+        assert line.strip() in page
