@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_model import make_folder
 
-from minipaged.course import contest_command
 from minipaged.course.__main__ import main
 from minipaged.course.assignment import load
-from minipaged.course.contest import Contest, Round, Standing, leaderboard
-from minipaged.course.contest_load import KINDS, Sizes, draw
-from minipaged.course.contest_points import points_of, standing_of
-from minipaged.course.contest_process import Figures
-from minipaged.course.contest_tree import Unfit, build_library, build_tree
+from minipaged.course.contest import command
+from minipaged.course.contest.load import KINDS, Sizes, draw
+from minipaged.course.contest.playing import Contest, Round, Standing, leaderboard
+from minipaged.course.contest.points import points_of, standing_of
+from minipaged.course.contest.process import Figures
+from minipaged.course.contest.tree import Unfit, build_library, build_tree
 from minipaged.course.process import missing
 from minipaged.course.submission import ROOT, reference
 
@@ -285,7 +285,7 @@ def test_the_command_tells_and_writes_what_came_of_it(tmp_path, monkeypatch, cap
         one = [Round(1, dataclasses.replace(FIGURES, seconds=25.0), FIGURES)] if folder.name == "good" else []
         return standing_of("someone", one, [] if one else ["it ended"])
 
-    monkeypatch.setattr(contest_command, "contest", fake)
+    monkeypatch.setattr(command, "contest", fake)
     for name in ("good", "bad"):
         (tmp_path / "all" / name).mkdir(parents=True)
     out = tmp_path / "out.json"
@@ -304,8 +304,8 @@ def test_assignment_6_is_started_whole_and_played(tmp_path, capsys):
     assert main(["start", "6", str(folder)]) == 0
     assert (folder / "src" / LLM).read_text() == reference(LLM)
     assert "{" + "parts}" not in (folder / "assignment-6.md").read_text()
-    for command in (["check", str(folder)], ["grade", str(folder), "--assignment", "6", "--seed", "x"]):
-        assert main(command) != 0
+    for words in (["check", str(folder)], ["grade", str(folder), "--assignment", "6", "--seed", "x"]):
+        assert main(words) != 0
         assert "contest" in capsys.readouterr().err
     build_tree(tmp_path / "tree", load(6), folder)
     assert (tmp_path / "tree" / LLM).is_file()

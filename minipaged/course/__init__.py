@@ -12,11 +12,14 @@
     grading.py        many submissions side by side
     formats.py        points as CSV, JSON, Gradescope's results.json, JUnit XML
     autograder.py     a zip for Gradescope, a workflow for GitHub Classroom
-    contest.py       assignment 6: a student's engine beside the reference, by turns; contest_*.py are its parts
+    contest/          assignment 6: a student's engine beside the reference, by turns
     likeness.py       how much of a submission is the reference, word for word
     words.py          strangers' text, made fit to be shown
-    THREATS.md        what a submission can do, and what it can't
     mutants.py        one-line faults of the reference, made by machine: what the tests of the course find
+    running.py        a student's tree as a whole, for `generate` and `--mine`
+    __main__.py       the command; commands.py does what the instructor's ones say
+    INSTRUCTORS.md    how to grade a class, and how good the grader is
+    THREATS.md        what a submission can do, and what it can't
 
 A student's code runs in a process of its own, and that process knows neither the tests nor what they expect: it is
 asked, it answers with numbers and lists, and whoever asked compares. So there is nothing to be patched or printed.

@@ -104,7 +104,7 @@ def _grade(args: argparse.Namespace) -> int:
 
 def _contest(args: argparse.Namespace) -> int:
     from minipaged.course.commands import folders_of, seed_of
-    from minipaged.course.contest_command import PUBLIC_SEED, play
+    from minipaged.course.contest.command import PUBLIC_SEED, play
 
     hidden = args.seed is not None or args.seed_file is not None
     return play(args, folders_of(args), seed_of(args) if hidden else PUBLIC_SEED)

@@ -1,6 +1,6 @@
 """Starts a compiler on a stranger's C++, which may name any file of the machine in an `#include`: so files are locked.
 
-    python -I -S compile.py SETTINGS          a file of JSON; see contest_tree.py, which writes it
+    python -I -S compile.py SETTINGS          a file of JSON; see contest/tree.py, which writes it
 """
 
 import json

@@ -1,15 +1,4 @@
-"""The contest of assignment 6: a student's engine beside the reference, in one run, so that the machine doesn't matter.
-
-Both are processes of their own, and get the same requests at the same times by their clocks, which run while they run:
-by turns, half a second each, and whoever waits is stopped. An answer counts only if its tokens are the reference's.
-They can be, to the last one: with the kernels in C++ and fp32, a request's numbers don't depend on its company (see
-`same_bits` in kernels/cpp.py). All figures are ratios, of one round each, and the median of the rounds stands.
-
-    contest_load.py      what is asked, and when
-    contest_tree.py      the package of a student, and its C++
-    contest_process.py   an engine in a process, and its clock outside
-    contest_points.py    ratios, points, and the leaderboard
-"""
+"""A contest: both engines are made ready, and play round after round. See `minipaged.course.contest`."""
 
 import contextlib
 import os
@@ -20,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.course.assignment import Assignment, load
-from minipaged.course.contest_load import Ask, Sizes, draw
-from minipaged.course.contest_points import Round, Standing, leaderboard, standing_of
-from minipaged.course.contest_process import EngineProcess, Figures, Turn, TurnEnded, by_turns
-from minipaged.course.contest_tree import Unfit, build_library, build_tree
+from minipaged.course.contest.load import Ask, Sizes, draw
+from minipaged.course.contest.points import Round, Standing, leaderboard, standing_of
+from minipaged.course.contest.process import EngineProcess, Figures, Turn, TurnEnded, by_turns
+from minipaged.course.contest.tree import Unfit, build_library, build_tree
 from minipaged.course.process import Ended
 from minipaged.models.fetch import fetch_smollm2
 

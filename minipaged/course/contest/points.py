@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minipaged.course.contest_process import Figures
+from minipaged.course.contest.process import Figures
 
 BASE = 40  # points for right answers
 WEIGHTS = {"speed": 30, "first": 20, "late": 10}  # points for what is better, see `points_of`

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.cpp_build import BuildFailed
-from minipaged.course.contest import ContestFailed, Round, Standing, contest, leaderboard
+from minipaged.course.contest.playing import ContestFailed, Round, Standing, contest, leaderboard
 from minipaged.course.process import missing
 from minipaged.models.config import ModelError
 from minipaged.terminal.command import BadInput, CommandFailed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.course.assignment import Assignment
-from minipaged.course.contest_load import Ask
+from minipaged.course.contest.load import Ask
 from minipaged.course.process import Ended, StudentProcess
 
 CPU_SECONDS = 3600  # for all rounds
