@@ -128,7 +128,7 @@ def test_a_folder_has_all_that_the_first_day_needs(tmp_path, capsys):
         assert str(folder / "src" / file) and "is yours to write" in (folder / "src" / file).read_text()
         (folder / "src" / file).write_text(reference(file))
     status, out, _ = run(capsys, "check", folder)
-    assert status == 0 and "100 of 100 points" in out and "all are right" in out
+    assert status == 0 and "100 of 100 points" in out and "docstrings are right" in out
     assert all(len(line) <= 80 for line in out.splitlines())
 
 

@@ -29,12 +29,14 @@ def print_result(result: Result, assignment: Assignment, console: Console) -> No
             console.print(Text(f"{part.part.name}", "bold"))
             for line in in_words(part).splitlines():
                 console.print(Text(f"  {line}"), soft_wrap=True)
+    right = [file for file, examples in result.doctests.items() if not examples["failed"]]
+    if right:
+        console.print(f"\nThe examples in these docstrings are right: {', '.join(right)}")
     for file, examples in result.doctests.items():
-        console.print()
-        wrong = f"{examples['failed']} of them fail:" if examples["failed"] else "all are right"
-        console.print(Text(f"Examples in the docstrings of {file}: {wrong}"))
-        for line in examples["said"].splitlines() if examples["failed"] else ():
-            console.print(Text(f"  {line}"), soft_wrap=True)
+        if examples["failed"]:
+            console.print(f"\n{examples['failed']} of the examples in the docstrings of {file} fail:")
+            for line in examples["said"].splitlines():
+                console.print(Text(f"  {line}"), soft_wrap=True)
     console.print()
     console.print(f"{result.points} of {assignment.points} points")
 
