@@ -631,6 +631,8 @@ WRONG = [
           GITHUB + "OpenNMT/OpenNMT-py/issues/1320"),
     Wrong("never: what a beam may become is scored at its present length", END, BEAMS,
           "            length = self.max_tokens", "            pass", GITHUB + "huggingface/transformers/pull/20901"),
+    Wrong("never: below a penalty of 0, too, a beam is scored as if it were long", END, BEAMS,
+          'self.params.early_stopping == "never" and penalty > 0', 'self.params.early_stopping == "never"'),
     Wrong("the best finished one is to be beaten, not the worst", END, BEAMS,
           "> self.finished[-1].score", "> self.finished[0].score"),
     Wrong("all children go on in one memory", MOVES, BEAMS, "if heir[c.parent] != new]", "if new < 0]",
@@ -701,6 +703,8 @@ class RadixCache:
             at += 1
         return found
 ''', source=GITHUB + "xLLM-AI/xllm/pull/2047"),
+    Wrong("who looks for an unknown salt leaves an empty tree", TREE, RADIX, "self._roots.get(salt)",
+          "self._roots.setdefault(salt, _Node(None, [], [], salt))"),
     Wrong("the last block, partly filled, is known by its beginning", TREE, RADIX, text='''
 class RadixCache:
     def find(self, tokens, salt=None):

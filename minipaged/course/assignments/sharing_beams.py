@@ -21,9 +21,10 @@ def search_cases(rng: random.Random) -> Iterator[Case]:
 
 
 def ending_cases(rng: random.Random) -> Iterator[Case]:
-    """Texts that end early, in searches that could go on for long."""
+    """Texts that end early, in searches that could go on for long; often "never", with a penalty below 0."""
     for size in count():
-        yield _case(rng, size + 20, stops=rng.choice([1, 2]), eager=True)
+        case = _case(rng, size + 20, stops=rng.choice([1, 2]), eager=True)
+        yield {**case, "early": "never", "penalty": -1.0} if size % 4 == 3 else case
 
 
 def _case(rng: random.Random, size: int, stops: int, eager: bool) -> Case:
@@ -61,17 +62,22 @@ def _new(case: Case) -> BeamSearch:
 
 
 def _rows(step: Case, search: BeamSearch) -> list[list[tuple[int, float]]]:
-    return [[(token, logprob) for token, logprob in row] for row in step["rows"][: len(search.running)]]
+    """One for each beam; if they are spoilt, one more or less, or with NaN."""
+    count = len(search.running) + {"one more": 1, "one less": -1}.get(step["spoilt"], 0)
+    rows = [[(token, logprob) for token, logprob in row] for row in step["rows"][:count]]
+    if step["spoilt"] == "nan":
+        rows[-1][-1] = (rows[-1][-1][0], math.nan)
+    return rows
 
 
 def judge_search(case: Case, answer: Any) -> Failure | None:
     search = _new(case)
     for number, (step, got) in enumerate(zip(case["steps"], answer, strict=True), start=1):
-        before, rows, spoilt = list(search.running), _rows(step, search), step["spoilt"] and bool(search.running)
         if step["spoilt"] and not search.running:
             continue  # nothing to be spoilt
+        before, rows, spoilt = list(search.running), _rows(step, search), step["spoilt"] != ""
         result: Any = "a ValueError" if spoilt else search.advance(rows)
-        picture = _ranks(case, before, rows)
+        picture = "" if spoilt else _ranks(case, before, rows, [h.score for h in search.finished])
         if spoilt:
             returned: Any = "a ValueError" if isinstance(got["result"], dict) else got["result"]
         else:
@@ -113,8 +119,8 @@ def _texts(found: Any) -> str:
     return "\n".join(lines) or "none"
 
 
-def _ranks(case: Case, beams: list, rows: list[list[tuple[int, float]]]) -> str:
-    """What is on offer, best first."""
+def _ranks(case: Case, beams: list, rows: list[list[tuple[int, float]]], finished: list[float]) -> str:
+    """What is on offer, best first. finished: scores after it."""
     offers = [
         (beam.score + logprob, parent, token)
         for parent, (beam, row) in enumerate(zip(beams, rows, strict=True))
@@ -123,6 +129,7 @@ def _ranks(case: Case, beams: list, rows: list[list[tuple[int, float]]]) -> str:
     lines = [f"beam_width {case['width']}, stop tokens {case['stop']}", "rank  beam  token  log-probability"]
     for rank, (score, parent, token) in enumerate(sorted(offers, key=lambda one: -one[0])[:10]):
         lines.append(f"{rank:>4}  {parent:>4}  {token:>5}  {score:>10.4g}{'  stop' * (token in case['stop'])}")
+    lines.append(f"scores of finished after it: {', '.join(f'{score:.4g}' for score in finished) or 'none yet'}")
     return "\n".join(lines) if offers else ""
 
 
@@ -133,16 +140,14 @@ def show_search(case: Case) -> str:
         f"    early_stopping={early!r}), max_tokens={case['max_tokens']}, eos_token_ids={case['stop']})",
     ]
     for step in case["steps"]:
-        if step["spoilt"] and search.running:
-            lines.append({
-                "nan": "search.advance(as below, but the last candidate's log-probability is NaN)",
-                "one more": "search.advance(as below, with a list more than there are beams)",
-                "one less": "search.advance(as below, without the last list)",
-            }[step["spoilt"]])  # fmt: skip
+        if step["spoilt"] and not search.running:
             continue
         rows = _rows(step, search)
         offers = ", ".join("[" + ", ".join(f"({token}, {logprob:.4g})" for token, logprob in row) + "]" for row in rows)
-        lines.append(f"search.advance([{offers}])")
+        remark = f"  # lists: {len(rows)}, beams: {len(search.running)}" if step["spoilt"].startswith("one") else ""
+        lines.append(f"search.advance([{offers}]){remark}")
+        if step["spoilt"]:
+            continue
         search.advance(rows)
         if not search.running:
             break

@@ -15,11 +15,12 @@ from minipaged.memory.radix_cache import RadixCache
 
 
 def chain_cases(rng: random.Random) -> Iterator[Case]:
-    """Honest hashes and such that lie, always or often. Two cases are about costs, and what is left behind."""
+    """Honest hashes and such that lie, always or often. Three cases are about costs, and what is left behind."""
     for size in count():
         if size == 20:
             yield _cost()
             yield _come_and_go()
+            yield _strangers()
         modulus = rng.choice([None, None, 1, 2, 3, 5])
         removals = size > 12 and rng.random() < 0.7
         yield {**_history(rng, 1 + size // 8, removals, twins=modulus is None), "modulus": modulus}
@@ -30,6 +31,7 @@ def tree_cases(rng: random.Random) -> Iterator[Case]:
     for size in count():
         if size == 20:
             yield _cost()
+            yield _strangers()
         yield {**_history(rng, 1 + size // 8), "draw": True}
 
 
@@ -47,6 +49,10 @@ def _cost() -> Case:
 
 def _come_and_go() -> Case:
     return {"kind": "come and go", "block_size": 2, "times": 600}
+
+
+def _strangers() -> Case:
+    return {"kind": "strangers", "block_size": 2, "times": 600}
 
 
 def _history(
@@ -128,10 +134,11 @@ def _possible(case: Case) -> bool:
 def judge(case: Case, answer: Any) -> Failure | None:
     if case["kind"] == "cost":
         return _judge_cost(case, answer)
-    if case["kind"] == "come and go":
+    if case["kind"] in ("come and go", "strangers"):
         if answer["len"] == 0 and answer["bytes"] < 16_000:
             return None
-        return Failure("what is left when all blocks have been removed", "no blocks, and no memory worth mentioning",
+        when = "nothing was ever added" if case["kind"] == "strangers" else "all blocks have been removed"
+        return Failure(f"what is left when {when}", "no blocks, and no memory worth mentioning",
                        f"{answer['len']} blocks, {answer['bytes']:,} bytes")  # fmt: skip
     model, drawing = Prefixes(case["block_size"]), RadixCache(case["block_size"])
     for op, step in zip(case["ops"], answer["steps"], strict=True):
@@ -149,7 +156,7 @@ def judge(case: Case, answer: Any) -> Failure | None:
 def _judge_step(op: list, step: Any, model: Prefixes, lies: bool) -> Failure | None:
     """lies: the hash may be equal for different contents; then a cache may refuse a block, and never be wrong."""
     name, *rest = op
-    before = _picture(model)
+    before = _picture(model, "known before")
     expected: Any = None
     if name == "find":
         expected = model.find(*rest)
@@ -170,13 +177,15 @@ def _judge_step(op: list, step: Any, model: Prefixes, lies: bool) -> Failure | N
     if got != expected:
         return Failure(f"what {_call(op)} returns", str(expected), str(got), before)
     known = sorted(model.prefixes)
+    parents = {block: parent for block, parent in step["parents"] if [block, parent] not in model.parents()}
+    right_parents = {block: parent for block, parent in model.parents() if [block, parent] not in step["parents"]}
     for what, right, seen in (
         ("the blocks that are known", known, step["known"]),
         ("len", len(known), step["len"]),
-        ("parents", model.parents(), step["parents"]),
+        ("parents(), where it is wrong,", right_parents, parents),
     ):
         if seen != right:
-            return Failure(f"{what} after {_call(op)}", str(right), str(seen), _picture(model))
+            return Failure(f"{what} after {_call(op)}", str(right), str(seen), _picture(model, "right after it"))
     return None
 
 
@@ -203,10 +212,10 @@ def _nodes(drawn: str) -> list[tuple[int, str]]:
     return sorted((line.find("-- "), line[line.find("-- ") + 1 :].lstrip("- ")) for line in drawn.splitlines())
 
 
-def _picture(model: Prefixes) -> str:
+def _picture(model: Prefixes, title: str) -> str:
     if not model.blocks:
-        return "nothing is known"
-    return "known: " + model.tree().draw(lambda tokens: " ".join(map(str, tokens)), 80, most=12)
+        return f"{title}: nothing"
+    return f"{title}: " + model.tree().draw(lambda tokens: " ".join(map(str, tokens)), 80, most=12)
 
 
 # --- words
@@ -227,6 +236,8 @@ def show(case: Case) -> str:
         return f"find {case['blocks']} blocks of {size}, while {case['beside'][1]} others begin alike, or as it does"
     if case["kind"] == "come and go":
         return f"two blocks are added and removed, {case['times']} times, each time with another salt"
+    if case["kind"] == "strangers":
+        return f"an empty cache is asked to find tokens, {case['times']} times, each time with another salt"
     modulus = case.get("modulus")
     hashing = "" if modulus is None else f", hash_function=lambda what: zlib.crc32(repr(what).encode()) % {modulus}"
     if modulus == 1:

@@ -67,7 +67,7 @@ def judge(case: Case, answer: Any) -> Failure | None:
     tables: dict[int, _Table] = {}
     known: dict[tuple[Salt, tuple[int, ...]], int] = {}
     for (name, seq, *rest), seen in zip(case["ops"], answer, strict=True):
-        new, drawn = 0, _tables(tables)
+        new, drawn = 0, f"before:\n{_tables(tables)}"
         if name == "start":  # which blocks it gets is the allocator's choice
             tables[seq] = next(_Table(rest[0], rest[1], *its) for number, *its in seen["tables"] if number == seq)
         elif name == "fork":
@@ -81,8 +81,7 @@ def judge(case: Case, answer: Any) -> Failure | None:
             _publish(table, rest[0], size, tables, known, taken)
             if failure := _judge_asked(seen["asked"], first * size, new, drawn):
                 return failure
-        what = f"after {name}({seq}{', ' + str(rest[0]) if name == 'publish' else ''})"
-        if failure := _judge_state(what, seen, tables, known, drawn):
+        if failure := _judge_state(f"after: {_said(name, seq, *rest)}", seen, tables, known, drawn):
             return failure
     return None
 
@@ -113,17 +112,17 @@ def _judge_state(what: str, seen: Any, tables: dict[int, _Table], known: dict, d
         return Failure(f"what publish returns, {what}", "None", str(seen["raised"]), drawn)
     expected = [[number, table.blocks, table.published] for number, table in sorted(tables.items())]
     if seen["tables"] != expected:
-        return Failure(f"page tables {what}", _lines(expected), _lines(seen["tables"]), "before:\n" + drawn)
+        return Failure(f"page tables {what}", _lines(expected), _lines(seen["tables"]), drawn)
     pairs = sorted([salt or "", list(tokens), block] for (salt, tokens), block in known.items())
     if sorted(seen["known"]) != pairs:
         both = (pairs, sorted(seen["known"]))
         found = [", ".join(f"{tokens} in block {block}" for _, tokens, block in one) for one in both]
-        return Failure(f"what can be found {what}", found[0] or "nothing", found[1] or "nothing", "before:\n" + drawn)
+        return Failure(f"what can be found {what}", found[0] or "nothing", found[1] or "nothing", drawn)
     counts = [sum(block in table.blocks for table in tables.values()) for block in range(len(seen["counts"]))]
     if seen["counts"] != counts:
         wrong = [block for block, (a, b) in enumerate(zip(counts, seen["counts"], strict=True)) if a != b]
         words = [", ".join(f"block {block}: {one[block]}" for block in wrong) for one in (counts, seen["counts"])]
-        return Failure(f"reference counts {what}", words[0], words[1], "before:\n" + drawn)
+        return Failure(f"reference counts {what}", words[0], words[1], drawn)
     if not seen["lists kept"]:
         return Failure(f"lists of blocks that others have, {what}", "as they were", "changed in place", drawn)
     return Failure(f"the pool {what}", "no contradiction", seen["check"], drawn) if seen["check"] else None
@@ -154,11 +153,12 @@ def show(case: Case) -> str:
     lines = [f"block_size={case['block_size']}"]
     for salt, tokens in case["taken"]:
         lines.append(f"the cache takes no block {tokens} at the beginning{f' under salt {salt!r}' if salt else ''}")
-    for name, seq, *rest in case["ops"]:
-        if name == "start":
-            lines.append(f"sequence {seq} starts with {rest[0]}" + (f", salt {rest[1]!r}" if rest[1] else ""))
-        elif name == "publish":
-            lines.append(f"publish(table of sequence {seq}, num_computed={rest[0]}, ...)")
-        else:
-            lines.append(f"sequence {seq} " + (f"is forked: {rest[0]} shares its blocks" if rest else "ends"))
-    return "\n".join(lines)
+    return "\n".join(lines + [_said(*op) for op in case["ops"]])
+
+
+def _said(name: str, seq: int, *rest: Any) -> str:
+    if name == "start":
+        return f"sequence {seq} starts with {rest[0]}" + (f", salt {rest[1]!r}" if rest[1] else "")
+    if name == "publish":
+        return f"publish(table of sequence {seq}, num_computed={rest[0]}, ...)"
+    return f"sequence {seq} " + (f"is forked: {rest[0]} shares its blocks" if rest else "ends")
