@@ -133,9 +133,11 @@ class _Bench:
         return results
 
     def doctests(self, not_theirs: Collection[str]) -> dict[str, dict]:
-        """Of each of their files. A file whose examples end the process has none."""
+        """Of each file in which something is theirs. A file whose examples end the process has none."""
         found = {}
         for file, source in self.submission.usable().items():
+            if all(f"{file}:{name}" in not_theirs for name in self.assignment.cut(file)):
+                continue
             with tempfile.TemporaryDirectory(prefix="minipaged-", ignore_cleanup_errors=True) as name:
                 tree, folder = Path(name) / "tree", Path(name) / "inside"
                 folder.mkdir()
