@@ -241,6 +241,15 @@ def test_generate_runs_on_whatever_is_there(tmp_path, model):
     assert wrong.returncode == 2 and "no-such-flag" in wrong.stderr
 
 
+def test_generate_asks_the_attention_that_a_student_wrote(tmp_path, model):
+    start(1, tmp_path / "work")
+    for file in load(1).files:
+        (tmp_path / "work/src" / file).write_text(reference(file))
+    formulas = tmp_path / "work/src/kernels/formulas.py"
+    formulas.write_text(formulas.read_text() + "\ndef attention(*given):\n    raise RuntimeError('mine was asked')\n")
+    assert "mine was asked" in generate(tmp_path / "work", model).stderr
+
+
 def test_with_mine_a_wrong_earlier_part_counts_and_without_it_does_not(tmp_path, capsys):
     for number in (2, 5):
         start(number, tmp_path / "work")

@@ -11,9 +11,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 from kernels import formulas
+from minipaged.course import starter
 from minipaged.course.assignment import load
 from minipaged.course.inside import drive_attention
 from minipaged.course.inside.drive_attention import packed, unpacked
+from minipaged.course.submission import reference
 
 PARTS = {part.name: part for part in load(1).parts}
 
@@ -117,3 +119,17 @@ def test_simpler_cases_can_be_asked_and_shown(name):
             if not simpler:
                 break
             case = random.Random(0).choice(simpler)
+
+
+def test_a_folder_has_no_other_implementation_until_the_next_assignment_is_started(tmp_path):
+    starter.start(1, tmp_path)
+    src, first = tmp_path / "src", load(1)
+    for path in first.absent:
+        assert not (src / path).exists()
+    text = "".join(path.read_text() for path in src.rglob("*.py"))
+    for told in ("scaled_dot_product_attention", "masked_fill(future", "part[:, block, offset] =", "rsqrt"):
+        assert told not in text, told
+    starter.start(2, tmp_path)
+    for path in (*first.absent, *first.also):
+        assert (src / path).exists() and ((src / path).is_dir() or (src / path).read_text() == reference(path)), path
+    starter.start(3, tmp_path)  # it cuts some of them anew

@@ -64,6 +64,7 @@ class Assignment:
     that it doesn't have are left out.
     environment: variables that the process has, and the student's tests.
     generate: flags with which `generate` uses what the student writes.
+    generate_also: those of `also` that `generate` needs for this: the package's own file does without it.
     """
 
     number: int
@@ -75,6 +76,7 @@ class Assignment:
     imports: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     generate: tuple[str, ...] = ()
+    generate_also: tuple[str, ...] = ()
     memory: int = 1 << 30  # bytes, that its process may have
     also: dict[str, str] = field(default_factory=dict)  # files in the tree beside the package: path -> text
     harmless: dict[str, str] = field(default_factory=dict)  # mutants.py: those that change nothing -> why

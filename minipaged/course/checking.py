@@ -33,7 +33,7 @@ UNTRIED = "can't be tried here"  # this machine lacks a package
 class PartResult:
     """How a part stands. failure, case: what is wrong, and the smallest case that shows it. cases: how many were right.
 
-    printed: the end of what the code has printed until then.
+    printed: the end of what the code has printed until then. missing: the names that are not written yet.
     """
 
     part: Part
@@ -42,6 +42,7 @@ class PartResult:
     case: Case | None = None
     cases: int = 0
     printed: str = ""
+    missing: tuple[str, ...] = ()
 
     @property
     def points(self) -> int:
@@ -79,7 +80,8 @@ def check(
             fault = Failure(f"{part.file} can't be used", got=submission.faults[part.file])
             results[part.name] = PartResult(part, UNUSABLE, fault)
         elif missing := [name for name in part.names if f"{part.file}:{name}" in unwritten]:
-            results[part.name] = PartResult(part, UNWRITTEN, Failure(f"not written yet: {', '.join(missing)}"))
+            said = f"not written yet: {', '.join(missing)}"
+            results[part.name] = PartResult(part, UNWRITTEN, Failure(said), missing=tuple(missing))
         elif lacking := [name for name in part.needs if find_spec(name) is None]:
             said = f"this needs the package {lacking[0]}, which isn't installed here: it can be tried where it is"
             results[part.name] = PartResult(part, UNTRIED, Failure(said))

@@ -19,7 +19,9 @@ def print_result(result: Result, assignment: Assignment, console: Console) -> No
     for heading in ("part", "points", "", ""):
         table.add_column(heading, justify="right" if heading == "points" else "left")
     for part in result.parts:
-        said = f"{part.cases} cases" if part.state == WORKS else "see below" if part.state != UNWRITTEN else ""
+        said = f"{part.cases} cases" if part.state == WORKS else "see below"
+        if part.state == UNWRITTEN:
+            said = "" if len(part.missing) == len(part.part.names) else ", ".join(part.missing)
         state = Text(part.state, COLOURS[part.state])
         table.add_row(part.part.name, f"{part.points} of {part.part.points}", state, said)
     console.print(table)

@@ -49,6 +49,10 @@ def generate(folder: Path, numbers: list[int], arguments: list[str]) -> int:
         copy_package(tree)
         if 6 in numbers:
             copy_package(tree, root=folder / "src")
+        else:
+            for assignment in map(load, numbers):
+                for file in assignment.generate_also:
+                    (tree / file).write_text(assignment.also[file], encoding="utf-8")
         for file, source in sources.items():
             (tree / file).write_text(source, encoding="utf-8")
         command = [sys.executable, "-P", "-m", "minipaged.generate", *flags, *arguments]

@@ -11,12 +11,12 @@ One folder serves for the whole course: an assignment that is started later is c
 
 import json
 import re
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 
 from minipaged.course import cut
 from minipaged.course.assignment import TITLES, Assignment, load
-from minipaged.course.submission import copy_package, reference
+from minipaged.course.submission import NEVER, ROOT, copy_package, reference
 
 README = """\
 # Your engine
@@ -98,8 +98,11 @@ def start(number: int, folder: Path) -> list[Path]:
     sources = {file: starter_source(assignment, file) for file in assignment.files}
     if before:
         _refuse_changed(folder, assignment, before)
+        _put_back(folder / "src", load(before[0]))
     else:
-        copy_package(folder / "src")
+        copy_package(folder / "src", assignment.absent)
+        for file, text in assignment.also.items():
+            _write(folder / "src" / file, text)
         _write(folder / "README.md", README)
     for file, source in sources.items():
         _write(folder / "src" / file, source)
@@ -111,12 +114,26 @@ def start(number: int, folder: Path) -> list[Path]:
     return [folder / "src" / file for file in assignment.files]
 
 
-def _refuse_changed(folder: Path, assignment: Assignment, before: Iterable[int]) -> None:
+def _refuse_changed(folder: Path, assignment: Assignment, before: list[int]) -> None:
     theirs = {file for number in before for file in load(number).files}
+    first = load(before[0]).also
     for file in assignment.files:
         path = folder / "src" / file
-        if file in theirs or (path.exists() and path.read_text(encoding="utf-8") != reference(file)):
+        ours = reference(file), first.get(file)
+        if file in theirs or (path.exists() and path.read_text(encoding="utf-8") not in ours):
             raise StarterError(f"{path} was changed, and assignment {assignment.number} cuts it anew: move it away")
+
+
+def _put_back(src: Path, first: Assignment) -> None:
+    """The package's own files, where those of the first assignment stand or none does: later ones need them."""
+    for path in first.absent:
+        if (ROOT / path).is_dir():
+            shutil.copytree(ROOT / path, src / path, ignore=shutil.ignore_patterns(*NEVER), dirs_exist_ok=True)
+        elif not (src / path).exists():
+            _write(src / path, reference(path))
+    for path, text in first.also.items():
+        if (src / path).exists() and (src / path).read_text(encoding="utf-8") == text:
+            _write(src / path, reference(path))
 
 
 def starter_source(assignment: Assignment, file: str) -> str:

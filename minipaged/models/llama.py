@@ -51,7 +51,7 @@ class LlamaLayer:
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: Tensor, batch: kernels.Batch
     ) -> Tensor:
-        """x [T, E], changed in place. cos and sin [T, D/2]. Returns x."""
+        """x [T, E], which may be changed in place; cos and sin [T, D/2]. Returns [T, E]."""
         backend, eps = self.backend, self.config.norm_eps
         attended = self.attention(backend.rms_norm(x, self.attention_norm, eps), cos, sin, layer_cache, batch)
         self.out(attended.flatten(1), add_to=x)

@@ -138,7 +138,7 @@ def _yarn(rope: RopeConfig, frequencies: Tensor, head_size: int) -> Tensor:
 
 
 class Rope:
-    """positions [T] -> cos and sin [T, D/2], fp32.
+    """positions [T] -> cos and sin [T, D/2], fp32, both times `attention_factor`.
 
     Computed anew for each step's tokens: once for all layers that costs nothing beside them, while a table of
     all positions takes half a gigabyte for a context of a million tokens.

@@ -393,6 +393,8 @@ WRONG = [
           "return weight.float() * y"),
     Wrong("x.float() of fp32 is x itself, and is written to", "norm", FORMULAS, "    y = y * torch.rsqrt(",
           "    y *= torch.rsqrt("),
+    Wrong("a large gate gives inf / inf", "norm", FORMULAS, "torch.nn.functional.silu(gate) * up",
+          "(gate.float() * gate.float().exp() / (1 + gate.float().exp())).to(x.dtype) * up"),
     Wrong("gate and up are exchanged", "norm", FORMULAS, "gate, up = x.chunk(2, -1)", "up, gate = x.chunk(2, -1)"),
     Wrong("theta is 10,000, whatever the config says", "frequencies", ROPE, "1.0 / rope.theta **", "1.0 / 10000.0 **",
           "https://github.com/karpathy/llama2.c/issues/356"),

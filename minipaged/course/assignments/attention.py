@@ -22,7 +22,9 @@ def _others() -> dict[str, str]:
     given = resources.files("minipaged.course.inside") / "one_by_one.py"
     return {
         "kernels/torch_attention.py": given.read_text(encoding="utf-8"),
-        "kernels/reference.py": _without("kernels/reference.py", "write_kv", "paged_attention"),
+        "kernels/reference.py": _without(
+            "kernels/reference.py", "write_kv", "write_slots", "paged_attention", "paged_attention_by_blocks"
+        ),
         "minipaged/models/gpt2.py": _without(
             "minipaged/models/gpt2.py", "GPT2Layer.__call__", "GPT2Layer.attention", "GPT2.__call__", "GPT2.logits"
         ),
@@ -67,7 +69,7 @@ ASSIGNMENT = Assignment(
         ),
     ),
     chapters=(1, 2),
-    hours="5 to 7",
+    hours="4 to 7",
     absent=(
         "kernels/cpp.py", "kernels/cpp_packed.py", "kernels/cpu", "kernels/triton_attention.py",
         "kernels/triton_backend.py", "kernels/triton_cache.py", "kernels/triton_packed.py", "kernels/triton_tiles.py",
@@ -75,6 +77,7 @@ ASSIGNMENT = Assignment(
     ),
     imports=("torch", "numpy", "tokenizers", "safetensors"),
     generate=("--kernels", "torch"),
+    generate_also=("kernels/torch_attention.py",),
     memory=4 << 30,
     harmless={
         "TorchBackend.write_kv: if slots.min() < 0: -> if slots.min() <= 0:":

@@ -31,7 +31,7 @@ def norm_cases(rng: random.Random) -> Iterator[Case]:
         rows, width = rng.randrange(1, 2 + size // 4), rng.choice([1, 2, 4, 6])
         dtype = rng.choice(HALVES) if size > 12 and size % 3 == 0 else "float32"
         if size % 3 == 2:
-            factor = 16.0 if size > 9 else 1.0
+            factor = (1.0, 16.0, 100.0)[min(size // 9, 2)]
             yield {"function": "silu_and_mul", "x": numbers(rng, rows, 2 * width, factor=factor), "dtype": dtype}
             continue
         factor = rng.choice([400.0, 1 / 512]) if dtype == "float16" else rng.choice([1.0, 1.0, 1 / 64])

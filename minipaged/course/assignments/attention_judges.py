@@ -191,8 +191,9 @@ def show(case: Case) -> str:
 
 def show_cache(case: Case) -> str:
     call = "rope_and_write" if case["turn"] else "write_kv"
+    times = "once" if len(case["steps"]) == 1 else f"{len(case['steps'])} times"
     shape = f"N={case['num_blocks']}, B={case['block_size']}, G={case['kv_heads']}, D={case['head_size']}"
-    lines = [f"a cache of NaN, {case['dtype']}, {shape}; {call} is called {len(case['steps'])} times"]
+    lines = [f"a cache of NaN, {case['dtype']}, {shape}; {call} is called {times}"]
     for at, step in enumerate(case["steps"]):
         lines.append(f"step {at}: slot_mapping = {step['slots']}")
         lines += [f"    {lines_of(step[name], name)}" for name in ("q", "k", "v", "angles")]
