@@ -525,8 +525,7 @@ class PageTable:
         return self.blocks[position // self.block_size] * self.block_size + position % self.block_size
 
     def slots(self, start, count):
-        self._must_have(start, count)
-        return list(map(self.slot, range(start, start + count)))
+        return list(map(self.slot, range(start, start + count)))  # no count, no position, no error
 ''',
     MANAGER: '''
 class KVCacheManager:
@@ -658,6 +657,12 @@ class BlockAllocator:
         self.peak_used = max(self.peak_used, self.num_used)
         return blocks
 ''',
+    ),
+    Wrong(
+        "who is found while idle is evicted for the others", A, ALLOCATOR,
+        "            self.share(block)\n        blocks = [self._take() for _ in range(count)]\n",
+        "            pass\n        blocks = [self._take() for _ in range(count)]\n"
+        "        for block in found:\n            self.share(block)\n",
     ),
     Wrong(
         "keep_free is forgotten", A, ALLOCATOR, "if taken and taken + keep_free > self.num_free",

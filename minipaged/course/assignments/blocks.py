@@ -51,6 +51,8 @@ def judge_table(case: Case, answer: Any) -> Failure | None:
         f"table.slots({start}, {count})": outcome(table.slots, start, count),
     }
     for (call, right), got in zip(expected.items(), answer.values(), strict=True):
+        if "slots" in call and count < 1 and got == []:
+            continue  # no position is named, so there is none without a slot
         error = right.get("raised") if isinstance(right, dict) else None
         if (error and not (isinstance(got, dict) and got.get("raised") == error)) or (not error and got != right):
             return Failure(f"`{call}`", error or str(right), plainly(got), draw_table(case))
@@ -59,6 +61,8 @@ def judge_table(case: Case, answer: Any) -> Failure | None:
 
 def draw_table(case: Case) -> str:
     """The page table, and which positions are where."""
+    if not case["blocks"]:
+        return ""
     size, lines = case["block_size"], ["logical  physical  positions -> slots"]
     for logical, block in enumerate(case["blocks"][:12]):
         first = logical * size

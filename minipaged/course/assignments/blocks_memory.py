@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from minipaged.course.assignment import Case, Failure
-from minipaged.course.assignments.blocks_pool import plainly
+from minipaged.course.assignments.blocks_pool import plainly, raised
 from minipaged.course.assignments.blocks_words import draw_memory, in_words
 from minipaged.course.inside.observe import outcome, plain
 from minipaged.memory import Allocated, Appended, HashCache, KVCacheManager, blocks_for
@@ -149,11 +149,11 @@ def judge_memory(case: Case, answer: Any) -> Failure | None:
 def _judge_answer(got: Any, expected: Any) -> Failure | None:
     """Its kind, the numbers of a refusal, how many copies and moves."""
     wrong = Failure("a wrong answer", plainly(expected), plainly(got))
+    if raised(expected):
+        same = raised(got) == raised(expected)
+        return None if same else Failure("a wrong answer", expected["raised"], plainly(got))
     if not isinstance(expected, dict) or not isinstance(got, dict):
         return None if got == expected else wrong
-    if "raised" in expected:
-        same = got.get("raised") == expected["raised"]
-        return None if same else Failure("a wrong answer", expected["raised"], plainly(got))
     if got.get("is") != expected["is"] or (expected["is"] == "NoSpace" and got != expected):
         return wrong
     for name in ("copies", "moves"):

@@ -132,7 +132,7 @@ class PoolModel:
         if right and set(evicted) <= set(got):
             return None
         rest = f", and the longest idle: {evicted}" if evicted else ""
-        return f"{count} different blocks, of the free ones {sorted(unused)}{rest}"
+        return f"different blocks, {count} in number, of the free ones {sorted(unused)}{rest}"
 
 
 def raised(got: Any) -> str | None:
@@ -208,5 +208,7 @@ def show_pool(case: Case) -> str:
     if "cost" in case:
         return f"a pool of {case['cost']} blocks, all taken, and a third of them released; then single operations"
     order = f", free_order={case['free_order']}" if case["free_order"] else ""
-    first = f"a pool of {case['num_blocks']} blocks{order}; b1, b2, ... are those handed out, in this order"
+    cache = "with" if case["cached"] else "without"
+    names = "; b1, b2, ... are the blocks as they are handed out" if "nth" in str(case["ops"]) else ""
+    first = f"pool = BlockAllocator({case['num_blocks']}{order}), {cache} a cache{names}"
     return "\n".join([first, *(f"  {in_words(op)}" for op in case["ops"])])

@@ -8,6 +8,14 @@ from minipaged.course.assignment import Case
 from minipaged.course.assignments.blocks_pool import PoolModel
 from minipaged.course.checking import without
 
+# The block that would be evicted next is found: it stays, and the other idle one is evicted.
+FOUND_FIRST: Case = {
+    "num_blocks": 3, "free_order": [], "cached": True, "ops": [
+        ["allocate", 3, 0, []], ["know", ["nth", 0]], ["know", ["nth", 1]], ["release", ["nth", 0]],
+        ["release", ["nth", 1]], ["allocate", 1, 0, [["nth", 0]]], ["take_freed"],
+    ],
+}  # fmt: skip
+
 
 def smaller_pool(case: Case) -> Iterator[Case]:
     if "cost" not in case:
@@ -31,6 +39,8 @@ def pool_cases(first: int) -> Callable[[random.Random], Iterator[Case]]:
             num_blocks = rng.randint(min(1 + cached, size), 2 + size // 6)
             order = rng.sample(range(num_blocks), rng.randint(0, num_blocks)) if rng.random() < 0.5 else []
             yield _case(rng, num_blocks, order, cached, 2 + size // 2)
+            if size == 2 * first + 11:
+                yield FOUND_FIRST
             if size in (12, 2 * first + 12):
                 for known in (2000, 4000) if cached else (0,):
                     yield {"cost": 4000, "known": known, "num_blocks": 4000, "free_order": [], "cached": cached}

@@ -71,7 +71,7 @@ class Pool:
     def allocate(self, count, keep_free, found):
         if None in found:
             return None
-        answer = outcome(self.allocator.allocate, count, keep_free, found)
+        answer = outcome(listed, self.allocator, count, keep_free, found)
         if isinstance(answer, list):
             self.handed_out += answer
         return answer
@@ -85,6 +85,13 @@ class Pool:
         }
 
 
+def listed(allocator, *arguments):
+    answer = allocator.allocate(*arguments)
+    if type(answer) is tuple:
+        raise TypeError("allocate answered with a tuple: it should be a list")
+    return answer
+
+
 def pool(case):
     if "cost" in case:
         return cost(case)
@@ -95,8 +102,8 @@ def pool(case):
 def cost(case):
     """Lines of Python that are run for single operations in a large pool: at the most."""
     pool = Pool(case)
-    blocks = pool.allocator.allocate(case["cost"])
-    assert isinstance(blocks, list)
+    blocks = listed(pool.allocator, case["cost"])
+    assert isinstance(blocks, list), f"allocate({case['cost']}) of as many free blocks answered {blocks}"
     if case["cached"]:
         pool.cache.blocks.update(blocks[: case["known"]])
     third = case["cost"] // 3
