@@ -86,7 +86,7 @@ class LiveSequences:
         self, request: Request, seq: Sequence, tokens: list[SampledToken]
     ) -> tuple[str | None, int | None]:
         """Append them, to the end of the sequence at most; returns why it ended, if it did: "stop" and the request's
-        `stop_reason` at one of its `stop_ids`, or "length" and None at the last of max_tokens.
+        `stop_reason` at one of its `stop_ids`, or "length" and None at the last of its `max_tokens`.
         """
         for token in tokens:
             seq.sampled.append(token)

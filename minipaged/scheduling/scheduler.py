@@ -174,8 +174,9 @@ class Scheduler:
     def _continue_running(self, step: Step) -> None:
         """Slots for what the running requests compute, in the order of arrival; or the latest of them make way.
 
-        One by one, and no more than have to. Who makes way for itself computes nothing. For each sequence that
-        computes, one token is out of the budget already.
+        One by one, and no more than have to: what a request computes is settled before, and is not changed by what
+        became free. Who makes way for itself computes nothing. For each sequence that computes, one token is out of
+        the budget already.
         """
         for request in self.ready():
             if not self.running or self.running[-1].arrival < request.arrival:

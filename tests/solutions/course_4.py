@@ -751,7 +751,7 @@ class LiveSequences:
         self._all[seq.seq_id] = None
         self._ended.add(seq.seq_id)
         if seq.in_memory:
-            seq.in_memory = False
+            seq.in_memory, seq.num_computed_tokens = False, 0
             self._memory.free(seq.seq_id)
 
     def _append(self, request, seq, output):
@@ -821,7 +821,15 @@ WRONG = [
         "todo = max(1, len(seq.prompt_token_ids) - seq.num_computed_tokens) if seq.in_memory else 0",
         source=GITHUB + "vllm-project/vllm-ascend/pull/11313",
     ),
+    Wrong(
+        "what has no memory makes a request long", "the budget", PLAN,
+        "for seq in request.live if seq.in_memory)", "for seq in request.live)",
+    ),
     # admission
+    Wrong(
+        "what others computed under another salt is found", "admission", ADMISSION,
+        "request.cache_salt)", "None)",
+    ),
     Wrong(
         "without chunks a prompt is computed whole, whatever the budget is", "admission", ADMISSION,
         "count = min(wanted, step.grant(wanted))",
@@ -886,6 +894,10 @@ WRONG = [
     Wrong(
         "what was set aside for who makes way is lost", "running", SCHEDULER,
         "        step.spare += len(request.live)\n", "",
+    ),
+    Wrong(
+        "who makes way gives back one token, whatever its samples", "running", SCHEDULER,
+        "step.spare += len(request.live)", "step.spare += 1",
     ),
     Wrong(
         "a chunk behind the prompt draws, though not all is computed again", "running", SCHEDULER,
@@ -959,6 +971,10 @@ class LiveSequences:
             return "length", None
         return None, None
 """, source=GITHUB + "sgl-project/sglang/pull/33758",
+    ),
+    Wrong(
+        "the length that was asked for counts, not what the model has room for", "tokens", GROWTH,
+        ">= request.max_tokens:", ">= request.params.max_tokens:",
     ),
     Wrong(
         "an aborted request keeps its blocks in CPU memory", "tokens", GROWTH,

@@ -122,8 +122,18 @@ ONE_TOO_FEW = _known(
 JUST_ENOUGH = _known([("a", 0, 2, 7, 1), ("b", 0, 14, 1, 1), ("d", 1, 4, 2, 2)], blocks=20, block_size=1)
 
 
+# The prompts are alike, and the salts are not.
+SALTED = _known([("a", 0, 4, 4, 1), ("b", 1, 4, 1, 1)], blocks=8, block_size=1, budget=8, cache="hash")
+SALTED["requests"] = [{**one, "same": 4, "salt": salt} for one, salt in zip(SALTED["requests"], "xy", strict=True)]
+# Who makes way gives two tokens back, and another has use for both.
+TWO_BACK = _known(
+    [("a", 0, 3, 7, 1), ("b", 3, 11, 1, 1), ("c", 3, 1, 4, 2)], blocks=6, block_size=4, budget=5, seqs=5,
+    preemption="recompute", cpu_blocks=0,
+)  # fmt: skip
+
+
 def admit_cases(rng: random.Random) -> Iterator[Case]:
-    yield LONG_AND_AWAY
+    yield from (LONG_AND_AWAY, SALTED)
     for size, longest in sizes(6, 24):
         spare = rng.choice([0, 2, 6, 30])
         yield server(
@@ -137,6 +147,8 @@ def run_cases(rng: random.Random) -> Iterator[Case]:
     """Of three kinds by turns: all that there is; memory that is short; prompts that are longer than a step."""
     kinds = [eventful(_run_cases(rng), "preempted", 3), make_way_cases(rng)]
     kinds.append(eventful(_chunked_cases(rng), "preempted", 20, in_full_steps=True))
+    yield from map(next, kinds)
+    yield TWO_BACK
     while True:
         yield from map(next, kinds)
 
@@ -208,6 +220,8 @@ def smaller_server(case: Case) -> Iterator[Case]:
         for key in ("n", "beams", "scored", "abort", "same"):
             if asked[key] != ALONE[key]:
                 yield _with(case, place, {**asked, key: ALONE[key]})
+        if asked.get("salt"):
+            yield _with(case, place, {**asked, "salt": None})
         for key, least in (("at", 0), ("prompt", 1), ("most", 1)):
             for less in dict.fromkeys(((asked[key] + least) // 2, asked[key] - 1)):
                 if least <= less < asked[key]:
@@ -221,6 +235,10 @@ def _with(case: Case, place: int, asked: Case) -> Case:
     return {**case, "requests": [*case["requests"][:place], asked, *case["requests"][place + 1 :]]}
 
 
+def some(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def show_server(case: Case) -> str:
     cpu = f" (and {case['cpu_blocks']} in CPU memory)" if case["cpu_blocks"] else ""
     extra = [f"{case['schedule']}"]
@@ -228,18 +246,19 @@ def show_server(case: Case) -> str:
     extra += [f"watermark {case['watermark']}"] if case["watermark"] else []
     extra += [] if case["chunks"] else ["no chunked prefill"]
     return "\n".join([
-        f"{case['blocks']} blocks of {case['block_size']} tokens{cpu}; a step computes at most {case['budget']} "
-        f"tokens, of at most {case['seqs']} sequences",
+        f"{some(case['blocks'], 'block')} of {some(case['block_size'], 'token')}{cpu}; a step computes at most "
+        f"{some(case['budget'], 'token')}, of at most {some(case['seqs'], 'sequence')}",
         f"preemption by {case['preemption']}; {', '.join(extra)}",
         *(show_request(asked) for asked in case["requests"]),
     ])  # fmt: skip
 
 
 def show_request(asked: Case) -> str:
-    said = f"{asked['name']}: arrives before step {asked['at'] + 1}, {asked['prompt']} prompt tokens"
-    said += f" (the first {asked['same']} are those of every such prompt)" if asked["same"] else ""
+    said = f"{asked['name']}: arrives before step {asked['at'] + 1}, {some(asked['prompt'], 'prompt token')}"
+    said += f" (the first {asked['same']} as in every such prompt)" if asked["same"] else ""
     said += f", at most {asked['most']} more"
     said += f", {asked['n']} samples" if asked["n"] > 1 else ""
     said += f", {asked['beams']} beams" if asked["beams"] else ""
     said += ", with prompt_logprobs" if asked["scored"] else ""
+    said += f", cache_salt {asked['salt']!r}" if asked.get("salt") else ""
     return said + (f", aborted before step {asked['abort'] + 1}" if asked["abort"] is not None else "")

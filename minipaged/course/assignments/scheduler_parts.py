@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 
 from minipaged.course.assignment import Case
-from minipaged.course.assignments.scheduler_cases import PLAIN, most_blocks, request, show_request, smaller_server
+from minipaged.course.assignments.scheduler_cases import PLAIN, most_blocks, request, show_request, smaller_server, some
 from minipaged.course.checking import without
 
 
@@ -24,13 +24,26 @@ def smaller_refusal(case: Case) -> Iterator[Case]:
 
 def show_refusal(case: Case) -> str:
     return (
-        f"{case['blocks']} blocks of {case['block_size']} tokens, at most {case['seqs']} sequences\n"
+        f"{some(case['blocks'], 'block')} of {some(case['block_size'], 'token')}, at most "
+        f"{some(case['seqs'], 'sequence')}\n"
         f"{show_request(case['requests'][0])}"
     )
 
 
+# Only a sequence without memory has more to do than a short one.
+REBUILDING: Case = {
+    "spare": 9, "short": 4, "wanted": 3, "takers": [{
+        "prompt": 8, "outputs": [2, 2], "computed": 5, "away": [1], "set_aside": True, "grants": [9], "copies": [],
+    }, {
+        "prompt": 12, "outputs": [0], "computed": 0, "away": [], "set_aside": False, "grants": [], "copies": [],
+    }],
+}  # fmt: skip
+
+
 def share_cases(rng: random.Random) -> Iterator[Case]:
     for round_ in range(1000):
+        if round_ == 30:
+            yield REBUILDING
         spare = rng.randint(0, 6 + round_ // 4)
         takers = [_taker(rng) for _ in range(1 + min(round_ // 20, 4))]
         yield {
@@ -53,15 +66,16 @@ def _taker(rng: random.Random) -> Case:
 
 def show_share(case: Case) -> str:
     lines = [
-        f"Step(plan, spare={case['spare']}, short={case['short']}), and short prompts want {case['wanted']} tokens"
+        f"Step(plan, spare={case['spare']}, short={case['short']}), and short prompts want "
+        f"{some(case['wanted'], 'token')}"
     ]
     for number, one in enumerate(case["takers"]):
         lines += [f"grant({todo})" for todo in one["grants"]]
         lengths = [one["prompt"] + length for length in one["outputs"]]
-        away = f", of which {one['away']} have no memory" if one["away"] else ""
+        away = f", of which {one['away']} have no memory and nothing computed" if one["away"] else ""
         lines.append(
-            f"request {number}: {one['prompt']} prompt tokens, sequences of {lengths} tokens{away}, "
-            f"{one['computed']} computed in each; it takes what counts_of gives"
+            f"request {number}: {some(one['prompt'], 'prompt token')}, sequences of {lengths} tokens{away}, "
+            f"{one['computed']} computed in each{' other' if one['away'] else ''}; it takes what counts_of gives"
             f"{', one token each of which was set aside' if one['set_aside'] else ''}"
         )
     return "\n".join(lines)
@@ -97,8 +111,8 @@ def _word(rng: random.Random) -> int:
 def show_grow(case: Case) -> str:
     eos = "not told to ignore end of text (0)" if not case["ignore_eos"] else "told to ignore end of text (0)"
     lines = [
-        f"a prompt of {case['prompt']} tokens in blocks of {case['block_size']}, {case['n']} sample(s) of at most "
-        f"{case['most']} tokens; 1 is a stop token; {eos}"
+        f"a prompt of {some(case['prompt'], 'token')} in blocks of {case['block_size']}, {some(case['n'], 'sample')}; "
+        f"request.max_tokens {case['most']}, params.max_tokens {case['most'] + 1}; 1 is a stop token; {eos}"
     ]
     lines += [f"step {number}: drawn for those that live: {rows}" for number, rows in enumerate(case["rounds"], 1)]
     swapped = " they are swapped out, and then" if case["swapped"] else ""

@@ -121,7 +121,10 @@ def request_of(asked, arrival):
     logprobs = 0 if asked["scored"] else None
     samples = SamplingParams(asked["n"], max_tokens=most, stop_token_ids=[STOP], prompt_logprobs=logprobs)
     params = BeamSearchParams(asked["beams"], max_tokens=most) if asked["beams"] else samples
-    return Request(asked["name"], arrival, prompt[: asked["prompt"]], params, most, frozenset({END}))
+    salt = asked.get("salt")
+    return Request(
+        asked["name"], arrival, prompt[: asked["prompt"]], params, most, frozenset({END}), cache_salt=salt
+    )  # fmt: skip
 
 
 class Model:
@@ -210,9 +213,11 @@ def share(case):
     for number, one in enumerate(case["takers"]):
         request = Request(str(number), number, [7] * one["prompt"], SamplingParams(max(1, len(one["outputs"]))), 99)
         request.sequences = [
-            Sequence(request.prompt_token_ids, 10 * number + i, i, [8] * length, one["computed"], i not in one["away"])
-            for i, length in enumerate(one["outputs"])
-        ]
+            Sequence(
+                request.prompt_token_ids, 10 * number + i, i, [8] * length, in_memory=i not in one["away"],
+                num_computed_tokens=0 if i in one["away"] else one["computed"],
+            ) for i, length in enumerate(one["outputs"])
+        ]  # fmt: skip
         granted = [step.grant(todo) for todo in one["grants"]]
         counts = step.counts_of(request)
         set_aside = len(counts) if one["set_aside"] else 0
@@ -230,7 +235,8 @@ def grow(case):
     size = case["block_size"]
     memory = KVCacheManager(64, size, 64, cache=HashCache(size))
     living = LiveSequences(memory, Transfers())
-    params = SamplingParams(case["n"], max_tokens=case["most"], stop_token_ids=[STOP], ignore_eos=case["ignore_eos"])
+    asked, ignore = case["most"] + 1, case["ignore_eos"]  # one more than the model's length allows
+    params = SamplingParams(case["n"], max_tokens=asked, stop_token_ids=[STOP], ignore_eos=ignore)
     request = Request("r", 0, [100 + i for i in range(case["prompt"])], params, case["most"], frozenset({END}))
     request.sequences = [living.add(Sequence(request.prompt_token_ids))]
     [first] = request.sequences
@@ -264,6 +270,7 @@ def grown(seq, memory):
     tokens = [*seq.prompt_token_ids, *seq.output_token_ids]
     return {
         "sample": seq.index, "tokens": seq.output_token_ids, "again": [drawn.token_id for drawn in seq.sampled],
-        "ended": [seq.finish_reason, seq.stop_reason], "computed": seq.num_computed_tokens,
+        "ended": [seq.finish_reason, seq.stop_reason],
+        "computed": seq.num_computed_tokens if seq.finish_reason is None else None,  # of the dead nobody asks it
         "slots": memory.num_tokens(seq.seq_id) if seq.in_memory else None, "found": memory.find(tokens).num_tokens,
     }  # fmt: skip
