@@ -67,6 +67,13 @@ def test_the_package_as_it_is_is_right(beside, tmp_path):
 
 
 @needs_compiler
+def test_several_threads_do_not_begin_before_the_locks(tmp_path):
+    model = make_folder(tmp_path / "model")
+    with Contest("a secret", str(model), locked=not missing(), sizes=SIZES, threads=2) as contest:
+        assert all(contest.first.tokens)
+
+
+@needs_compiler
 def test_answers_all_at_the_end_are_right_too(beside, tmp_path):
     lines = "last = {}\nwhile self.has_unfinished_requests:\n    last |= {o.request_id: o for o in super().step()}\n"
     standing = play(beside, tmp_path, with_step(lines + "return list(last.values())"))

@@ -50,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(args: argparse.Namespace) -> int:
     files = start(args.number, args.folder)
+    if not files:
+        print(f"{args.folder} is ready. Read {args.folder / f'assignment-{args.number}.md'}; all of src/ is yours,")
+        print(f"and `{PROGRAM} contest {args.folder}` lets it play.")
+        return 0
     print(f"{args.folder} is ready. Read {args.folder / f'assignment-{args.number}.md'}; what you write is in")
     for file in files:
         print(f"  {file}")
@@ -68,7 +72,7 @@ def _check(args: argparse.Namespace) -> int:
     if assignment.number not in numbers:
         raise BadInput(f"assignment {assignment.number} was not started in {args.folder}: {_list(numbers)} was")
     if not assignment.parts:
-        raise BadInput(f"assignment {assignment.number} has no parts to be checked: `{PROGRAM} contest {args.folder}`")
+        raise BadInput(f"assignment {assignment.number} has no parts; it is played: `{PROGRAM} contest {args.folder}`")
     submission = read(args.folder, assignment)
     earlier = [number for number in numbers if number < assignment.number] if args.mine else []
     changed, _, missing = made_whole(args.folder, earlier)
@@ -183,7 +187,7 @@ def _parser() -> Parser:
     one = add("contest", "let engines, assignment 6, play beside the reference; exit status 1 if one is wrong")
     one.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     one.add_argument("--each", action="store_true", help="every folder in DIR is a submission, instead of DIR itself")
-    add_seed(one, required=False)
+    add_seed(one, required=False, of="the load: keep it (default: a public one); the same gives the same requests")
     one.add_argument("--rounds", type=count, default=3, metavar="N", help="that count, after the first (default: 3)")
     one.add_argument("--model", default="smollm2", metavar="PATH", help="a folder or a .gguf file (default: smollm2)")
     one.add_argument("--threads", type=count, metavar="N", help="of both (default: as many as processors)")
@@ -202,9 +206,12 @@ def _parser() -> Parser:
     return parser
 
 
-def add_seed(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_seed(
+    parser: argparse.ArgumentParser, required: bool = True,
+    of: str = "the hidden cases: keep it; the same gives the same points",
+) -> None:  # fmt: skip
     seed = parser.add_mutually_exclusive_group(required=required)
-    seed.add_argument("--seed", metavar="WORD", help="of the hidden cases: keep it; the same gives the same points")
+    seed.add_argument("--seed", metavar="WORD", help=f"of {of}")
     seed.add_argument("--seed-file", type=Path, metavar="FILE", help="a file that has it")
 
 

@@ -41,7 +41,8 @@ def generate(folder: Path, numbers: list[int], arguments: list[str]) -> int:
     """Run `minipaged.generate` on what is in a student's folder: its exit status."""
     sources, written, missing = made_whole(folder, [number for number in numbers if number != 6])
     flags = [flag for flags in dict.fromkeys(load(number).generate for number in numbers) for flag in flags]
-    print(f"yours: {', '.join(written) or 'nothing yet'}", file=sys.stderr)
+    all_of_it = f"all of {folder / 'src'}" if 6 in numbers else "nothing yet"
+    print(f"yours: {', '.join(written) or all_of_it}", file=sys.stderr)
     if missing:
         print(f"the reference's, until you write them: {', '.join(missing)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="minipaged-", ignore_cleanup_errors=True) as name:

@@ -27,6 +27,7 @@ to write; the handouts `assignment-N.md` (the same to run: `assignment-N.ipynb`)
     python -m minipaged.course check .        which parts work, and the smallest case that shows what doesn't
     python -m minipaged.course generate . "Why is the sky blue?"      the real model runs on what is there
     python -m pytest tests                    the same tests, for whoever likes pytest
+    python -m minipaged.course contest .      assignment 6, without stubs or tests: yours beside the reference
 
 Run these with the Python in which minipaged is installed. Beside the named functions you may add helpers, attributes
 and imports in the files that you hand in.
@@ -109,7 +110,8 @@ def start(number: int, folder: Path) -> list[Path]:
     text = handout(assignment)
     _write(folder / f"assignment-{number}.md", text)
     _write(folder / f"assignment-{number}.ipynb", notebook(text))
-    _write(folder / "tests" / f"test_assignment_{number}.py", TEST.format(number=number, file=TITLES[number]))
+    if assignment.parts:
+        _write(folder / "tests" / f"test_assignment_{number}.py", TEST.format(number=number, file=TITLES[number]))
     _write(folder / "course.json", json.dumps({"started": [*before, number]}) + "\n")
     return [folder / "src" / file for file in assignment.files]
 

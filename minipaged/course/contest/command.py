@@ -4,10 +4,13 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from kernels.cpp_build import BuildFailed
@@ -29,11 +32,11 @@ def play(args: argparse.Namespace, folders: dict[str, Path], seed: str) -> int:
         )
     standings: list[Standing] = []
     try:
-        with Console(stderr=True).status("") as status:
+        with Console(stderr=True, highlight=False).status("") as status:
             for name, folder in folders.items():
                 standing = contest(
                     folder, seed, args.rounds, args.model, locked=not why, threads=args.threads,
-                    notice=lambda line, name=name: status.update(f"{name}: {line}"),  # type: ignore[misc]
+                    notice=partial(_notice, status, name),
                 )  # fmt: skip
                 standings.append(dataclasses.replace(standing, name=name))
     except (ContestFailed, BuildFailed, ModelError) as error:
@@ -44,6 +47,13 @@ def play(args: argparse.Namespace, folders: dict[str, Path], seed: str) -> int:
     return 1 if any(not one.points for one in standings) else 0
 
 
+def _notice(status: Status, name: str, line: str) -> None:
+    """What is going on. Rounds stay on the screen."""
+    if line.startswith("round"):
+        status.console.print(f"{name}: {line}", soft_wrap=True, markup=False)
+    status.update(escape(f"{name}: {line}"))
+
+
 def _tell(standings: list[Standing], out: Path | None) -> None:
     console, rows = Console(highlight=False), leaderboard(standings)
     table = Table(box=None, pad_edge=False)
@@ -51,7 +61,7 @@ def _tell(standings: list[Standing], out: Path | None) -> None:
         if column != "fault":
             table.add_column(column, justify="left" if column == "name" else "right")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for key, value in row.items() if key != "fault"))
+        table.add_row(*(_cell(value) for key, value in row.items() if key != "fault"))
     console.print(table)
     print("more than 1 is better than the reference beside it; blocks are what the engine itself says")
     for one in standings:
@@ -59,6 +69,10 @@ def _tell(standings: list[Standing], out: Path | None) -> None:
             print(f"{one.name}: {fault}", file=sys.stderr)
     if out is not None:
         out.write_text(as_json(standings), encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def as_json(standings: list[Standing]) -> str:

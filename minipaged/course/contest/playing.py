@@ -133,12 +133,15 @@ class Contest:
         return EngineProcess(inside, place / "tree", assignment, self.locked, [self.model, library])
 
     def _failed(self, ended: Ended) -> ContestFailed:
-        return ContestFailed(f"the reference: {ended}\n{self.reference.printed}")
+        return ContestFailed(f"the reference can't play: {ended}\n{self.reference.printed}")
 
 
 def _with_threads(assignment: Assignment, threads: int) -> Assignment:
-    """A waiting thread sleeps, so that both are the same however busy the machine is."""
-    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    """A waiting thread sleeps, so that both are the same however busy the machine is.
+
+    NumPy's own library would make its threads when it is imported: before the locks, which are for one thread.
+    """
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
     return replace(assignment, environment={**assignment.environment, **environment})
 
 
