@@ -48,7 +48,7 @@ ASSIGNMENT = Assignment(
         ),
     ),
     chapters=(6, 7),
-    hours="6 to 9",
+    hours="7 to 10",
     imports=("torch", "triton", "triton.language"),
     environment={"TRITON_INTERPRET": "1"},
     generate=("--kernels", "torch"),

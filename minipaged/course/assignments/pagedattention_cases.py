@@ -180,7 +180,12 @@ def smaller_batches(case: Case) -> Iterator[Case]:
     for heads, kv_heads in ((1, 1), (2, 1), (2, 2), (4, 2)):
         if heads < case["heads"]:
             yield case | {"heads": heads, "kv_heads": kv_heads}
-    yield from plainer(case, far=False, kv="float32", dtype="float32", shift=0.0, loud=1.0, size=1, behind=[])
+    yield from plainer(case, far=False)
+    if case["dtype"] == case["kv"] != "float32":  # both at once: where they differ, something else may fail
+        yield case | {"dtype": "float32", "kv": "float32"}
+    elif not case.get("far"):  # such a pool is one of bytes
+        yield from plainer(case, **{"kv" if case["dtype"] == "float32" else "dtype": "float32"})
+    yield from plainer(case, shift=0.0, loud=1.0, size=1, behind=[])
 
 
 def shorter(context: int, new: int, block_size: int) -> list[tuple[int, int]]:
@@ -198,7 +203,7 @@ def plainer(case: Case, **wanted: Any) -> Iterator[Case]:
 
 def show_batch(case: Case) -> str:
     lines = [
-        f"{case['heads']} query heads on {case['kv_heads']} of keys and values, D = {case['size']}, "
+        f"H = {case['heads']}, G = {case['kv_heads']}, D = {case['size']}, "
         f"B = {case['block_size']}, N = {case['num_blocks']}, scale = {case['scale']:g}; "
         f"q in {case['dtype']}, cache in {case['kv']}"
     ]
@@ -218,12 +223,12 @@ def show_batch(case: Case) -> str:
 
 def show_write(case: Case) -> str:
     return (
-        f"slots {case['slots']} of {case['num_blocks']} blocks, B = {case['block_size']}; "
-        f"{case['kv_heads']} heads, D = {case['size']}, cache in {case['kv']}"
+        f"slots {case['slots']}; N = {case['num_blocks']}, B = {case['block_size']}, "
+        f"G = {case['kv_heads']}, D = {case['size']}, cache in {case['kv']}"
     )
 
 
 def show_move(case: Case) -> str:
     pairs = ", ".join(f"{source} -> {target}" for source, target in case["pairs"]) or "nothing"
     pools = "from a pool of {} blocks to one of {}" if len(case["pools"]) == 2 else "in a pool of {} blocks"
-    return f"copy {pairs}, {pools.format(*case['pools'])}; {case['layers']} layers, cache in {case['kv']}"
+    return f"copy {pairs}, {pools.format(*case['pools'])}; L = {case['layers']}, cache in {case['kv']}"

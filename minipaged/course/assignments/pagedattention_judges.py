@@ -87,7 +87,8 @@ def judge_attention(case: Case, answer: Any) -> Failure | None:
         return None
     t, head = (int(x) for x in (~near).nonzero()[0])
     s, position = whose(case, t)
-    what = f"row {t}, head {head}: sequence {s}, the query at position {position}"
+    query = f"the query at position {position}" if position >= 0 else "a query that sees no key"
+    what = f"row {t}, head {head}: sequence {s}, {query}"
     if got[t, head].isnan().any():
         what += "; NaN came in: from a slot that isn't the context's, or from inf / inf, or inf - inf"
     expected_row, got_row = numbers(expected[t, head].tolist()), numbers(got[t, head].tolist())
@@ -106,6 +107,8 @@ def whose(case: Case, t: int) -> tuple[int, int]:
 def table_picture(case: Case, s: int, position: int) -> str:
     """The sequence's blocks: which slots the query sees."""
     one, size = case["sequences"][s], case["block_size"]
+    if not one["blocks"]:
+        return ""
     cells = []
     for logical, block in enumerate(one["blocks"]):
         slots = range(logical * size, (logical + 1) * size)
@@ -122,12 +125,13 @@ def judge_by_blocks(case: Case, answer: Any) -> Failure | None:
         return wrong
     tokens, heads, size = sum(one["new"] for one in case["sequences"]), case["heads"], case["size"]
     block = heads * case["block_size"]
-    most = 2 * max(tokens * heads * size, tokens * block, len(case["sequences"]) * block * size)
+    sizes = tokens * heads * size, tokens * block, len(case["sequences"]) * block * size
+    most = 2 * max(sizes)
     if answer["largest"] <= most:
         return None
     return Failure(
         "right, but a tensor was made that is too large: is a context brought together?",
-        f"at most {most} numbers in a tensor, twice the largest of T H D, T H B and S H B D",
+        f"at most {most} numbers in a tensor: T H D = {sizes[0]}, T H B = {sizes[1]}, S H B D = {sizes[2]}, twice that",
         f"{answer['largest']} numbers",
     )
 
@@ -140,7 +144,7 @@ def judge_together(case: Case, answer: Any) -> Failure | None:
     if len(one) > 1 or one.pop()[1] != 1 or all_of_them <= few + 3:
         return None
     what = f"right, but {len(case['sequences'])} sequences of one context take more calls of PyTorch than 2"
-    return Failure(what, f"{few} calls", f"{all_of_them} calls")
+    return Failure(what, f"{few} calls, as for 2", f"{all_of_them} calls")
 
 
 def judge_triton(case: Case, answer: Any) -> Failure | None:

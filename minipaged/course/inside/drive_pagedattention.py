@@ -203,9 +203,19 @@ def in_triton(case):
     with poisoned(), warnings.catch_warnings(), Watch() as watch:
         warnings.simplefilter("ignore")  # NumPy's, about NaN where it should be
         roomy = torch.full((*given[0].shape[:2], case["size"] + 2), torch.nan, dtype=given[0].dtype)
-        out = run_triton(case, roomy[..., : case["size"]], *given)
+        try:
+            out = run_triton(case, roomy[..., : case["size"]], *given)
+        except Exception as error:
+            raise innermost(error) from None
     kept = bool(roomy[..., case["size"] :].isnan().all())
     return numbers(out) | {"names": sorted(watch.names), "kept": kept}
+
+
+def innermost(error):
+    """What was raised inside a kernel: Triton's interpreter wraps it, once for each function that it leaves."""
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def run_triton(case, out, q, cache, starts, contexts, tables, scale):
