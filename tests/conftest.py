@@ -58,8 +58,9 @@ def pytest_collection_modifyitems(config, items):
     """
     groups = {}
     for item in items:
-        chapter = item.callspec.params.get("chapter") if hasattr(item, "callspec") else None
-        number = item.callspec.params["number"] if item.path.name == "test_course_solutions.py" else ""
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        chapter = params.get("chapter")
+        number = params.get("number", "") if item.path.name == "test_course_solutions.py" else ""
         name = chapter.name if chapter else f"{item.path.name}{number}"
         item.add_marker(pytest.mark.xdist_group(name))
         groups.setdefault((not chapter, name), []).append(item)
