@@ -10,7 +10,7 @@ import pytest
 from course_solutions import starters, write_in
 from tiny_model import make_folder
 
-from minipaged.course import cut
+from minipaged.course import checking, cut
 from minipaged.course.__main__ import main
 from minipaged.course.assignment import TITLES, load
 from minipaged.course.checking import UNUSABLE, UNWRITTEN, WORKS, check
@@ -209,10 +209,23 @@ def test_a_mistake_in_a_file_is_shown_where_it_is(tmp_path, capsys):
     file = load(2).files[0]
     (tmp_path / "work/src" / file).write_text("def broken(:\n")
     status, out, _ = run(capsys, "check", tmp_path / "work")
-    assert status == 1 and "line 1" in out and "def broken(:" in out and "can't be used" in out
+    assert status == 1 and "line 1" in out and "can't be used" in out
+    assert out.count("def broken(:") == 1, "once, however many parts are in it"
     submission = read(tmp_path / "work", load(2))
     states = {part.state for part in check(submission, load(2)).parts if part.part.file == file}
     assert states == {UNUSABLE}
+
+
+def test_a_part_that_this_machine_lacks_a_package_for_says_so(tmp_path, capsys, monkeypatch):
+    assignment = load(3)
+    lacking = [part for part in assignment.parts if "triton" in part.needs]
+    monkeypatch.setattr(checking, "find_spec", lambda name: None if name == "triton" else name)
+    start(3, tmp_path / "work")
+    for file in {part.file for part in lacking}:
+        (tmp_path / "work/src" / file).write_text(reference(file))
+    status, out, _ = run(capsys, "check", tmp_path / "work")
+    assert status == 1 and lacking and out.count("can't be tried here") == len(lacking)
+    assert out.count("needs the package triton") == 1
 
 
 # ---- generate, and one's own earlier parts --------------------------------------------------------------------------

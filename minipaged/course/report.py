@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from minipaged.course.assignment import Assignment
-from minipaged.course.checking import FAILS, UNUSABLE, UNWRITTEN, WORKS, PartResult, Result
+from minipaged.course.checking import FAILS, UNTRIED, UNUSABLE, UNWRITTEN, WORKS, PartResult, Result
 
-COLOURS = {WORKS: "green", FAILS: "red", UNUSABLE: "red", UNWRITTEN: "yellow"}
+COLOURS = {WORKS: "green", FAILS: "red", UNUSABLE: "red", UNWRITTEN: "yellow", UNTRIED: "yellow"}
 
 
 def print_result(result: Result, assignment: Assignment, console: Console) -> None:
@@ -25,18 +25,20 @@ def print_result(result: Result, assignment: Assignment, console: Console) -> No
         state = Text(part.state, COLOURS[part.state])
         table.add_row(part.part.name, f"{part.points} of {part.part.points}", state, said)
     console.print(table)
+    said_of: dict[str, list[str]] = {}  # what is wrong with a file is said once, for all its parts
     for part in result.parts:
-        if part.state in (FAILS, UNUSABLE):
-            console.print()
-            console.print(Text(f"{part.part.name}", "bold"))
-            for line in in_words(part).splitlines():
-                console.print(Text(f"  {line}"), soft_wrap=True)
+        if part.state in (FAILS, UNUSABLE, UNTRIED):
+            said_of.setdefault(in_words(part), []).append(part.part.name)
+    for said, names in said_of.items():
+        console.print(Text(f"\n{', '.join(names)}", "bold"))
+        for line in said.splitlines():
+            console.print(Text(f"  {line}"), soft_wrap=True)
     right = [file for file, examples in result.doctests.items() if not examples["failed"]]
     if right:
-        console.print(f"\nThe examples in these docstrings are right: {', '.join(right)}")
+        console.print(f"\nThe examples in these docstrings are right: {', '.join(right)}", soft_wrap=True)
     for file, examples in result.doctests.items():
         if examples["failed"]:
-            console.print(f"\n{examples['failed']} of the examples in the docstrings of {file} fail:")
+            console.print(f"\n{examples['failed']} of the examples in the docstrings of {file} fail:", soft_wrap=True)
             for line in examples["said"].splitlines():
                 console.print(Text(f"  {line}"), soft_wrap=True)
     console.print()
