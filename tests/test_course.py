@@ -14,6 +14,7 @@ from minipaged.course import checking, cut
 from minipaged.course.__main__ import main
 from minipaged.course.assignment import TITLES, load
 from minipaged.course.checking import UNUSABLE, UNWRITTEN, WORKS, check
+from minipaged.course.inside.loop import raised
 from minipaged.course.running import made_whole
 from minipaged.course.starter import StarterError, handout, notebook, start
 from minipaged.course.submission import Submission, read, reference
@@ -226,6 +227,18 @@ def test_a_part_that_this_machine_lacks_a_package_for_says_so(tmp_path, capsys, 
     status, out, _ = run(capsys, "check", tmp_path / "work")
     assert status == 1 and lacking and out.count("can't be tried here") == len(lacking)
     assert out.count("needs the package triton") == 1
+
+
+def test_an_error_shows_the_students_line_and_where_it_came_from():
+    names = {}
+    exec(compile("def given(x):\n    return x.no", "/tree/minipaged/given.py", "exec"), names)
+    exec(compile("\ndef mine(x):\n    return given(x)", "/tree/minipaged/mine.py", "exec"), names)
+    for files, lines in (["minipaged/mine.py"], [3, 2]), (["minipaged/given.py"], [2]), ([], [2]):
+        with pytest.raises(AttributeError) as error:
+            names["mine"](1)
+        where = raised(error.value, "/tree", files)["where"].splitlines()
+        assert [int(line.split("line ")[1].split(",")[0]) for line in where] == lines
+    assert where[0].startswith("minipaged/given.py, line 2, in given")
 
 
 # ---- generate, and one's own earlier parts --------------------------------------------------------------------------

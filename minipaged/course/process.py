@@ -57,7 +57,8 @@ class StudentProcess:
             if source.name in FILES:
                 (self._inside / source.name).write_bytes(source.read_bytes())
         settings = {
-            "tree": str(tree.resolve()), "imports": assignment.imports, "packages": packages(), "locked": locked,
+            "tree": str(tree.resolve()), "files": assignment.files, "locked": locked,
+            "imports": assignment.imports, "packages": packages(),
             "memory": assignment.memory, "seconds": seconds if os.name == "posix" else 0, "streams": streams,
             "readable": [str(tree), str(self._inside), *map(str, granted), *readable()], "listable": packages(),
         }  # fmt: skip
@@ -186,7 +187,7 @@ def _understood(line: bytes, number: int) -> dict[str, Any] | None:
         if answer["id"] == number and len(answer) == 2:
             if "raised" in answer:
                 error = answer["raised"]
-                return {"raised": {key: clean(error[key], 500) for key in ("kind", "said", "where")}}
+                return {"raised": {key: clean(error[key], 1000) for key in ("kind", "said", "where")}}
             return {"answer": answer["answer"]}
     except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
         pass

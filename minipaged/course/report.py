@@ -35,7 +35,7 @@ def print_result(result: Result, assignment: Assignment, console: Console) -> No
             console.print(Text(f"  {line}"), soft_wrap=True)
     right = [file for file, examples in result.doctests.items() if not examples["failed"]]
     if right:
-        console.print(f"\nThe examples in these docstrings are right: {', '.join(right)}", soft_wrap=True)
+        console.print(f"\nThe examples in these docstrings are right: {', '.join(right)}")
     for file, examples in result.doctests.items():
         if examples["failed"]:
             console.print(f"\n{examples['failed']} of the examples in the docstrings of {file} fail:", soft_wrap=True)

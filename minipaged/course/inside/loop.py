@@ -15,15 +15,14 @@ import sys
 import traceback
 
 
-def raised(error, tree):
-    """An exception, with the last line of the tree that it passed."""
+def raised(error, tree, files):
+    """An exception: the last line of the student's files that it passed, and where it came from, if that is beyond."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(tree)]
-    own = [frame for frame in frames if not frame.filename.endswith("/driver.py")]
-    where = ""
-    if own:
-        last = own[-1]
-        where = f"{last.filename[len(tree) + 1 :]}, line {last.lineno}, in {last.name}: {last.line}"
-    return {"kind": type(error).__name__, "said": str(error)[:500], "where": where}
+    frames = [frame for frame in frames if not frame.filename.endswith("/driver.py")]
+    theirs = [frame for frame in frames if frame.filename[len(tree) + 1 :] in files]
+    shown = theirs[-1:] if theirs and theirs[-1] is frames[-1] else theirs[-1:] + frames[-1:]
+    lines = [f"{one.filename[len(tree) + 1 :]}, line {one.lineno}, in {one.name}: {one.line}" for one in shown]
+    return {"kind": type(error).__name__, "said": str(error)[:500], "where": "\n".join(lines)}
 
 
 def say(said, number, answer):
@@ -68,7 +67,7 @@ def main():
         except MemoryError as error:
             answer = {"raised": {"kind": "MemoryError", "said": str(error) or "no memory is left", "where": ""}}
         except Exception as error:  # the student's: whoever asked tells them
-            answer = {"raised": raised(error, tree)}
+            answer = {"raised": raised(error, tree, settings["files"])}
         say(said, question["id"], answer)
 
 
