@@ -1,9 +1,11 @@
 """The course: starters are cut from the package as it is, `check` tells a student, `generate` runs at every moment."""
 
 import ast
+import gc
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -97,6 +99,34 @@ def test_what_is_filled_in_leaves_a_students_own_helpers_alone():
     names = {}
     exec(cut.filled(theirs, ours, ["whole"], ["_half"]), names)
     assert names["whole"](3) == 3 and names["other"](3) == "mine"
+
+
+def test_many_threads_parse_at_once():
+    """What a finalizer does while garbage is collected lets another thread in; `ast.parse` then fails at times."""
+    source = reference("minipaged/memory/block_allocator.py")
+    interval, often = sys.getswitchinterval(), gc.get_threshold()
+
+    class InACircle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            for _ in range(300):
+                pass
+
+    def work(_):
+        for _ in range(80):
+            [InACircle() for _ in range(20)]
+            assert cut.unwritten(source, ["blocks_for"]) == ["blocks_for"]
+
+    sys.setswitchinterval(1e-5)
+    gc.set_threshold(50, 2, 2)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(work, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*often)
 
 
 @pytest.mark.parametrize("body", ["pass", "raise NotImplementedError('mine')", "...", "return NotImplementedError"])

@@ -22,7 +22,7 @@ def likeness(submission: Submission, assignment: Assignment) -> float | None:
     alike = total = 0
     unwritten = submission.unwritten(assignment)
     for file, source in submission.usable().items():
-        theirs, ours = cut.functions(ast.parse(source)), cut.functions(ast.parse(reference(file)))
+        theirs, ours = cut.functions(cut.parse(source)), cut.functions(cut.parse(reference(file)))
         for name in assignment.cut(file):
             if f"{file}:{name}" in unwritten:
                 continue

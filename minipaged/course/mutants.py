@@ -43,7 +43,7 @@ def mutants(assignment: Assignment) -> list[Mutant]:
     for file in assignment.files:
         source = reference(file)
         for name in [*assignment.cut(file), *assignment.helpers(file)]:
-            node = cut.functions(ast.parse(source))[name].node
+            node = cut.functions(cut.parse(source))[name].node
             for changed, before, after in _changes(node):
                 text = f"{name}: {before} -> {after}"
                 found.setdefault(text, Mutant(file, name, text, cut.replaced(source, name, changed)))
