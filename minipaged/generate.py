@@ -17,8 +17,8 @@ from minipaged.terminal.loading import end_as_rank, load
 from minipaged.terminal.options import HINTS, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.terminal.report import Results, show_account, show_prefixes
-from minipaged.terminal.trace import TraceError, TraceWriter
 from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts
+from minipaged.viewer.trace import TraceError, TraceWriter
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.llm import LLM
@@ -55,7 +55,7 @@ def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitS
     if trace:
         with contextlib.suppress(OSError):  # a pipe has nothing to be removed
             trace.truncate(0)
-        llm.observers.append(TraceWriter(llm, trace))
+        llm.observers.append(TraceWriter.of(llm, trace))
     return _run(llm, jobs, args, console)
 
 

@@ -1,4 +1,4 @@
-"""One moment of the memory as plain data: what draw.py draws, watch.py shows and trace.py keeps in a file.
+"""One moment of the memory as plain data: what draw.py draws and watch.py shows (viewer/ keeps it in a file).
 
 Sequences get short names, since their numbers say nothing to a reader: A, B, C are the requests in the order
 of their arrival, and A1, A2, A3 the sequences of a request that has several. What is kept for another engine is
@@ -8,7 +8,7 @@ kept1, kept2, ...
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -76,28 +76,24 @@ class Snapshot:
                 holders.setdefault(block, []).append(table.name)
         return holders
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Snapshot:
-        """TypeError or KeyError if `data` is not what to_json gave."""
-        usage, tables = MemoryUsage(**data["usage"]), [Table(**table) for table in data["tables"]]
-        return cls(**{**data, "usage": usage, "tables": tables})
-
 
 class Observer:
     """Follows an engine: keeps the names of its sequences, and tells in words what a step did.
 
     Call `follow` once after each step, and `snapshot` when a picture is wanted.
+
+    names, requests: of sequences by their number, and of requests by their id: those that are there, and those that
+        were there before the last step.
+    finished: the names of the requests that ended in it, or were aborted before it.
     """
 
     def __init__(self, llm: LLMEngine):
         self._llm = llm
         self._numbers: dict[int, int] = {}  # of the sequences of requests that have several
         self._names: dict[int, str] = {}
-        self._requests: dict[str, str] = {}  # name of each request that is not finished, by its id
+        self._requests: dict[str, str] = {}  # of those that are not finished
         self._name_all()
+        self.names, self.requests, self.finished = self._names, self._requests, list[str]()
 
     def snapshot(self) -> Snapshot:
         scheduler = self._llm.scheduler
@@ -113,10 +109,12 @@ class Observer:
         """Learn of a step that is over. Returns what it did to the memory, a sentence for each thing."""
         before, names = self._requests, self._names
         self._name_all()
-        names = {**names, **self._names}
-        requests = {**before, **self._requests}
-        finished = [name for i, name in before.items() if i not in self._requests]
-        return [*_tell(plan, requests, names, finished), *_tell_guesses(plan, output, names)]
+        self.names, self.requests = {**names, **self._names}, {**before, **self._requests}
+        self.finished = [name for i, name in before.items() if i not in self._requests]
+        told = [f"{name} {count}, {right} right, {back} slots taken back"
+                for name, (count, right, back) in guesses(plan, output, self.names).items()]  # fmt: skip
+        guessed = [f"guessed for {'; '.join(told)}"] if told else []
+        return [*_tell(plan, self.requests, self.names, self.finished), *guessed]
 
     def _name_all(self) -> None:
         scheduler = self._llm.scheduler
@@ -165,21 +163,19 @@ def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finis
         yield f"{' '.join(finished)} finished"
 
 
-def _tell_guesses(plan: StepPlan, output: StepOutput, names: dict[int, str]) -> Iterator[str]:
-    """For each sequence: guesses that were computed, by all its branches, and slots that were taken back."""
+def guesses(plan: StepPlan, output: StepOutput, names: dict[int, str]) -> dict[str, tuple[int, int, int]]:
+    """By sequence: tokens that were guessed, by all its branches; how many were right; slots that were taken back."""
     guessed: dict[int, int] = {}
     booked: dict[int, int] = {}
     for s in plan.sequences:
         seq_id = s.seq_id if s.branch_of is None else s.branch_of
         guessed[seq_id] = guessed.get(seq_id, 0) + len(output.drafts.get(s.seq_id, ()))
         booked[seq_id] = booked.get(seq_id, 0) + len(s.slots)
-    parts = []
+    told = {}
     for seq_id in [i for i, number in guessed.items() if number and i in output.tokens]:
         right = len(output.tokens[seq_id][0]) - 1
-        back = booked[seq_id] - right - 1
-        parts.append(f"{names.get(seq_id, '?')} {guessed[seq_id]}, {right} right, {back} slots taken back")
-    if parts:
-        yield f"guessed for {'; '.join(parts)}"
+        told[names.get(seq_id, "?")] = guessed[seq_id], right, booked[seq_id] - right - 1
+    return told
 
 
 def _moved(pairs: list[tuple[int, int]]) -> str:

@@ -1,0 +1,73 @@
+// What all parts of the page use: elements, names and colours, patches, and who holds which block.
+// What comes from a trace or a server is only ever set as text.
+
+const $ = (id) => document.getElementById(id);
+
+function make(tag, className = "", text = "", ...children) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== "") element.textContent = text;
+  element.append(...children);
+  return element;
+}
+
+/** An element of SVG. */
+function draw(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+
+// --- names and colours: A, B, ... AA are requests, A1, A2 sequences of one -------------------------------------------
+
+const requestOf = (name) => name.replace(/\d+$/, "");
+const arrivalOf = (name) => [...requestOf(name)].reduce((sum, letter) => 26 * sum + letter.charCodeAt(0) - 64, 0);
+const inOrder = (a, b) => arrivalOf(a) - arrivalOf(b) || Number(a.slice(requestOf(a).length)) - Number(b.slice(requestOf(b).length));
+
+/** Neighbours differ: the golden angle. Sequences of a request have its hue, and steps of lightness. */
+function paint(element, name) {
+  element.style.setProperty("--hue", Math.round(arrivalOf(name) * 137.5 + 60) % 360);
+  element.style.setProperty("--step", (Number(name.slice(requestOf(name).length) || 1) - 1) % 4);
+}
+
+function chip(name) {
+  const element = make("span", "chip", name);
+  paint(element, name);
+  return element;
+}
+
+// --- states -------------------------------------------------------------------------------------------------------------
+
+/** RFC 7386: the target becomes what the patch says. */
+function merge(target, patch) {
+  for (const [name, value] of Object.entries(patch)) {
+    if (value === null) delete target[name];
+    else if (typeof value !== "object" || Array.isArray(value)) target[name] = value;
+    else target[name] = merge(target[name] ?? {}, value);
+  }
+  return target;
+}
+
+/** For each block in use, of the pool or (swapped) of the CPU's: who holds it, as which of its blocks, slots filled. */
+function holders(state, swapped = false) {
+  const held = new Map(), size = state.usage.block_size;
+  for (const name of Object.keys(state.tables).sort(inOrder)) {
+    const table = state.tables[name];
+    if (Boolean(table.swapped) !== swapped) continue;
+    table.blocks.forEach((block, place) => {
+      if (!held.has(block)) held.set(block, { names: [], places: [], filled: Math.max(0, Math.min(size, table.tokens - place * size)) });
+      held.get(block).names.push(name);
+      held.get(block).places.push(place);
+    });
+  }
+  return held;
+}
+
+/** Empty slots of the blocks in use, in percent. */
+function wasteOf(usage) {
+  const slots = usage.used * usage.block_size;
+  return slots ? 100 * (slots - usage.tokens_stored) / slots : 0;
+}

@@ -1,0 +1,195 @@
+"""One moment of an engine as an object that JSON can hold, and what changes from one to the next.
+
+The same object is what the server tells its page (server/live.py), what a trace keeps (trace.py), and what the page
+draws (page/). TRACE.md says what stands in it. It is made anew for every moment; what is kept or sent is a merge patch
+(RFC 7386): what changed, and null for what is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minipaged.memory import MemoryUsage
+from minipaged.terminal.snapshot import Observer, Snapshot, Table, guesses, letters
+
+if TYPE_CHECKING:  # a trace is read without PyTorch
+    from minipaged.memory import KVCacheManager
+    from minipaged.requests.request import Request
+    from minipaged.scheduling.plan import StepOutput, StepPlan
+    from minipaged.scheduling.scheduler import Scheduler
+
+MOST_BLOCKS = 4096  # of larger pools it isn't told which block is found after which
+
+State = dict[str, Any]
+
+
+class Watched(Protocol):
+    """What there must be to look at: an engine has it, and so has a scheduler under test."""
+
+    memory: KVCacheManager
+    scheduler: Scheduler
+
+
+class Eye:
+    """Looks at an engine between two steps. `follow` must hear of every step, after it.
+
+    step: the last one, and how many sequences and tokens it computed. events: what it did to the memory, in words.
+    known: the blocks that can be found again, each with the one that it follows.
+    """
+
+    def __init__(self, engine: Watched, step: int = 0):
+        self._engine, self.observer = engine, Observer(engine)  # type: ignore[arg-type]
+        self.step: State = {"number": step, "sequences": 0, "tokens": 0}
+        self.events: list[str] = []
+        self.num_drawn = 0  # tokens, since it looks
+        self.num_finished = 0
+        self._before: dict[str, Request] = {}
+        self._new: list[Request] = []
+        self._ended: list[Request] = []
+        self.known = self._known_blocks()
+        self._evicted = engine.memory.usage().evicted
+
+    def follow(self, plan: StepPlan, output: StepOutput) -> None:
+        self.events = self.observer.follow(plan, output)
+        self.num_drawn += len(output.candidates)
+        self.num_drawn += sum(len(sample) for samples in output.tokens.values() for sample in samples)
+        before, self._before = self._before, self._requests_now()
+        self._new = [one for i, one in self._before.items() if i not in before]
+        self._ended = [one for i, one in before.items() if i not in self._before]
+        self.num_finished += len(self._ended)
+        self.step = {"number": plan.step, "sequences": len(plan.sequences), "tokens": plan.num_tokens}
+
+    def did(self, plan: StepPlan, output: StepOutput) -> State:
+        """What the step did that was just followed: see TRACE.md. What is empty isn't there."""
+        names, requests = self.observer.names, self.observer.requests
+        computed: dict[str, list[int]] = {}
+        for s in plan.sequences:
+            name = names.get(s.seq_id if s.branch_of is None else s.branch_of, "?")
+            start, own, guessed = computed.get(name, (s.start, 0, 0))
+            own += s.num_own if s.branch_of is None else 0
+            computed[name] = [start, own, guessed + s.num_drafts + s.num_to_draft]
+        admitted = {requests.get(i, i): 0 for i in plan.admitted}
+        for s in plan.sequences:
+            if (name := requests.get(s.request_id, "")) in admitted:
+                admitted[name] = max(admitted[name], s.start)
+        told = {
+            "computed": computed,
+            "admitted": [*admitted],
+            "found": {name: tokens for name, tokens in admitted.items() if tokens},
+            "preempted": {requests.get(i, i): how for i, how in plan.preempted},
+            "resumed": [requests.get(i, i) for i in plan.resumed],
+            "finished": self._reasons(),
+            "copies": plan.copies,
+            "swap_out": plan.swap_out,
+            "swap_in": plan.swap_in,
+            "freed": plan.freed,
+            "evicted": self._evictions(plan),
+            "guessed": guesses(plan, output, names),
+            "loading": {requests.get(load.request_id, load.request_id): load.blocks for load in plan.loads},
+            "errors": {names.get(i, "?"): words for i, words in output.errors.items()},
+        }
+        return {name: value for name, value in told.items() if value}
+
+    def arrivals(self) -> dict[str, float]:
+        """When those arrived that were not there before the last step, in seconds of `time.monotonic`."""
+        return {letters(one.arrival): one.metrics.arrival_time for one in self._new}
+
+    def _reasons(self) -> dict[str, str]:
+        """Why requests ended, by name: of a search that is over, nothing."""
+        return {letters(one.arrival): ", ".join(sorted({seq.finish_reason or "" for seq in one.sequences}))
+                for one in self._ended}  # fmt: skip
+
+    def _evictions(self, plan: StepPlan) -> list[int]:
+        """Of the blocks that lost what they held, those that could be found until then, and were taken for others."""
+        evicted = self._engine.memory.usage().evicted
+        gone = [block for block in plan.freed if block in self.known] if evicted > self._evicted else []
+        self.known, self._evicted = self._known_blocks(), evicted
+        return gone
+
+    def _known_blocks(self) -> dict[int, int | None]:
+        memory = self._engine.memory
+        return memory.cache.parents() if memory.cache and memory.num_blocks <= MOST_BLOCKS else {}
+
+    def state(self) -> State:
+        snapshot, prefixes = self.observer.snapshot(), self._engine.scheduler.admission.prefixes
+        usage = asdict(snapshot.usage)
+        del usage["waste_percent"]  # the others say it
+        return {
+            "step": self.step,
+            "usage": usage,
+            "num_drawn": self.num_drawn,
+            "num_finished": self.num_finished,
+            "num_preemptions": snapshot.num_preemptions,
+            "prefixes": {"queried": prefixes.queried, "found": prefixes.found},
+            "requests": self._requests(),
+            "tables": {
+                table.name: {"tokens": table.num_tokens, "blocks": table.blocks, "swapped": table.swapped}
+                for table in snapshot.tables
+            },
+            "cached": dict.fromkeys(map(str, snapshot.cached), 1),
+            "index": {str(block): -1 if at is None else at for block, at in self.known.items()},
+        }
+
+    def _requests_now(self) -> dict[str, Request]:
+        scheduler = self._engine.scheduler
+        return {one.request_id: one for one in (*scheduler.running, *scheduler.swapped, *scheduler.waiting)}
+
+    def _requests(self) -> State:
+        scheduler = self._engine.scheduler
+        queues = {"running": scheduler.running, "waiting": scheduler.waiting, "swapped": scheduler.swapped}
+        return {
+            letters(request.arrival): {
+                "id": request.request_id, "state": state, "prompt": len(request.prompt_token_ids),
+                "output": request.num_output_tokens, "sequences": len(request.live), "most": request.max_tokens,
+            }
+            for state, requests in queues.items() for request in requests
+        }  # fmt: skip
+
+
+def snapshot_of(state: State) -> Snapshot:
+    """What draw.py draws. KeyError or TypeError if it is no state."""
+    given = state["usage"]
+    slots = given["used"] * given["block_size"]
+    waste = 100 * (slots - given["tokens_stored"]) / slots if slots else 0.0
+    usage = MemoryUsage(**{**given, "waste_percent": waste})
+    tables = [Table(name, one["tokens"], one["blocks"], one["swapped"]) for name, one in state["tables"].items()]
+    queues = {which: [name for name, one in state["requests"].items() if one["state"] == which]
+              for which in ("running", "waiting", "swapped")}  # fmt: skip
+    cached = [int(block) for block in state["cached"]]
+    return Snapshot(usage, tables, **queues, num_preemptions=state["num_preemptions"], cached=cached)
+
+
+def merge_patch(old: State, new: State) -> State:
+    """What makes `new` of `old`, by RFC 7386. Neither has a null.
+
+    >>> merge_patch({"a": {"b": 1, "c": 2}, "d": [3]}, {"a": {"b": 1, "c": 4, "e": {}}, "f": 5})
+    {'a': {'c': 4, 'e': {}}, 'f': 5, 'd': None}
+    """
+    patch: State = {}
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inner := merge_patch(before, value):
+                patch[name] = inner
+        elif value != before:
+            patch[name] = value
+    return patch | {name: None for name in old if name not in new}
+
+
+def apply_patch(state: State, patch: State) -> State:
+    """What `merge_patch` was made of. The old state stays as it is, and what stays the same is shared with the new.
+
+    >>> apply_patch({"a": {"b": 1, "c": 2}, "d": [3]}, {"a": {"c": 4}, "d": None})
+    {'a': {'b': 1, 'c': 4}}
+    """
+    state = dict(state)
+    for name, value in patch.items():
+        if value is None:
+            state.pop(name, None)
+        elif isinstance(value, dict):
+            before = state.get(name)
+            state[name] = apply_patch(before if isinstance(before, dict) else {}, value)
+        else:
+            state[name] = value
+    return state

@@ -1,0 +1,170 @@
+"""The trace of a run: a file of JSON lines from which it can be drawn again. TRACE.md says what stands in it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from minipaged.terminal.snapshot import Snapshot
+from minipaged.viewer.old_trace import new_step
+from minipaged.viewer.state import Eye, State, Watched, apply_patch, merge_patch, snapshot_of
+from minipaged.viewer.words import Words
+
+if TYPE_CHECKING:  # reading a trace must not load PyTorch
+    from minipaged.llm import LLM
+    from minipaged.scheduling.plan import StepOutput, StepPlan
+
+FORMAT, VERSION = "minipaged trace", 2
+
+
+class TraceError(ValueError):
+    """A file that is no trace, or a trace that could not be written; the message says where."""
+
+
+def header_of(llm: LLM) -> State:
+    """What is the same in all steps of a run."""
+    scheduler, speculation = llm.scheduler, llm.scheduler.speculation
+    return {
+        "model": llm.model_name,
+        "block_bytes": llm.block_bytes,
+        "max_model_len": llm.max_model_len,
+        "settings": {
+            "memory": "paged",
+            "prefix_cache": llm.prefix_cache,
+            "schedule": scheduler.admission.schedule,
+            "preemption": scheduler.preemption,
+            "chunked_prefill": scheduler.chunked_prefill,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "speculation": speculation is not None,
+        },
+    }
+
+
+class TraceWriter:
+    """Writes a line after each step: an observer of the engine.
+
+    header: what is the same in all steps; for an LLM see `header_of`.
+    decode: the text of one token; None: the trace has no texts.
+    seconds: how long the last step took; None: as long as has passed since the one before.
+    """
+
+    def __init__(
+        self, engine: Watched, file: IO[str], header: State, decode: Callable[[int], str] | None = None,
+        seconds: Callable[[], float] | None = None, clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        self._engine, self._file, self._clock, self._seconds = engine, file, clock, seconds
+        self._eye = Eye(engine)
+        self._words = Words(engine, decode) if decode else None
+        self._state: State = {}
+        self._began = clock()
+        usage = engine.memory.usage()
+        sizes = {"block_size": usage.block_size, "num_blocks": usage.num_blocks, "num_cpu_blocks": usage.cpu_total}
+        self._write({"format": FORMAT, "version": VERSION, **sizes, **header})
+
+    @classmethod
+    def of(cls, llm: LLM, file: IO[str], **header: Any) -> TraceWriter:
+        """Of a whole engine, with texts. header: what it should say besides."""
+        spent = _Spent(llm)
+        return cls(llm, file, {**header_of(llm), **header}, lambda token: llm.tokenizer.decode([token], skip_special_tokens=False), spent)
+
+    def __call__(self, plan: StepPlan, output: StepOutput) -> None:
+        now = self._clock() - self._began
+        eye, before = self._eye, self._state
+        eye.follow(plan, output)
+        self._state = eye.state()
+        took = {"seconds": round(self._seconds(), 6)} if self._seconds else {}
+        line = {"step": plan.step, "time": round(now, 6), **took, "did": eye.did(plan, output)}
+        line["arrived"] = {name: round(then - self._began, 6) for name, then in eye.arrivals().items()}
+        if self._words:
+            line |= {"words": self._words.news(eye.observer), "texts": self._words.blocks(plan, eye.known)}
+        line |= {"patch": merge_patch(before, self._state), "events": eye.events}
+        self._write({name: value for name, value in line.items() if value or name in ("step", "time", "patch")})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TraceError(f"cannot write the trace {self._file.name}: {error}") from error
+
+
+class _Spent:
+    """Seconds that an engine spent on steps since it was asked last."""
+
+    def __init__(self, llm: LLM):
+        self._llm, self._before = llm, 0.0
+        self()
+
+    def __call__(self) -> float:
+        now = sum(vars(self._llm.executor.times).values())
+        spent, self._before = now - self._before, now
+        return spent
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One step, and the moment after it. See TRACE.md for `did`, `words`, `texts` and `state`.
+
+    time: seconds from the beginning of the trace to the end of the step; seconds: that it took. None: not known.
+    arrived: requests that are new, and when they came, in seconds from the beginning of the trace.
+    """
+
+    step: int
+    state: State
+    time: float | None = None
+    seconds: float | None = None
+    did: State = field(default_factory=dict)
+    arrived: dict[str, float] = field(default_factory=dict)
+    words: State = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def memory(self) -> Snapshot:
+        return snapshot_of(self.state)
+
+
+def read_trace(path: str | Path) -> tuple[State, Iterator[TraceStep]]:
+    """The header and the steps, which are read one by one. TraceError if the file is not a trace.
+
+    A last line that was cut off, because the writer was killed, is left out. Of version 1 there is no more than it had.
+    """
+    try:
+        lines = _lines(path)
+        header = next(lines, None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"cannot read {path}: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise TraceError(f"{path} is not a trace: its first line must be a header that --trace wrote")
+    if header.get("version") not in (1, VERSION):
+        raise TraceError(f"{path} is a trace of version {header.get('version')}, this program reads 1 and {VERSION}")
+    return header, _steps(path, lines, header["version"])
+
+
+def _lines(path: str | Path) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                if line.endswith("\n"):
+                    raise TraceError(f"{path}, line {number}: not JSON: {error}") from None
+
+
+def _steps(path: str | Path, lines: Iterator[Any], version: int) -> Iterator[TraceStep]:
+    state: State = {}
+    names = {one.name for one in fields(TraceStep)}
+    for number, line in enumerate(lines, 2):
+        try:
+            line = new_step(line, state) if version == 1 else line
+            state = apply_patch(state, line["patch"])
+            step = TraceStep(state=state, **{name: value for name, value in line.items() if name in names})
+            snapshot_of(state)
+            yield step
+        except (TypeError, KeyError, AttributeError) as error:
+            raise TraceError(f"{path}, line {number}: not a step of a trace: {error!r}") from None
