@@ -12,7 +12,7 @@ function make(tag, className = "", text = "", ...children) {
 }
 
 /** An element of SVG. */
-function draw(tag, attributes = {}, ...children) {
+function drawn(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);

@@ -1,45 +1,84 @@
-// Where we are in one trace or in two: play, pause, step, speed; and the link that says so.
+// Where we are in one trace or in two: play, pause, step, speed.
 
 const STEPS_A_SECOND = 4; // at speed 1
 
 class Player {
-  /** traces: one or two. show: called with the place in each. */
+  /** traces: one or two. show: called when something has changed. */
   constructor(traces, show) {
-    Object.assign(this, { traces, show, place: 0, speed: 1, playing: false, inTime: false, carried: 0 });
-    this.longest = traces.reduce((a, b) => (b.length > a.length ? b : a));
+    Object.assign(this, { traces, show, speed: 1, playing: false, inTime: false });
+    this.now = 0; // the place; in time: seconds
   }
 
   get last() {
-    return this.longest.length - 1;
+    return this.inTime ? Math.max(...this.traces.map((trace) => trace.timeOf(trace.length - 1))) : Math.max(...this.traces.map((trace) => trace.length)) - 1;
   }
 
   /** The place in each trace: the same number of steps, or the same time. */
-  places() {
-    if (!this.inTime) return this.traces.map((trace) => Math.min(this.place, trace.length - 1));
-    return this.traces.map((trace) => (trace === this.longest ? this.place : trace.placeAtTime(this.longest.timeOf(this.place))));
+  get places() {
+    return this.traces.map((trace) => (this.inTime ? trace.placeAtTime(this.now + 1e-9) : Math.min(this.now, trace.length - 1)));
   }
 
-  go(place) {
-    this.place = Math.max(0, Math.min(this.last, Math.round(place)));
-    this.show(this.places());
+  go(now) {
+    this.now = Math.max(0, Math.min(this.last, this.inTime ? now : Math.round(now)));
+    this.carried = 0;
+    this.show();
+  }
+
+  /** To a place of one of the traces; the other one follows, in step or in time. */
+  goTo(place, number = 0) {
+    this.go(this.inTime ? this.traces[number].timeOf(place) : place);
+  }
+
+  /** Some steps on; in time: to the next moment at which a step ends in any trace, or the one before. */
+  move(steps) {
+    if (!this.inTime) return this.go(this.now + steps);
+    const there = steps > 0
+      ? this.traces.map((trace, number) => trace.timeOf(Math.min(trace.length - 1, this.places[number] + steps))).filter((time) => time > this.now)
+      : this.traces.map((trace, number) => trace.timeOf(Math.max(0, this.places[number] + steps))).filter((time) => time < this.now);
+    if (there.length) this.go(steps > 0 ? Math.min(...there) : Math.max(...there));
+  }
+
+  together(inTime) {
+    const time = this.traces[0].timeOf(this.places[0]), place = this.places[0];
+    this.inTime = inTime;
+    this.go(inTime ? time : place);
   }
 
   toggle(yes = !this.playing) {
-    if (yes && this.place === this.last) this.place = 0;
+    if (yes && this.now >= this.last) this.now = 0;
+    const starts = yes && !this.playing;
     this.playing = yes;
-    this.before = performance.now();
-    this.show(this.places());
-    if (yes) requestAnimationFrame((now) => this.tick(now));
+    this.carried = 0;
+    this.show();
+    if (starts) requestAnimationFrame((now) => { this.before = now; this.tick(now); });
   }
 
   tick(now) {
     if (!this.playing) return;
-    this.carried += Math.max(0, now - this.before) / 1000 * STEPS_A_SECOND * this.speed;
+    const seconds = Math.min(0.25, (now - this.before) / 1000); // a hidden page doesn't run ahead
     this.before = now;
-    const steps = Math.floor(this.carried);
-    this.carried -= steps;
-    if (steps) this.go(this.place + steps);
-    if (this.place === this.last) this.toggle(false);
+    this.advance(seconds);
+    if (this.now >= this.last) this.toggle(false);
     else requestAnimationFrame((next) => this.tick(next));
+  }
+
+  /** speed 0: as it was, by the clock of the run. */
+  advance(seconds) {
+    const trace = this.traces[0];
+    if (this.inTime) return this.goOn(this.now + seconds * (this.speed || 1));
+    if (this.speed) this.carried += seconds * STEPS_A_SECOND * this.speed;
+    else {
+      this.clock = this.carried === 0 ? trace.timeOf(this.places[0]) : this.clock;
+      this.clock += seconds;
+      this.carried = Math.max(1e-9, trace.placeAtTime(this.clock) - this.now);
+    }
+    if (this.carried >= 1) this.goOn(this.now + Math.floor(this.carried));
+  }
+
+  goOn(now) {
+    const carried = this.inTime || !this.speed ? this.carried : this.carried - Math.floor(this.carried);
+    this.now = Math.min(this.last, now);
+    this.carried = !this.inTime && !this.speed ? 1e-9 : carried;
+    this.show();
   }
 }

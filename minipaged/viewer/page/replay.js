@@ -1,33 +1,118 @@
-// The page of a run, or of two beside each other: makes a view for each, and moves them.
+// The page of a run, or of two beside each other: makes a view for each, moves them, and keeps the link.
 
 const runs = JSON.parse($("data").textContent).runs;
 const traces = runs.map((run) => new Trace(run));
-const views = traces.map((trace, number) => newView(trace, number));
 const player = new Player(traces, show);
+const views = traces.map(newView);
+new Search(traces, ({ number, name, place }) => { pick(name); player.goTo(place, number); });
 
 function newView(trace, number) {
-  const root = $("run").content.cloneNode(true).firstElementChild;
-  const view = new View(root);
+  const root = $("run").content.cloneNode(true).firstElementChild, view = new View(root);
   for (const element of root.querySelectorAll("[data-id]")) element.id = `${element.dataset.id}-${number}`;
   $("runs").append(root);
-  view.find(".title").textContent = trace.title;
+  const go = (place) => player.goTo(place, number), find = (selector) => view.find(selector);
+  const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: find(`.queue.${which} ul`), number: find(`.queue.${which} .number`) }]);
+  tell(trace, find);
+  find(".cpu-pool").hidden = !trace.header.num_cpu_blocks;
   view.parts = [
-    new Pool(view, view.find(".pool.gpu")), new Pool(view, view.find(".pool.cpu"), true), new Tables(view, view.find(".tables")),
-    new Queues(view, Object.fromEntries(["running", "waiting", "swapped"].map((which) => [which, {
-      list: view.find(`.queue.${which} ul`), number: view.find(`.queue.${which} .number`) }]))),
-    new Events(view, view.find(".events")),
+    new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu")), new Pool(view, find(".pool.cpu"), true),
+    new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, Object.fromEntries(queues)),
+    new Events(view, find(".events")), new Timeline(view, find(".timeline"), trace, go), new Plots(view, find(".plots"), trace, go),
+    new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];
+  view.onpick = (name) => pick(name, false);
   return view;
 }
 
-function show(places) {
-  views.forEach((view, number) => view.show(traces[number].moment(places[number])));
-  $("step").max = player.last;
-  $("step").value = player.place;
-  $("where").textContent = `step ${player.longest.lines[player.place].step} of ${player.longest.lines[player.last].step}`;
-  $("play").textContent = player.playing ? "Pause" : "Play";
+/** What is the same in all steps. */
+function tell(trace, find) {
+  const { title, header, every } = trace, notes = [];
+  find(".title").textContent = title;
+  find(".lesson").textContent = header.lesson ?? "";
+  find(".about").textContent = `${count(header.num_blocks, "block")} of ${header.block_size} tokens`;
+  if (every > 1) notes.push(`A long run: of every ${every} steps one is shown, with what all of them did.`);
+  if (header.version === 1) notes.push("A trace of version 1: it has no times, no texts, and not what can be found again.");
+  const settings = Object.entries(header.settings ?? {}).filter(([name, value]) => traces.some((other) => other.header.settings?.[name] !== value));
+  if (settings.length) notes.push(settings.map(([name, value]) => `${name}: ${value}`).join(", "));
+  find(".notes").textContent = notes.join(" ");
 }
 
+/** A request stands out in all views, or ("") none does. */
+function pick(name, refresh = true) {
+  for (const view of views) view.picked = name;
+  if (refresh) show();
+}
+
+// --- the moment, on the screen and in the link ---------------------------------------------------------------------------
+
+function show() {
+  const places = player.places, moments = traces.map((trace, number) => trace.moment(places[number]));
+  views.forEach((view, number) => view.show(moments[number]));
+  $("step").max = player.last;
+  $("step").step = player.inTime ? "any" : 1;
+  $("step").value = player.now;
+  const { line, time } = moments[0], end = traces[0].lines.at(-1).step;
+  $("where").textContent = player.inTime ? `${player.now.toFixed(2)} s` : `step ${line.step} of ${end}` + (line.time === undefined ? "" : `, ${time.toFixed(2)} s`);
+  $("step").setAttribute("aria-valuetext", $("where").textContent);
+  $("play").textContent = player.playing ? "Pause" : "Play";
+  $("back").disabled = $("first").disabled = player.now <= 0;
+  $("next").disabled = $("last").disabled = player.now >= player.last;
+  if (!player.playing) keep(moments);
+}
+
+/** The link says where we are, and for who listens instead of looking, a line says what happened. */
+function keep(moments) {
+  const said = moments.map(({ line }) => (line.events ?? []).join("; ")).filter(Boolean).join(". ");
+  $("told").textContent = `${$("where").textContent}. ${said}`;
+  const link = new URLSearchParams(player.inTime ? { time: player.now.toFixed(4) } : { step: moments[0].line.step });
+  if (views[0].picked) link.set("request", views[0].picked);
+  if (location.hash.slice(1) !== String(link)) history.replaceState(null, "", `#${link}`);
+}
+
+function followLink() {
+  const link = new URLSearchParams(location.hash.slice(1)), [first] = traces;
+  for (const view of views) view.picked = first.requests.has(link.get("request")) ? link.get("request") : "";
+  const time = Number(link.get("time")), step = Number(link.get("step") ?? first.header.open_at ?? first.lines[0].step);
+  player.inTime = traces.length > 1 && time > 0;
+  $("mode").value = player.inTime ? "time" : "step";
+  if (player.inTime) player.go(time);
+  else player.goTo(first.placeOf(Number.isFinite(step) ? step : 0));
+}
+
+// --- controls ---------------------------------------------------------------------------------------------------------------
+
 $("play").onclick = () => player.toggle();
+$("first").onclick = () => player.go(0);
+$("last").onclick = () => player.go(player.last);
+$("back").onclick = () => player.move(-1);
+$("next").onclick = () => player.move(1);
 $("step").oninput = () => player.go($("step").valueAsNumber);
-player.go(0);
+$("speed").onchange = () => { player.speed = Number($("speed").value); player.carried = 0; };
+$("with-mode").hidden = traces.length < 2;
+$("mode").onchange = () => player.together($("mode").value === "time");
+
+const KEYS = {
+  ArrowLeft: () => player.move(-1), ArrowRight: () => player.move(1), Home: () => player.go(0), End: () => player.go(player.last),
+  PageUp: () => player.move(-10), PageDown: () => player.move(10), " ": () => player.toggle(), "+": () => faster(1), "-": () => faster(-1),
+  "/": () => $("search").focus(), Escape: () => pick(""),
+};
+
+function faster(by) {
+  const place = Math.max(0, Math.min($("speed").options.length - 1, $("speed").selectedIndex + by));
+  $("speed").selectedIndex = place;
+  $("speed").onchange();
+}
+
+document.addEventListener("keydown", (event) => {
+  const busy = event.target.closest("input, select, textarea") && event.key !== "Escape";
+  const pressed = event.key === " " && event.target.closest("button, summary");
+  if (event.defaultPrevented || busy || pressed || event.ctrlKey || event.altKey || event.metaKey || !(event.key in KEYS)) return;
+  event.preventDefault();
+  KEYS[event.key]();
+});
+
+addEventListener("hashchange", followLink);
+$("about").textContent = traces.length > 1 ? "two runs, replayed beside each other" : `a run of ${traces[0].header.model}, replayed`;
+document.title = `${traces.map((trace) => trace.title).join(" and ")} - minipaged`;
+$("runs").classList.toggle("two", traces.length > 1);
+followLink();

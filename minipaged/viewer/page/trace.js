@@ -11,9 +11,13 @@ class Trace {
     this.versions = this.lines.map(() => null); // of the texts, where something is new: by sequence
     this.at = -1;
     this.state = {};
+    this.requests = new Map(); // by name: {id, place: where it came}
     this.readWords();
     for (let place = 0; place < this.length; place++) {
       this.state = merge(this.state, this.lines[place].patch);
+      for (const name of Object.keys({ ...this.lines[place].patch.requests, ...this.lines[place].arrived })) {
+        if (!this.requests.has(name)) this.requests.set(name, { id: this.state.requests[name]?.id ?? "", place });
+      }
       if (place % KEYFRAME === 0) this.keyframes.push(structuredClone(this.state));
     }
     this.at = this.length - 1;
