@@ -25,20 +25,21 @@ MAY_IMPORT |= {
     "training": ENGINE | {"llm"},
     "quantization": ENGINE | {"llm"},
     "terminal": ENGINE | {"llm"},
-    "generate": ENGINE | {"llm", "terminal"},
+    "viewer": ENGINE | {"llm", "terminal"},
+    "generate": ENGINE | {"llm", "terminal", "viewer"},
     "async_llm": ENGINE,
-    "server": ENGINE | {"async_llm", "terminal"},
+    "server": ENGINE | {"async_llm", "terminal", "viewer"},
     "routing": {"terminal", "server"},
     "route": {"terminal", "server", "routing"},
     "serve": ENGINE | {"async_llm", "terminal", "server", "routing"},
     "train_head": ENGINE | {"llm", "terminal", "training"},
     "quantize": ENGINE | {"terminal", "quantization"},
     "perplexity": ENGINE | {"terminal", "quantization"},
-    "trace": {"terminal"},
+    "trace": {"terminal", "viewer"},
     "bench": ENGINE | {"llm"},
     "course": ENGINE | {"llm", "terminal", "quantization"},  # whose texts it asks about
     "teaching": {"memory"},
-    "experiments": ENGINE | {"llm", "teaching", "bench", "routing"},
+    "experiments": ENGINE | {"llm", "viewer", "teaching", "bench", "routing"},
 }
 NO_TENSORS = ("memory", "requests", "scheduling")  # nor what they import
 TENSORS = {"torch", "numpy", "triton", "einops"}

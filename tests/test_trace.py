@@ -1,7 +1,5 @@
 """The trace of a run: what was written is what was, and can be drawn again."""
 
-import json
-
 import pytest
 from tiny_model import make_folder
 
@@ -9,8 +7,8 @@ from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.generate import main as generate
 from minipaged.terminal.draw import picture
 from minipaged.terminal.snapshot import request_of
-from minipaged.terminal.trace import TraceError, TraceWriter, read_trace
 from minipaged.trace import main
+from minipaged.viewer.trace import TraceError, TraceWriter, read_trace
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def traced(model, tmp_path_factory):
         truth.append((plan, output, tables, queues, counts, memory.usage()))
 
     with open(path, "w") as file:
-        llm.observers += [TraceWriter(llm, file), remember]
+        llm.observers += [TraceWriter.of(llm, file), remember]
         while llm.has_unfinished_requests:
             llm.step()
     return path, truth
@@ -46,12 +44,11 @@ def test_the_trace_holds_what_was(traced, model):
     path, truth = traced
     header, steps = read_trace(path)
     assert {key: header[key] for key in ("model", "block_size", "num_blocks", "version")} == {
-        "model": model, "block_size": 4, "num_blocks": 24, "version": 1,
+        "model": model, "block_size": 4, "num_blocks": 24, "version": 2,
     }  # fmt: skip
-    for step, (plan, output, tables, queues, counts, usage) in zip(steps, truth, strict=True):
+    for step, (plan, _, tables, queues, counts, usage) in zip(steps, truth, strict=True):
         assert step.step == plan.step
-        assert step.plan == json.loads(json.dumps(plan.to_json()))
-        assert step.output == json.loads(json.dumps(output.to_json()))
+        assert step.state["step"] == {"number": plan.step, "sequences": len(plan.sequences), "tokens": plan.num_tokens}
         assert sorted((t.num_tokens, t.blocks, t.swapped) for t in step.memory.tables) == tables
         assert [[ord(name) - 65 for name in names] for names in (step.memory.running, step.memory.waiting)] == queues
         holders = step.memory.holders()
@@ -118,7 +115,7 @@ def test_what_is_no_trace_is_refused(traced, tmp_path, capsys):
     assert "is not a trace" in refused("")
     assert "is not a trace" in refused("[]\n")
     assert "not JSON" in refused("hello\n")
-    assert "is a trace of version 9" in refused(lines[0].replace('"version":1', '"version":9'))
+    assert "is a trace of version 9" in refused(lines[0].replace('"version":2', '"version":9'))
     assert "line 3: not JSON" in refused("".join([*lines[:2], "{\n", *lines[2:]]))
     assert "line 3: not a step of a trace" in refused("".join([*lines[:2], '{"step":3}\n']))
     assert main([str(tmp_path / "none")]) == 2 and "cannot read" in capsys.readouterr().err
@@ -142,4 +139,4 @@ def test_a_trace_that_can_not_be_written_ends_the_run(model, capsys):
 
     llm = LLM(model, num_blocks=8)
     with pytest.raises(TraceError, match="cannot write the trace trace: .*No space left"):
-        TraceWriter(llm, Full())
+        TraceWriter.of(llm, Full())
