@@ -66,6 +66,33 @@ function holders(state, swapped = false) {
   return held;
 }
 
+/** The same of a moment, made once for all parts that ask. A moment's state must not change while it is shown. */
+function heldIn(moment, swapped = false) {
+  moment.held ??= {};
+  return (moment.held[swapped] ??= holders(moment.state, swapped));
+}
+
+/** By block: the slots that the step computed, {from, to}. Those behind the filled ones were guessed, and taken back. */
+function writtenIn(moment, swapped = false) {
+  const { state, did } = moment, size = state.usage.block_size;
+  moment.written ??= {};
+  return (moment.written[swapped] ??= slots());
+
+  function slots() {
+    const written = new Map();
+    for (const [name, [start, own, guessed]] of Object.entries(did?.computed ?? {})) {
+      const table = state.tables[name], end = start + own + guessed;
+      if (!table || Boolean(table.swapped) !== swapped) continue;
+      for (let place = Math.floor(start / size); place * size < end && place < table.blocks.length; place++) {
+        const from = Math.max(0, start - place * size), to = Math.min(size, end - place * size), block = table.blocks[place];
+        const other = written.get(block);
+        written.set(block, other ? { from: Math.min(from, other.from), to: Math.max(to, other.to) } : { from, to });
+      }
+    }
+    return written;
+  }
+}
+
 /** Empty slots of the blocks in use, in percent. */
 function wasteOf(usage) {
   const slots = usage.used * usage.block_size;

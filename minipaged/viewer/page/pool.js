@@ -1,52 +1,86 @@
-// The pool: a cell for each block. The same class draws the pool of the CPU.
+// The pool: a cell for each block, in it a slot for each token. The same class draws the pool of the CPU.
 
 const MOST_CELLS = 2048; // of larger pools a cell stands for several blocks
+const SIZES = { few: 0, some: 64, many: 300, most: 1200 }; // how large cells are: for more blocks than this
 
 class Pool {
   /** list: the element of the cells. swapped: it is the CPU's. */
   constructor(view, list, swapped = false) {
-    Object.assign(this, { view, list, swapped, cells: [] });
+    Object.assign(this, { view, list, swapped, cells: [], number: -1, each: 1 });
+    this.note = make("p", "small");
+    list.after(this.note);
     list.setAttribute("role", "listbox");
     list.tabIndex = 0;
-    for (const kind of ["pointerover", "click"]) {
-      list.addEventListener(kind, (event) => {
-        const block = this.blockAt(event);
-        if (block >= 0) view.look(block, swapped);
-      });
-    }
+    pointing(view, list, () => swapped);
     list.addEventListener("keydown", (event) => this.move(event));
     new ResizeObserver(() => this.setColumns()).observe(list);
   }
 
-  update({ state, did }) {
-    const number = this.swapped ? state.usage.cpu_total : state.usage.num_blocks;
-    if (this.cells.length !== number) this.make(number);
-    const held = holders(state, this.swapped), freed = new Set(this.swapped ? [] : did?.freed);
+  update(moment) {
+    const { usage } = moment.state, number = this.swapped ? usage.cpu_total : usage.num_blocks;
+    if (this.number !== number || this.size !== usage.block_size) this.make(number, usage.block_size);
+    const facts = this.factsOf(moment), { here } = this.view;
+    const at = here && here.swapped === this.swapped ? Math.floor(here.block / this.each) : -1;
     this.list.classList.toggle("picking", this.view.picked !== "");
-    this.size = state.usage.block_size;
-    this.cells.forEach((cell, block) => {
-      const { names, places, filled } = held.get(block) ?? { names: [], places: [], filled: 0 };
-      const cached = !this.swapped && names.length === 0 && block in (state.cached ?? {});
-      const here = this.view.here?.block === block && this.view.here.swapped === this.swapped;
-      const key = `${names}|${places}|${filled}|${cached}|${freed.has(block)}|${names.some(this.view.isMine)}|${this.view.picked}|${here}`;
-      if (key === cell.key) return;
-      Object.assign(cell, { key, names, places, filled, cached, here, freed: freed.has(block) });
-      this.drawCell(cell, block);
+    this.cells.forEach((cell, i) => {
+      const now = this.each === 1 ? this.blockNow(i, facts) : this.blocksNow(i * this.each, facts);
+      const key = `${now.key}|${this.view.picked && now.names.some((name) => requestOf(name) === this.view.picked)}|${i === at}`;
+      if (key !== cell.key) this.draw(cell, { ...now, key, here: i === at });
     });
+    if (at >= 0) this.list.setAttribute("aria-activedescendant", this.cells[at]?.element.id ?? "");
+    else this.list.removeAttribute("aria-activedescendant");
   }
 
-  make(number) {
-    this.cells = Array.from({ length: number }, (_, block) => {
-      const element = make("div", "cell");
-      element.id = `${this.list.id}-${block}`;
-      element.dataset.block = block;
-      element.setAttribute("role", "option");
-      return { element, key: "" };
-    });
+  /** What cells are drawn from: who holds what, and what the step did to which block. */
+  factsOf(moment) {
+    const { state, did } = moment, loading = this.swapped ? [] : Object.values(did?.loading ?? {}).flat();
+    return {
+      held: heldIn(moment, this.swapped), written: writtenIn(moment, this.swapped), loading: new Set(loading),
+      freed: new Set(this.swapped ? [] : did?.freed), cached: this.swapped ? {} : state.cached ?? {},
+    };
+  }
+
+  blockNow(block, { held, written, loading, freed, cached }) {
+    const { names, places, filled } = held.get(block) ?? NOBODY, kept = names.length === 0 && block in cached;
+    const slots = written.get(block), wasFreed = freed.has(block), comes = loading.has(block);
+    const mine = names.some(this.view.isMine);
+    const key = `${names}|${places}|${filled}|${slots?.from}|${slots?.to}|${kept}|${wasFreed}|${comes}|${mine}`;
+    return { block, key, names, places, filled, written: slots, cached: kept, freed: wasFreed, loading: comes, mine };
+  }
+
+  /** Several blocks as if they were one: filled as much as all of them are. */
+  blocksNow(first, { held, freed, cached }) {
+    const blocks = Array.from({ length: Math.min(this.each, this.number - first) }, (_, i) => first + i);
+    const inUse = blocks.map((block) => held.get(block)).filter(Boolean);
+    const names = [...new Set(inUse.flatMap((one) => one.names))], mostHeld = Math.max(0, ...inUse.map((one) => one.names.length));
+    const filled = inUse.reduce((sum, one) => sum + one.filled, 0) / blocks.length;
+    const kept = !inUse.length && blocks.some((block) => block in cached), wasFreed = blocks.some((block) => freed.has(block));
+    const key = `${names}|${inUse.length}|${mostHeld}|${filled}|${kept}|${wasFreed}`;
+    return { block: first, blocks, key, names, places: [], filled, used: inUse.length, mostHeld, cached: kept, freed: wasFreed, mine: names.some(this.view.isMine) };
+  }
+
+  make(number, size) {
+    Object.assign(this, { number, size, each: Math.max(1, Math.ceil(number / MOST_CELLS)) });
+    const cells = Math.ceil(number / this.each), kind = Object.keys(SIZES).findLast((name) => cells > SIZES[name]) ?? "few";
+    this.cells = Array.from({ length: cells }, (_, i) => this.newCell(i * this.each));
     this.list.replaceChildren(...this.cells.map((cell) => cell.element));
-    this.list.classList.toggle("many", number > 300);
-    this.list.classList.toggle("most", number > 1200);
+    for (const name of Object.keys(SIZES)) this.list.classList.toggle(name, name === kind);
+    const rows = this.swapped || kind === "many" || kind === "most" ? 1 : rowsOf(size);
+    for (const other of [1, 2, 4]) this.list.classList.toggle(`rows-${other}`, other === rows);
+    this.list.classList.toggle("ticked", size / rows <= (kind === "few" ? 16 : 8) && kind !== "most");
+    this.list.style.setProperty("--in-row", size / rows);
+    this.list.style.setProperty("--rows", rows);
+    this.note.textContent = this.each > 1 ? `Each cell stands for ${this.each} blocks: A of request A, a some of them shared, + of several.` : "";
     this.setColumns();
+  }
+
+  newCell(block) {
+    const element = make("div", "cell"), label = make("b"), holders = make("i"), slots = make("u");
+    element.id = `${this.list.id}-${block}`;
+    element.dataset.block = block;
+    element.setAttribute("role", "option");
+    element.append(label, make("em", "", String(block)), holders, slots);
+    return { element, label, holders, slots, key: null };
   }
 
   /** As many as fit in a row; a multiple of four, so that they are easily counted. */
@@ -57,32 +91,50 @@ class Pool {
     this.list.style.setProperty("--columns", this.columns);
   }
 
-  drawCell(cell, block) {
-    const { element, names, filled, cached, here, freed } = cell;
-    const requests = [...new Set(names.map(requestOf))];
+  draw(cell, now) {
+    Object.assign(cell, now);
+    const { element, names, filled, written } = cell, requests = [...new Set(names.map(requestOf))];
+    const most = cell.mostHeld ?? names.length, back = written && written.to > filled;
     const classes = {
-      held: names.length, half: filled < this.size, shared: names.length > 1, several: requests.length > 1, cached, freed,
-      mine: names.some(this.view.isMine), picked: requests.includes(this.view.picked), here,
+      held: names.length, half: filled < this.size, shared: most > 1, several: requests.length > 1, cached: cell.cached, freed: cell.freed,
+      reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
+      mine: cell.mine, picked: requests.includes(this.view.picked), here: cell.here,
     };
     element.className = ["cell", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
-    const label = names.length === 1 ? names[0] : requests.length > 2 ? "*" : requests.join("");
-    element.replaceChildren(make("b", "", cached ? ":" : label));
-    if (names.length > 1) element.append(make("i", "", String(names.length)));
+    cell.label.textContent = this.labelOf(cell, requests);
+    cell.holders.textContent = most > 1 ? String(most) : "";
     if (names.length) paint(element, names.length === 1 ? names[0] : requests[0]);
-    element.style.setProperty("--full", `${100 * filled / this.size}%`);
-    element.setAttribute("aria-label", this.inWords(block));
-    if (here) this.list.setAttribute("aria-activedescendant", element.id);
+    cell.slots.style.setProperty("--strip", names.length ? strip(this.size, filled, written) : "none");
+    element.setAttribute("aria-label", this.inWords(cell));
+    element.setAttribute("aria-selected", String(Boolean(cell.here)));
   }
 
-  inWords(block) {
-    const { names, filled, cached, freed } = this.cells[block], what = this.swapped ? "CPU block" : "Block";
+  labelOf({ names, cached, freed, loading, blocks, mostHeld }, requests) {
+    if (!names.length) return cached ? ":" : freed ? "\u00d7" : "";
+    if (blocks) return requests.length > 1 ? "+" : mostHeld > 1 ? requests[0].toLowerCase() : requests[0];
+    const label = names.length === 1 ? names[0] : requests.length > 2 ? "*" : requests.join("");
+    return loading ? `\u2193${label}` : label;
+  }
+
+  inWords(cell) {
+    const { block, names, filled, cached, freed, loading, written, blocks } = cell;
+    if (blocks) return this.severalInWords(cell);
+    const what = this.swapped ? "CPU block" : "Block";
     if (!names.length) return `${what} ${block}: free${cached ? ", but what it holds can still be found" : freed ? ", since this step" : ""}`;
     const who = names.length === 1 ? `held by ${names[0]}` : `shared by ${names.length}: ${names.join(", ")}`;
-    return `${what} ${block}: ${who}${names.some(this.view.isMine) ? " (yours)" : ""}; ${filled} of ${this.size} slots filled`;
+    const words = [`${what} ${block}: ${who}${cell.mine ? " (yours)" : ""}`, `${filled} of ${this.size} slots filled`];
+    if (loading) words.push("on its way from another engine");
+    const kept = written ? Math.min(written.to, filled) - written.from : 0, back = written ? written.to - Math.max(filled, written.from) : 0;
+    if (kept > 0) words.push(`${kept} of them in this step`);
+    if (back > 0) words.push(`${count(back, "slot")} with wrong guesses taken back`);
+    return words.join("; ");
   }
 
-  blockAt(event) {
-    return this.cells.findIndex((cell) => cell.element === event.target.closest(".cell"));
+  severalInWords({ block, blocks, names, used, filled, cached }) {
+    const requests = [...new Set(names.map(requestOf))].sort(inOrder), more = requests.length > 8 ? `, and ${requests.length - 8} more` : "";
+    const held = used ? `${used} held by ${requests.slice(0, 8).join(", ")}${more}; ${Math.round(filled * blocks.length)} of ${blocks.length * this.size} slots filled`
+      : `free${cached ? ", but what some hold can still be found" : ""}`;
+    return `${this.swapped ? "CPU blocks" : "Blocks"} ${block} to ${blocks.at(-1)}: ${held}`;
   }
 
   move(event) {
@@ -90,9 +142,43 @@ class Pool {
     if (!(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     event.stopPropagation();
-    const from = this.view.here?.swapped === this.swapped ? this.view.here.block + moves[event.key] : 0;
-    const block = Math.max(0, Math.min(this.cells.length - 1, from));
-    this.view.look(block, this.swapped);
-    this.cells[block].element.scrollIntoView({ block: "nearest" });
+    const { here } = this.view, from = here?.swapped === this.swapped ? Math.floor(here.block / this.each) + moves[event.key] : 0;
+    const cell = this.cells[Math.max(0, Math.min(this.cells.length - 1, from))];
+    this.view.kept = true;
+    this.view.look(cell.block, this.swapped);
+    cell.element.scrollIntoView({ block: "nearest" });
   }
+}
+
+const NOBODY = { names: [], places: [], filled: 0 };
+
+/** Slots stand in rows, of 16 in two of 8: so they can be counted at a glance. */
+function rowsOf(size) {
+  return size > 16 && size % 4 === 0 ? 4 : size > 8 && size % 2 === 0 ? 2 : 1;
+}
+
+/** All slots in one row, as a gradient: filled, of them those of this step, taken back (one sees what lies under), empty. */
+function strip(size, filled, slots) {
+  const at = (slot) => `${100 * slot / size}%`, from = slots ? Math.min(slots.from, filled) : filled;
+  const to = slots ? Math.min(slots.to, filled) : filled, back = Math.max(filled, slots?.to ?? 0);
+  return `linear-gradient(90deg, var(--of) ${at(from)}, var(--fresh) 0 ${at(to)}, var(--of) 0 ${at(filled)}, transparent 0 ${at(back)}, var(--hole) 0)`;
+}
+
+/** Who points at a block is told about it; a click keeps it, until the next one. */
+function pointing(view, list, isSwapped) {
+  const look = (event, keep) => {
+    const element = event.target.closest("[data-block]");
+    if (!element || (view.kept && !keep)) return;
+    const block = Number(element.dataset.block), swapped = isSwapped(element), same = view.here?.block === block && view.here.swapped === swapped;
+    if (keep) view.kept = !(view.kept && same);
+    if (!same) view.look(block, swapped);
+  };
+  list.addEventListener("pointerover", (event) => look(event, false));
+  list.addEventListener("click", (event) => look(event, true));
+  list.addEventListener("pointerleave", () => { if (!view.kept && view.here) view.look(null); });
+  list.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !view.here) return;
+    view.kept = false;
+    view.look(null);
+  });
 }

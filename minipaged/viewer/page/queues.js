@@ -12,8 +12,9 @@ class Queues {
     const names = { running: [], waiting: [], swapped: [] };
     for (const name of Object.keys(state.requests).sort(inOrder)) names[state.requests[name].state].push(name);
     for (const name of this.rows.keys()) if (!state.requests[name]) this.rows.delete(name);
+    this.blocks = blocksOf(state);
     for (const [which, { list, number }] of Object.entries(this.lists)) {
-      number.textContent = names[which].length;
+      if (number.textContent !== String(names[which].length)) number.textContent = names[which].length;
       const shown = names[which].slice(0, MOST_ROWS).map((name) => this.rowOf(name, state));
       if (names[which].length > MOST_ROWS) shown.push(make("li", "small", `and ${names[which].length - MOST_ROWS} more`));
       if (!shown.length) shown.push(make("li", "small", "nobody"));
@@ -24,33 +25,75 @@ class Queues {
 
   rowOf(name, state) {
     if (!this.rows.has(name)) this.rows.set(name, this.newRow(name));
-    const { element, words, button } = this.rows.get(name), request = state.requests[name];
-    const tables = Object.entries(state.tables).filter(([sequence]) => requestOf(sequence) === name).map(([, table]) => table);
-    const blocks = new Set(tables.flatMap((table) => table.blocks)).size;
-    const several = request.sequences > 1 ? ` in ${request.sequences}` : "";
-    words.textContent = `${request.prompt} + ${request.output} tokens${several}${blocks ? `, ${count(blocks, "block")}` : ""}`;
+    const { element, words, button, far } = this.rows.get(name), request = state.requests[name];
+    const several = request.sequences > 1 ? ` in ${request.sequences}` : "", blocks = this.blocks.get(name)?.size;
+    const text = `${request.prompt} + ${request.output} tokens${several}${blocks ? `, ${count(blocks, "block")}` : ""}`;
+    if (words.textContent !== text) words.textContent = text;
+    const full = request.most ? `${Math.min(100, 100 * request.output / request.most / Math.max(1, request.sequences)).toFixed(1)}%` : "0%";
+    if (far.full !== full) far.style.setProperty("--full", far.full = full);
     button.setAttribute("aria-pressed", String(this.view.picked === name));
     return element;
   }
 
   newRow(name) {
-    const words = make("span"), button = make("button", "", "", chip(name), words);
+    const words = make("span"), far = make("span", "far"), button = make("button", "", "", chip(name), words, far);
+    if (this.view.isMine(name)) button.firstChild.classList.add("mine");
     button.type = "button";
     button.title = "Its blocks stand out";
     button.onclick = () => this.view.pick(name);
     const element = make("li", "", "", button);
     element.dataset.request = name;
-    return { element, words, button };
+    return { element, words, button, far };
   }
 }
 
+/** How many blocks each request holds: by name, the numbers of its blocks. */
+function blocksOf(state) {
+  const blocks = new Map();
+  for (const [sequence, table] of Object.entries(state.tables)) {
+    const name = requestOf(sequence);
+    if (!blocks.has(name)) blocks.set(name, new Set());
+    for (const block of table.blocks) blocks.get(name).add(block);
+  }
+  return blocks;
+}
+
+const KINDS = [ // a word of an event -> its kind
+  ["swapped out", "swapped out"], ["swapped in", "swapped in"], ["dropped", "dropped"], ["admitted", "admitted"],
+  ["copied on write", "copied"], ["finished", "finished"], ["guessed", "guessed"],
+];
+
+/** The trace's sentences, with a kind before each; and what only `did` knows. */
 class Events {
   constructor(view, list) {
     Object.assign(this, { view, list });
   }
 
-  update({ line }) {
-    const lines = (line.events ?? []).map((event) => event.replaceAll("->", "\u2192"));
-    this.list.replaceChildren(...(lines.length ? lines : ["nothing but tokens computed"]).map((text) => make("li", "", text)));
+  update(moment) {
+    if (moment === this.moment) return;
+    this.moment = moment;
+    const { line, state, did } = moment, told = line?.events ?? state.events ?? [];
+    const lines = told.map((text) => this.line(KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
+    lines.push(...this.others(did ?? {}).map(([kind, text]) => this.line(kind, text)));
+    if (!lines.length) lines.push(this.line("", "nothing but tokens computed"));
+    this.list.replaceChildren(...lines);
+  }
+
+  line(kind, text) {
+    const element = make("li");
+    if (kind) element.dataset.kind = kind;
+    explain(element, kind);
+    for (const part of text.replaceAll("->", "\u2192").split(/\b([A-Z]+\d*)\b/)) element.append(/^[A-Z]+\d*$/.test(part) ? chip(part) : part);
+    return element;
+  }
+
+  others({ evicted, loading, errors, freed }) {
+    const some = (blocks) => `${count(blocks.length, "block")}: ${blocks.slice(0, 20).join(" ")}${blocks.length > 20 ? " ..." : ""}`;
+    return [
+      ...(evicted ? [["evicted", `can't be found any more, ${some(evicted)}`]] : []),
+      ...Object.entries(loading ?? {}).map(([name, blocks]) => ["loading", `${name} waits for ${some(blocks)}`]),
+      ...Object.entries(errors ?? {}).map(([name, words]) => ["error", `${name}: ${words}`]),
+      ...(freed ? [["freed", `emptied, ${some(freed)}`]] : []),
+    ];
   }
 }

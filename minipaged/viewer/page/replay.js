@@ -16,7 +16,7 @@ function newView(trace, number) {
   find(".cpu-pool").hidden = !trace.header.num_cpu_blocks;
   view.parts = [
     new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu")), new Pool(view, find(".pool.cpu"), true),
-    new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, Object.fromEntries(queues)),
+    new Legend(view, find(".legend")), new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, Object.fromEntries(queues)),
     new Events(view, find(".events")), new Timeline(view, find(".timeline"), trace, go), new Plots(view, find(".plots"), trace, go),
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];

@@ -1,41 +1,121 @@
-// The page tables: a row for each sequence, a cell for each of its blocks, in order.
+// The page tables: a row for each sequence, an entry for each of its blocks, in order. One tab stop; arrow keys move.
+
+const MOST_ENTRIES = 64, FIRST_ENTRIES = 40, LAST_ENTRIES = 16; // of longer tables only the ends are shown
 
 class Tables {
   constructor(view, list) {
-    Object.assign(this, { view, list, rows: new Map() });
+    Object.assign(this, { view, list, rows: new Map(), stop: null });
+    list.setAttribute("role", "grid");
+    list.setAttribute("aria-label", "Page tables: a row for each sequence; arrow keys move");
+    pointing(view, list, (entry) => entry.closest("li").classList.contains("swapped"));
+    list.addEventListener("keydown", (event) => this.move(event));
+    list.addEventListener("focusin", ({ target }) => this.stopAt(target));
+    list.addEventListener("click", ({ target }) => { const name = target.closest(".chip")?.textContent; if (name) view.pick(requestOf(name)); });
   }
 
-  update({ state }) {
-    const shared = { false: holders(state), true: holders(state, true) }, size = state.usage.block_size;
-    const names = Object.keys(state.tables).sort(inOrder);
+  update(moment) {
+    const { state } = moment, names = Object.keys(state.tables).sort(inOrder);
     for (const name of this.rows.keys()) if (!state.tables[name]) this.rows.delete(name);
-    names.forEach((name) => this.updateRow(name, state.tables[name], shared[Boolean(state.tables[name].swapped)], size));
-    const rows = names.map((name) => this.rows.get(name).element);
-    const before = [...this.list.children];
-    if (before.length !== rows.length || before.some((row, i) => row !== rows[i])) this.list.replaceChildren(...rows);
+    names.forEach((name) => this.updateRow(name, state.tables[name], moment));
+    const rows = names.map((name) => this.rows.get(name).element), before = this.list.children;
+    if (!rows.length) rows.push(this.nobody ??= make("li", "small", "No sequence has blocks."));
+    if (before.length !== rows.length || rows.some((row, i) => row !== before[i])) this.list.replaceChildren(...rows);
+    if (!this.stop?.isConnected) this.stopAt(this.list.querySelector(".chip"));
   }
 
-  updateRow(name, table, held, size) {
+  updateRow(name, table, moment) {
     if (!this.rows.has(name)) this.rows.set(name, this.newRow(name));
-    const row = this.rows.get(name), marks = table.blocks.map((block) => held.get(block).names.length);
-    const key = `${table.tokens}|${table.blocks}|${marks}|${table.swapped}|${this.view.picked}`;
-    if (row.key === key) return;
-    row.key = key;
-    row.count.textContent = count(table.tokens, "token") + (table.swapped ? ", on the CPU" : "");
-    row.element.classList.toggle("swapped", Boolean(table.swapped));
-    row.element.classList.toggle("picked", this.view.picked === requestOf(name));
-    row.blocks.replaceChildren(...table.blocks.map((block, place) => {
-      const cell = make("span", marks[place] > 1 ? "entry shared" : "entry", String(block));
-      cell.dataset.block = block;
-      cell.style.setProperty("--full", `${100 * Math.max(0, Math.min(1, (table.tokens - place * size) / size))}%`);
-      return cell;
-    }));
+    const row = this.rows.get(name), swapped = Boolean(table.swapped), { picked, here } = this.view, held = heldIn(moment, swapped);
+    const words = count(table.tokens, "token") + (swapped ? ", on the CPU" : "");
+    if (row.count.textContent !== words) row.count.textContent = words;
+    if (row.element.dataset.count !== String(table.blocks.length)) row.element.dataset.count = table.blocks.length;
+    row.element.classList.toggle("swapped", swapped);
+    row.element.classList.toggle("picked", picked === requestOf(name));
+    const places = placesOf(table.blocks.length), size = moment.state.usage.block_size;
+    row.entries.length = Math.min(row.entries.length, places.length);
+    places.forEach((place, i) => {
+      row.entries[i] ??= { element: make("span"), key: "" };
+      if (place < 0) return this.drawGap(row.entries[i], table.blocks.length - FIRST_ENTRIES - LAST_ENTRIES);
+      const block = table.blocks[place], filled = Math.max(0, Math.min(size, table.tokens - place * size));
+      this.drawEntry(row.entries[i], { block, place, filled, size, holders: held.get(block).names.length, here: here?.block === block && here.swapped === swapped });
+    });
+    this.drawFill(row, table, size);
+    const elements = [...row.entries.map((entry) => entry.element), row.fill], before = row.blocks.children;
+    if (before.length !== elements.length || elements.some((element, i) => element !== before[i])) row.blocks.replaceChildren(...elements);
+  }
+
+  drawEntry(entry, { block, place, filled, size, holders, here }) {
+    const key = `${block}|${place}|${filled}|${holders}|${here}`;
+    if (entry.key === key) return;
+    const { element } = entry;
+    Object.assign(entry, { key, block });
+    element.className = `entry${holders > 1 ? " shared" : ""}${filled ? "" : " reserved"}${here ? " here" : ""}`;
+    if (element.textContent !== String(block)) element.textContent = block;
+    element.dataset.block = block;
+    element.setAttribute("role", "gridcell");
+    element.setAttribute("aria-label", `logical block ${place}: block ${block}${holders > 1 ? `, shared by ${holders}` : ""}, ${filled} of ${size} slots`);
+    if (!element.hasAttribute("tabindex")) element.tabIndex = -1;
+    element.style.setProperty("--full", `${100 * filled / size}%`);
+  }
+
+  drawGap(entry, number) {
+    entry.key = "";
+    entry.element = entry.element.className === "gap" ? entry.element : make("span", "gap");
+    entry.element.textContent = `\u2026 ${number.toLocaleString("en")} more \u2026`;
+  }
+
+  /** How many slots of the last block are filled; or how many blocks are only reserved. */
+  drawFill(row, { tokens, blocks }, size) {
+    const empty = blocks.length - Math.ceil(tokens / size), rest = tokens % size;
+    const words = empty > 0 ? `${count(empty, "block")} reserved` : rest ? `${rest}/${size}` : "";
+    if (row.fill.textContent !== words) row.fill.textContent = words;
   }
 
   newRow(name) {
-    const element = make("li", "table"), tokens = make("span", "small"), blocks = make("span", "entries");
+    const element = make("li", "table"), head = chip(name), tokens = make("span", "small"), blocks = make("span", "entries");
     element.dataset.sequence = name;
-    element.append(chip(name), tokens, blocks);
-    return { element, count: tokens, blocks, key: "" };
+    paint(element, name);
+    element.setAttribute("role", "row");
+    head.setAttribute("role", "rowheader");
+    head.title = `Request ${requestOf(name)} stands out`;
+    head.tabIndex = -1;
+    tokens.setAttribute("role", "gridcell");
+    blocks.setAttribute("role", "presentation");
+    element.append(head, tokens, blocks);
+    return { element, count: tokens, blocks, entries: [], fill: make("span", "fill") };
   }
+
+  /** The one place that Tab comes to. */
+  stopAt(element) {
+    if (!element?.matches(".chip, .entry")) return;
+    if (this.stop) this.stop.tabIndex = -1;
+    this.stop = element;
+    element.tabIndex = 0;
+    if (element.matches(":focus-visible") && element.dataset.block) {
+      this.view.kept = true;
+      this.view.look(Number(element.dataset.block), element.closest("li").classList.contains("swapped"));
+    }
+  }
+
+  move(event) {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    const cellsOf = (row) => [...(row?.querySelectorAll(".chip, .entry") ?? [])];
+    const row = event.target.closest("li"), cells = cellsOf(row), at = cells.indexOf(event.target);
+    if (at < 0) return;
+    if (event.key === "Enter" || event.key === " ") event.target.click();
+    const other = { ArrowUp: row.previousElementSibling, ArrowDown: row.nextElementSibling }[event.key];
+    const there = other ? cellsOf(other)[Math.min(at, cellsOf(other).length - 1)]
+      : { ArrowLeft: cells[at - 1], ArrowRight: cells[at + 1], Home: cells[0], End: cells.at(-1) }[event.key];
+    if (!["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "Home", "End", "Enter", " "].includes(event.key)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    there?.focus();
+  }
+}
+
+/** Which entries of a table are shown; -1: a gap. */
+function placesOf(length) {
+  const all = Array.from({ length: Math.min(length, MOST_ENTRIES) }, (_, i) => i);
+  if (length <= MOST_ENTRIES) return all;
+  return [...all.slice(0, FIRST_ENTRIES), -1, ...Array.from({ length: LAST_ENTRIES }, (_, i) => length - LAST_ENTRIES + i)];
 }

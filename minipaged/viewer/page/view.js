@@ -7,6 +7,7 @@ class View {
     Object.assign(this, { root, isMine, parts: [], moment: null });
     this.picked = ""; // the request that stands out
     this.here = null; // the block that is told about: {block, swapped}
+    this.kept = false; // it stays so, wherever the pointer is
     this.onpick = () => {}; // who else is to know
   }
 
@@ -27,6 +28,7 @@ class View {
   /** A request stands out, or ("") none does. */
   pick(name) {
     this.picked = this.picked === name ? "" : name;
+    this.kept = false; // it stays so, wherever the pointer is
     this.onpick(this.picked);
     this.refresh();
   }
