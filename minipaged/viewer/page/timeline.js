@@ -1,10 +1,210 @@
 // All requests over time: when each waited, was computed, was preempted. Clicking and dragging goes there.
+// It is drawn once, as SVG: a lane is few shapes however long the run is, and themes and zoom need no code. Only a cursor moves.
+
+const MOST_WIDE = 40000; // pixels: a browser draws no more of it than is seen, but can't draw without end
 
 class Timeline {
   /** go: called with the place of a step. */
   constructor(view, element, trace, go) {
-    Object.assign(this, { view, element, trace, go });
+    Object.assign(this, { view, element, trace, go, past: pastOf(trace), zoom: 1, chosen: -1, width: 0, left: 0, key: "" });
+    this.lanes = [...this.past.lanes.values()].sort((a, b) => inOrder(a.name, b.name));
+    this.make();
+    this.listen();
+    axis.parts.push(this);
+    new ResizeObserver(() => this.draw()).observe(this.box);
   }
 
-  update({ place }) {}
+  make() {
+    this.names = make("ol", "names");
+    this.names.setAttribute("role", "listbox");
+    this.names.setAttribute("aria-label", "All requests; up and down choose one, Enter lets it stand out, left and right move in time");
+    this.names.tabIndex = 0;
+    this.options = this.lanes.map(({ name }, i) => {
+      const option = make("li", "", "", chip(name));
+      option.id = `${this.view.find(".pool")?.id}-lane-${i}`;
+      option.setAttribute("role", "option");
+      return option;
+    });
+    this.names.append(...this.options);
+    this.corner = make("div", "corner small");
+    this.ticks = make("div", "ticks small");
+    this.svg = drawn("svg", { height: this.lanes.length * LANE, "aria-hidden": "true" });
+    this.band = make("div", "band"); // behind the lane that is chosen
+    this.band.hidden = true;
+    this.cursor = make("div", "cursor");
+    this.field = make("div", "field", "", this.band, this.svg, this.cursor);
+    this.box = make("div", "lanes", "", this.corner, this.ticks, this.names, this.field);
+    this.tip = make("div", "tip");
+    this.tip.hidden = true;
+    this.element.append(this.bar(), this.box, this.tip);
+    this.element.classList.add("timeline");
+    this.groups = this.lanes.map(({ name }) => { const group = drawn("g", { class: "lane" }); paint(group, name); return group; });
+    this.groups.forEach((group, i) => group.setAttribute("transform", `translate(0 ${i * LANE})`));
+    this.rests = drawn("path", { class: "rest" });
+    this.svg.append(patterns(), this.rests, ...this.groups);
+  }
+
+  /** Buttons, and what the shapes mean. */
+  bar() {
+    const button = (text, title, press) => Object.assign(make("button", "", text), { type: "button", title, onclick: press });
+    this.modes = { step: button("steps", "Each step is as wide as any other", () => axis.set("step")),
+      time: button("seconds", "A step is as wide as it took long", () => axis.set("time")) };
+    this.modes.time.hidden = this.modes.step.hidden = !axis.hasTimes;
+    const zooms = [button("−", "Less of it, smaller (Ctrl and wheel)", () => this.zoomBy(0.5)), button("+", "Larger (Ctrl and wheel)", () => this.zoomBy(2)),
+      button("all", "All of it", () => this.zoomBy(0))];
+    zooms.forEach((one, i) => one.setAttribute("aria-label", ["zoom out", "zoom in", "show all of the time"][i]));
+    const group = (label, ...children) => { const one = make("span", "group", "", ...children); one.setAttribute("role", "group"); one.setAttribute("aria-label", label); return one; };
+    return make("div", "bar-of", "", group("left to right", ...Object.values(this.modes)), group("zoom", ...zooms), this.legend());
+  }
+
+  legend() {
+    const occurs = new Set(this.lanes.flatMap((lane) => [...lane.spans.filter(({ from, to, kind }) => to > from || (kind === "W" && this.past.hasTimes)).map(({ kind }) => kind), ...lane.marks.map(({ kind }) => kind), lane.accepted.length ? "accepted" : "end"]));
+    return make("span", "legend", "", ...Object.entries({ ...KINDS, ...MARKS }).filter(([kind]) => occurs.has(kind)).map(([kind, { word, shape }]) => {
+      const wide = kind in KINDS, d = wide ? shape(1, 22) : shape(8, 3), group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
+      if (kind === "R" || kind === "S") group.append(drawn("path", { d, class: "pattern", fill: `url(#pattern-${kind})` }));
+      const entry = make("span", "", "", drawn("svg", { width: wide ? 24 : 16, height: LANE, "aria-hidden": "true" }, group), make("span", "", wide && kind !== "I" && kind !== "X" ? `${kind} ${word}` : word));
+      explain(entry, word);
+      return entry;
+    }));
+  }
+
+  // --- drawing ------------------------------------------------------------------------------------------------------------
+
+  draw() {
+    this.corner.textContent = axis.mode === "time" ? "s" : "step";
+    const room = this.box.clientWidth - this.corner.offsetWidth;
+    if (room <= 0) return;
+    this.most = Math.max(1, Math.min(MOST_WIDE, 40 * this.past.length) / room);
+    this.zoom = Math.min(this.zoom, this.most);
+    const width = Math.floor(room * this.zoom), key = `${width}|${axis.mode}`;
+    if (key === this.key) return;
+    Object.assign(this, { key, width, room, scale: width / axis.end });
+    this.field.style.setProperty("width", `${width}px`);
+    this.svg.setAttribute("width", width);
+    this.lanes.forEach((lane, i) => {
+      this.groups[i].replaceChildren(...drawLane(lane, this.past, this.scale));
+      this.options[i].setAttribute("aria-label", laneInWords(lane, this.past));
+    });
+    const high = this.lanes.length * LANE, { begin, end, gaps } = this.past;
+    this.rests.setAttribute("d", axis.mode === "step" ? "" : gaps.map((place) => bar(0, high)(end[place - 1] * this.scale, (begin[place] - end[place - 1]) * this.scale)).join(""));
+    this.drawAxis();
+    this.at = null;
+    if (this.view.moment) this.update(this.view.moment);
+  }
+
+  drawAxis() {
+    const fit = axis.ticks(this.past, this.width / 70).filter(([x]) => x * this.scale < this.width - 12);
+    this.ticks.replaceChildren(...fit.map(([x, text]) => {
+      const tick = make("span", "", text);
+      tick.style.setProperty("left", `${x * this.scale}px`);
+      return tick;
+    }));
+    for (const [mode, button] of Object.entries(this.modes)) button.setAttribute("aria-pressed", String(mode === axis.mode));
+  }
+
+  update({ place }) {
+    axis.follow(player.inTime);
+    if (this.picked !== this.view.picked) this.show(this.view.picked);
+    if (place === this.at || !this.scale) return;
+    this.at = place;
+    const from = axis.from(this.past, place) * this.scale, to = axis.to(this.past, place) * this.scale;
+    this.cursor.style.setProperty("width", `${Math.max(2, to - from)}px`);
+    this.cursor.style.setProperty("translate", `${Math.min(from, to - 2)}px`);
+    if (this.zoom > 1 && (to < this.left || to > this.left + this.room)) this.box.scrollLeft = to - this.room / 2;
+    if (document.activeElement === this.names) this.tellChosen();
+  }
+
+  /** The request that is picked stands out. */
+  show(name) {
+    const before = this.lanes.findIndex((lane) => lane.name === this.picked), now = this.lanes.findIndex((lane) => lane.name === name);
+    this.picked = name;
+    this.svg.classList.toggle("picking", now >= 0);
+    for (const [i, yes] of [[before, false], [now, true]]) {
+      if (i < 0) continue;
+      this.groups[i].classList.toggle("picked", yes);
+      this.options[i].setAttribute("aria-selected", String(yes));
+    }
+    if (now >= 0) this.choose(now);
+  }
+
+  // --- pointing, choosing, zooming ----------------------------------------------------------------------------------------
+
+  listen() {
+    draggable(this.field, (event) => this.go(this.placeAt(event)));
+    this.field.addEventListener("pointermove", (event) => this.tell(this.laneAt(event), this.placeAt(event), event.clientX, event.clientY));
+    this.field.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+    this.names.addEventListener("click", (event) => {
+      const i = this.options.indexOf(event.target.closest("li"));
+      if (i >= 0) this.view.pick(this.lanes[i].name);
+    });
+    this.names.addEventListener("keydown", (event) => this.press(event));
+    this.names.addEventListener("focus", () => this.choose(Math.max(0, this.chosen)));
+    this.names.addEventListener("blur", () => { this.tip.hidden = true; });
+    this.box.addEventListener("scroll", () => { this.left = this.box.scrollLeft; }, { passive: true });
+    this.box.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey) return;
+      event.preventDefault();
+      this.zoomBy(event.deltaY < 0 ? 1.25 : 0.8, event.clientX);
+    }, { passive: false });
+  }
+
+  placeAt(event) {
+    return axis.placeAt(this.past, (event.clientX - this.field.getBoundingClientRect().left) / this.scale);
+  }
+
+  laneAt(event) {
+    return Math.max(0, Math.min(this.lanes.length - 1, Math.floor((event.clientY - this.field.getBoundingClientRect().top) / LANE)));
+  }
+
+  press(event) {
+    const moves = { ArrowUp: -1, ArrowDown: 1 };
+    if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter")) return;
+    event.preventDefault();
+    if (event.key === "Enter") this.view.pick(this.lanes[this.chosen].name);
+    else this.choose(Math.max(0, Math.min(this.lanes.length - 1, this.chosen + moves[event.key])));
+  }
+
+  choose(i) {
+    this.options[this.chosen]?.classList.remove("chosen");
+    this.chosen = i;
+    this.options[i].classList.add("chosen");
+    this.band.hidden = false;
+    this.names.setAttribute("aria-activedescendant", this.options[i].id);
+    this.band.style.setProperty("translate", `0 ${i * LANE}px`);
+    const top = i * LANE, seen = this.box.clientHeight - this.ticks.offsetHeight - LANE; // not behind the scale
+    if (top < this.box.scrollTop || top > this.box.scrollTop + seen) this.box.scrollTop = top - seen / 2;
+    if (document.activeElement === this.names) this.tellChosen();
+  }
+
+  tellChosen() {
+    const rect = this.field.getBoundingClientRect();
+    this.tell(this.chosen, this.at, rect.left + axis.to(this.past, this.at) * this.scale, rect.top + this.chosen * LANE + LANE / 2);
+  }
+
+  /** Beside a point of the window: what a request did at a step. */
+  tell(i, place, x, y) {
+    const around = this.element.getBoundingClientRect();
+    this.tip.hidden = false;
+    this.tip.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
+    const left = Math.min(x - around.left + 14, around.width - this.tip.offsetWidth);
+    this.tip.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
+  }
+
+  /** 0: all of it. What is under x, or else the cursor, stays where it is. */
+  zoomBy(factor, x) {
+    const edge = this.box.getBoundingClientRect().left + this.corner.offsetWidth, cursor = axis.to(this.past, this.at) * this.scale;
+    const under = x === undefined ? cursor : x - edge + this.left, before = under - this.left, wide = this.width;
+    this.zoom = Math.max(1, Math.min(this.most, this.zoom * factor));
+    this.draw();
+    this.box.scrollLeft = under * this.width / wide - Math.max(0, Math.min(this.room, before));
+    this.left = this.box.scrollLeft;
+  }
+}
+
+/** Stripes for what is computed again, dots for what is on the CPU. */
+function patterns() {
+  if ($("pattern-R")) return drawn("defs");
+  const pattern = (id, ...children) => drawn("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" }, ...children);
+  return drawn("defs", {}, pattern("pattern-R", drawn("path", { d: "M-1 7L7 -1M-4 4L4 -4M2 10L10 2", class: "stripe" })),
+    pattern("pattern-S", drawn("circle", { cx: 3, cy: 3, r: 1, class: "dot" })));
 }

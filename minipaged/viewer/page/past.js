@@ -1,0 +1,136 @@
+// What a whole run was, gathered once: when its steps were, numbers of each, and what each request did when.
+
+/** A trace's past; of the same trace always the same. */
+const pastOf = (trace) => (trace.past ??= new Past(trace));
+
+const NUMBERS = { // name -> its value in a state; of the pool, in blocks, where nothing else is said
+  used: ({ usage }) => usage.used,
+  shared: ({ usage }) => usage.shared,
+  cached: ({ usage }) => usage.cached ?? 0,
+  swapped: ({ usage }) => usage.cpu_used, // blocks of the CPU's pool
+  waste: ({ usage }) => wasteOf(usage), // percent
+  tokens: ({ step }) => step.tokens, // computed in the step
+  drawn: (state) => state.num_drawn, // tokens, since the beginning
+  found: ({ prefixes }) => prefixes?.found, // tokens, since the beginning
+  asked: ({ prefixes }) => prefixes?.queried,
+};
+const STATES = ["running", "waiting", "swapped"]; // of requests: so many are in each, as series "in running", ...
+
+class Past {
+  /** series: by name, a number for each step (NaN: not known). lanes: of requests, by name, in the order they came. */
+  constructor(trace) {
+    this.trace = trace;
+    this.length = trace.length;
+    this.hasTimes = trace.lines[0].time !== undefined;
+    this.knowsTokens = trace.lines.some((line) => line.did?.computed);
+    this.setTimes(trace);
+    this.lanes = new Map();
+    this.live = new Map(); // of the lanes, those of requests that have not ended
+    const names = [...Object.keys(NUMBERS), ...STATES.map((which) => `in ${which}`)];
+    this.series = Object.fromEntries(names.map((name) => [name, new Float64Array(this.length).fill(NaN)]));
+    const state = {};
+    trace.lines.forEach((line, place) => {
+      for (const part of ["step", "usage", "prefixes", "num_drawn"]) if (part in line.patch) merge(state, { [part]: line.patch[part] });
+      for (const name in NUMBERS) this.series[name][place] = NUMBERS[name](state) ?? NaN;
+      this.follow(line, place);
+    });
+    const last = (name) => this.series[name][this.length - 1];
+    this.hasSwapped = this.series.swapped.some((number) => number > 0);
+    this.hasFound = last("asked") > 0;
+  }
+
+  /** begin, end: of each step, in seconds. gaps: the places before which the engine rested for as long as can be seen. */
+  setTimes(trace) {
+    this.begin = new Float64Array(this.length);
+    this.end = new Float64Array(this.length);
+    for (let place = 0, before = 0; place < this.length; before = this.end[place++]) {
+      this.end[place] = Math.max(before, trace.timeOf(place));
+      this.begin[place] = Math.max(before, this.end[place] - (trace.lines[place].seconds ?? Infinity));
+    }
+    const least = this.end[this.length - 1] / 200;
+    this.gaps = this.hasTimes ? [...this.begin.keys()].filter((place) => place && this.begin[place] - this.end[place - 1] > least) : [];
+  }
+
+  follow(line, place) {
+    const did = line.did ?? {}, changed = line.patch.requests ?? {}, computed = this.computedBy(did);
+    for (const name of [...Object.keys({ ...line.arrived, ...changed }), ...computed.keys()]) this.laneOf(name, place, line);
+    for (const name in changed) this.change(this.lanes.get(name), changed[name], did, place);
+    for (const name in did.found) this.mark(name, place, "found", `${count(did.found[name], "token")} found: they need not be computed`);
+    for (const name in did.errors) this.mark(requestOf(name), place, "error", `${name}: ${did.errors[name]}`);
+    for (const name in did.guessed) this.guess(this.lanes.get(requestOf(name)), place, did.guessed[name]);
+    const numbers = { running: 0, waiting: 0, swapped: 0 };
+    for (const [name, lane] of this.live) {
+      this.grow(lane, place, computed.get(name));
+      if (lane.state) numbers[lane.state]++;
+      else this.finish(lane, place, did.finished?.[name]);
+    }
+    for (const which of STATES) this.series[`in ${which}`][place] = numbers[which];
+  }
+
+  /** What the sequences of each request computed together: from which position, tokens of their own, guesses. */
+  computedBy(did) {
+    const all = new Map();
+    for (const [sequence, [start, own, guessed]] of Object.entries(did.computed ?? {})) {
+      const name = requestOf(sequence), one = all.get(name);
+      if (name === "?") continue; // of no request that is known
+      if (!one) all.set(name, { start, end: start + own, own, guessed });
+      else Object.assign(one, { start: Math.min(one.start, start), end: Math.max(one.end, start + own), own: one.own + own, guessed: one.guessed + guessed });
+    }
+    return all;
+  }
+
+  laneOf(name, place, line) {
+    if (this.lanes.has(name)) return;
+    const since = Math.max(0, line.arrived?.[name] ?? this.begin[place]); // who was there before the trace began waits from 0 on
+    const lane = { name, id: "", prompt: 0, output: 0, state: null, place, spans: [{ kind: "W", from: place, to: place, since, tokens: 0 }],
+      marks: [], accepted: [], guessed: 0, right: 0, high: 0, redo: 0, reason: null };
+    this.lanes.set(name, lane);
+    this.live.set(name, lane);
+  }
+
+  /** A request's state changes; null: it is gone. */
+  change(lane, news, did, place) {
+    const before = lane.state;
+    lane.state = news === null ? null : news.state ?? before;
+    for (const part of ["id", "prompt", "output"]) lane[part] = news?.[part] ?? lane[part];
+    const back = before === "running" && lane.state === "swapped" ? "swap" : before === "running" && lane.state === "waiting" ? "recompute" : null;
+    const how = did.preempted?.[lane.name] ?? back;
+    if (how) this.mark(lane.name, place, how);
+    if (how === "recompute") lane.redo = lane.high;
+    if (did.resumed?.includes(lane.name) || (before === "swapped" && lane.state === "running")) this.mark(lane.name, place, "resumed");
+  }
+
+  mark(name, place, kind, words = "") {
+    this.lanes.get(name)?.marks.push({ kind, place, words });
+  }
+
+  guess(lane, place, [guessed, right]) {
+    if (!lane) return;
+    lane.guessed += guessed;
+    lane.right += right;
+    if (right) lane.accepted.push({ place, guessed, right });
+  }
+
+  /** What a request did in a step. Chunks stay apart; all else is one span with what it was in the step before. */
+  grow(lane, place, computed) {
+    if (!computed && !lane.state) return; // aborted before the step
+    const kind = this.kindOf(lane, computed), last = lane.spans.at(-1);
+    if (computed) lane.high = Math.max(lane.high, computed.end);
+    if (last.kind !== kind || kind === "P" || kind === "R") lane.spans.push({ kind, from: place, to: place + 1, start: computed?.start, tokens: computed?.own ?? 0 });
+    else Object.assign(last, { to: place + 1, tokens: last.tokens + (computed?.own ?? 0) });
+  }
+
+  /** Rule 1: a step gives a request some tokens, and the phases are in the eye of who looks. */
+  kindOf(lane, computed) {
+    if (computed) return computed.start < lane.redo ? "R" : computed.start < lane.prompt ? "P" : "D";
+    if (lane.state === "running") return this.knowsTokens ? "I" : "X";
+    return lane.state === "swapped" ? "S" : "W";
+  }
+
+  finish(lane, place, reason) {
+    lane.reason = reason ?? "";
+    lane.told = reason !== undefined; // how it ended
+    this.live.delete(lane.name);
+    this.mark(lane.name, place, "end", lane.reason);
+  }
+}
