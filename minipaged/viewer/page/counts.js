@@ -27,6 +27,7 @@ class Counts {
       list.append(make("div", "", "", term, value));
       this.values[name] = value;
     }
+    walkWords(list);
   }
 
   update({ state }) {

@@ -10,6 +10,7 @@ function newView(trace, number) {
   const root = $("run").content.cloneNode(true).firstElementChild, view = new View(root);
   for (const element of root.querySelectorAll("[data-id]")) element.id = `${element.dataset.id}-${number}`;
   $("runs").append(root);
+  for (const element of root.querySelectorAll("[data-word]")) explain(element, element.dataset.word);
   const go = (place) => player.goTo(place, number), find = (selector) => view.find(selector);
   const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: find(`.queue.${which} ul`), number: find(`.queue.${which} .number`) }]);
   tell(trace, find);
