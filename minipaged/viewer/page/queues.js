@@ -58,7 +58,7 @@ function blocksOf(state) {
   return blocks;
 }
 
-const KINDS = [ // a word of an event -> its kind
+const EVENT_KINDS = [ // a word of an event -> its kind
   ["swapped out", "swapped out"], ["swapped in", "swapped in"], ["dropped", "dropped"], ["admitted", "admitted"],
   ["copied on write", "copied"], ["finished", "finished"], ["guessed", "guessed"],
 ];
@@ -73,7 +73,7 @@ class Events {
     if (moment === this.moment) return;
     this.moment = moment;
     const { line, state, did } = moment, told = line?.events ?? state.events ?? [];
-    const lines = told.map((text) => this.line(KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
+    const lines = told.map((text) => this.line(EVENT_KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
     lines.push(...this.others(did ?? {}).map(([kind, text]) => this.line(kind, text)));
     if (!lines.length) lines.push(this.line("", "nothing but tokens computed"));
     this.list.replaceChildren(...lines);
