@@ -19,6 +19,14 @@ function drawn(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** Children in this order; nothing is touched where they are there already. */
+function arrange(element, children) {
+  const before = element.childNodes;
+  if (before.length !== children.length || children.some((child, i) => child !== before[i])) element.replaceChildren(...children);
+}
+
+const setText = (element, text) => { if (element.textContent !== text) element.textContent = text; };
+
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
 // --- names and colours: A, B, ... AA are requests, A1, A2 sequences of one -------------------------------------------
@@ -97,4 +105,14 @@ function writtenIn(moment, swapped = false) {
 function wasteOf(usage) {
   const slots = usage.used * usage.block_size;
   return slots ? 100 * (slots - usage.tokens_stored) / slots : 0;
+}
+
+// --- texts --------------------------------------------------------------------------------------------------------------
+
+const PICTURES = { "\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡" };
+
+/** A text in which what can't be seen is seen, and what would turn other text around is only named. */
+function inSight(text) {
+  return text.replace(/[\0-\x1f\x7f]/g, (sign) => PICTURES[sign] ?? String.fromCharCode(0x2400 + sign.charCodeAt(0)))
+    .replace(/[\x80-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g, (sign) => `‹${sign.charCodeAt(0).toString(16)}›`);
 }

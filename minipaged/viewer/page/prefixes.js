@@ -1,9 +1,213 @@
-// What can be found again: the radix tree, or the chains of hashes.
+// What can be found again: the radix tree, or the chains of hashes, from the index of a state (see prefix_index.js).
+// A row is a run of blocks. In a tree it ends where sequences part; a chain goes on there, and the others begin at its block.
+
+const MOST_RUNS = 80, MOST_IN_RUN = 32; // that are shown: the rest is told in numbers
+const MARKS = { found: "✓", fresh: "+", gone: "×" };
 
 class Prefixes {
   constructor(view, element) {
-    Object.assign(this, { view, element });
+    Object.assign(this, { view, element, rows: new Map(), runs: [], before: null, at: "" });
+    this.kind = make("span");
+    this.told = make("span");
+    this.list = make("div", "index");
+    this.list.id = `index-${element.id || "0"}`;
+    this.list.tabIndex = 0;
+    this.list.setAttribute("role", "tree");
+    this.list.setAttribute("aria-label", "Blocks that can be found; arrow keys move");
+    this.rest = make("p", "small");
+    element.append(make("p", "small", "", this.kind, this.told), this.list, this.rest);
+    for (const kind of ["pointerover", "click"]) this.list.addEventListener(kind, (event) => this.point(event.target.closest("[data-block]")));
+    this.list.addEventListener("keydown", (event) => this.move(event));
   }
 
-  update({ state }) {}
+  update(moment) {
+    const index = moment.state.index ?? {}, gone = this.goneAt(moment), found = foundIn(moment);
+    const fresh = this.freshAt(moment, index), held = holders(moment.state);
+    this.hashes = moment.header?.settings?.prefix_cache === "hash";
+    this.before = { ...index };
+    this.runs = runsOf(itemsOf(index, gone), this.hashes);
+    for (const { items } of this.runs) for (const item of items) this.markItem(item, { found, fresh, held });
+    this.tell(moment, gone, found, fresh);
+    const shown = this.choose();
+    this.list.classList.toggle("hashes", this.hashes);
+    this.list.classList.toggle("picking", this.view.picked !== "" && shown.some((run) => run.items.some((item) => item.picked)));
+    this.list.hidden = !shown.length;
+    const before = (block) => moment.trace.textOf(block, moment.place - 1);
+    this.draw(shown, moment.textOf && (({ block, gone }) => (gone ? before(block) : moment.textOf(block)) ?? ""));
+  }
+
+  /** What the step evicted: block -> what it followed. What came and went between two steps of a thinned trace isn't there. */
+  goneAt({ did, trace, place }) {
+    const evicted = did?.evicted ?? [];
+    const were = trace && evicted.length ? this.indexBefore(trace, place) : this.before ?? {};
+    return new Map(evicted.filter((block) => were[block] !== undefined && were[block] !== null).map((block) => [block, were[block]]));
+  }
+
+  indexBefore(trace, place) {
+    this.past ??= pastOf(trace);
+    return Object.fromEntries([...this.past].map(([block, entries]) => [block, lastOf(entries, place - 1)?.parent]));
+  }
+
+  freshAt({ line }, index) {
+    const known = line ? null : this.before ?? index;
+    const fresh = line ? Object.entries(line.patch?.index ?? {}) : Object.entries(index).filter(([block, parent]) => known[block] !== parent);
+    return new Set(fresh.filter(([, parent]) => parent !== null).map(([block]) => Number(block)));
+  }
+
+  markItem(item, { found, fresh, held }) {
+    const names = item.gone ? [] : held.get(item.block)?.names ?? [], { here, picked } = this.view;
+    Object.assign(item, {
+      names, found: item.gone ? "" : found.get(item.block) ?? "", fresh: !item.gone && fresh.has(item.block), idle: !item.gone && !names.length,
+      here: here?.block === item.block && !here.swapped, picked: picked !== "" && names.some((name) => requestOf(name) === picked),
+    });
+  }
+
+  /** The line above: what it is, how much of it there is, and what the step did to it. */
+  tell({ state, header, did }, gone, found, fresh) {
+    const kind = header?.settings?.prefix_cache, items = this.runs.flatMap((run) => run.items).filter((item) => !item.gone);
+    const why = items.length || gone.size ? "" : whyNothing(state, header);
+    const title = why ? "" : { hash: "hash chain", radix: "radix tree" }[kind] ?? "prefix cache";
+    if (title && this.kind.textContent !== title) explain(this.kind, title);
+    this.kind.hidden = !title;
+    this.kind.textContent = title;
+    const idle = items.filter((item) => item.idle).length, finders = [...new Set(found.values())].join(" ");
+    const runs = this.runs.filter((run) => !run.items[0].gone).length;
+    const parts = [
+      `: ${count(items.length, "block")} in ${count(runs, kind === "hash" ? "chain" : "run")}${idle ? `, ${idle} of them idle (dotted)` : ""}`,
+      found.size && `${MARKS.found} ${found.size} found by ${finders}`, fresh.size && `${MARKS.fresh} ${fresh.size} new`,
+      did?.evicted?.length && `${MARKS.gone} ${did.evicted.length} evicted`,
+    ];
+    setText(this.told, why || parts.filter(Boolean).join(" · "));
+  }
+
+  /** The runs that are shown: of too many, first those in which something is held or happens. */
+  choose() {
+    if (this.runs.length <= MOST_RUNS) return this.leave([]);
+    const busy = new Set(this.runs.filter((run) => run.items.some((item) => !item.idle || item.fresh || item.here)));
+    for (let i = this.runs.length - 1; i >= 0; i--) if (busy.has(this.runs[i]) && this.runs[i].above) busy.add(this.runs[i].above);
+    const first = [...this.runs.filter((run) => busy.has(run)), ...this.runs.filter((run) => !busy.has(run))];
+    return this.leave(first.slice(MOST_RUNS));
+  }
+
+  leave(out) {
+    const without = new Set(out), blocks = out.reduce((sum, run) => sum + run.items.length, 0);
+    const idle = out.every((run) => run.items.every((item) => item.idle)) ? ", all idle" : "";
+    this.rest.hidden = !out.length;
+    setText(this.rest, out.length ? `and ${count(out.length, "more run")} with ${count(blocks, "block")}${idle}` : "");
+    return this.runs.filter((run) => !without.has(run));
+  }
+
+  draw(shown, textOf) {
+    const rows = shown.map((run) => this.rowOf(run, textOf)), keys = new Set(shown.map((run) => run.items[0].key));
+    for (const key of this.rows.keys()) if (!keys.has(key)) this.rows.delete(key);
+    arrange(this.list, rows);
+    const here = shown.flatMap((run) => run.items).find((item) => item.here && (!this.at || item.key === this.at || item.block !== this.blockAt()));
+    if (here) this.list.setAttribute("aria-activedescendant", this.idOf(here.key));
+    else this.list.removeAttribute("aria-activedescendant");
+  }
+
+  rowOf(run, textOf) {
+    const { items, level, above } = run, [first] = items;
+    const text = textOf ? shortened(items.map(textOf), 84) : "";
+    const key = [level, text, this.hashes, above && first.parent.block,
+      ...items.map((item) => `${item.key} ${item.names} ${item.found} ${item.fresh} ${item.here} ${item.picked}`)].join("|");
+    const row = this.rows.get(first.key) ?? { element: make("div", "run-row"), key: "" };
+    this.rows.set(first.key, row);
+    if (row.key === key) return row.element;
+    row.key = key;
+    row.element.style.setProperty("--level", Math.min(level, 12));
+    row.element.classList.toggle("under", level > 0);
+    const after = this.hashes && above ? [make("span", "after small", `after ${first.parent.block}`)] : [];
+    row.element.replaceChildren(make("span", "links", "", ...after, ...this.cells(run)), ...says(text), this.who(items));
+    return row.element;
+  }
+
+  /** The blocks of a run; in the middle of a long one only those with which something is. */
+  cells({ items, level }) {
+    const cells = [], ends = MOST_IN_RUN / 2;
+    let left = 0;
+    items.forEach((item, i) => {
+      const shown = items.length <= MOST_IN_RUN || i < ends || i >= items.length - ends || item.here || item.found || item.fresh;
+      if (!shown) left++;
+      if (left && (shown || i === items.length - 1)) cells.push(make("span", "more small", `… ${left} …`));
+      if (!shown) return;
+      left = 0;
+      cells.push(this.cell(item, level));
+    });
+    return cells;
+  }
+
+  cell(item, level) {
+    const requests = [...new Set(item.names.map(requestOf))], mark = Object.keys(MARKS).find((name) => item[name]);
+    const classes = { held: item.names.length, several: requests.length > 1, shared: item.names.length > 1, ...item };
+    const names = ["held", "several", "shared", "idle", "gone", "found", "fresh", "here", "picked"].filter((name) => classes[name]);
+    const element = make("span", ["link", ...names].join(" "), "", mark ? make("b", "", MARKS[mark]) : "", String(item.block));
+    element.id = this.idOf(item.key);
+    element.dataset.block = item.block;
+    element.dataset.key = item.key;
+    element.setAttribute("role", "treeitem");
+    element.setAttribute("aria-level", level + 1);
+    element.setAttribute("aria-selected", Boolean(item.here));
+    element.setAttribute("aria-label", this.inWords(item));
+    if (item.names.length) paint(element, item.names[0]);
+    return element;
+  }
+
+  inWords({ block, gone, names, found, fresh, parent }) {
+    const where = parent ? `follows block ${parent.block}` : "at a beginning";
+    const who = gone ? "evicted in this step" : names.length ? `held by ${names.join(", ")}` : "idle: nobody holds it";
+    return `Block ${block}, ${where}, ${who}${found ? `, found in this step by ${found}` : ""}${fresh ? ", new" : ""}`;
+  }
+
+  /** Whoever holds a block holds the path to it: so who holds the first one are all. */
+  who(items) {
+    if (items[0].gone) return make("span", "who small", "evicted");
+    const { names } = items[0], idle = items.filter((item) => item.idle).length;
+    const words = !names.length ? "idle" : [names.length > 6 && `and ${names.length - 6} more`, idle && `${idle} idle`].filter(Boolean).join(", ");
+    return make("span", "who small", "", ...names.slice(0, 6).map(chip), words);
+  }
+
+  idOf(key) {
+    return `${this.list.id}-${key}`;
+  }
+
+  blockAt() {
+    return Number(this.at.replace("x", ""));
+  }
+
+  point(element) {
+    if (!element) return;
+    this.at = element.dataset.key;
+    this.view.look(Number(element.dataset.block));
+  }
+
+  /** Left and right along a path, to what a block follows and what follows it; up and down from row to row. */
+  move(event) {
+    if (!this.runs.length || event.ctrlKey || event.altKey || event.metaKey) return;
+    const shown = this.runs.filter((run) => this.rows.has(run.items[0].key)), is = (item) => item.key === this.at && item.here;
+    const row = Math.max(0, shown.findIndex((run) => run.items.some(is))), { items } = shown[row], at = items.findIndex(is);
+    const to = (by) => shown[Math.max(0, Math.min(shown.length - 1, row + by))].items[0];
+    const moves = {
+      ArrowLeft: () => items[at].parent, ArrowRight: () => items[at + 1] ?? items[at].children[0],
+      ArrowUp: () => to(-1), ArrowDown: () => to(1), Home: () => shown[0].items[0], End: () => shown.at(-1).items[0],
+    };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const item = (at < 0 ? items[0] : moves[event.key]()) ?? items[at];
+    this.at = item.key;
+    this.view.look(item.block);
+    document.getElementById(this.idOf(item.key))?.scrollIntoView({ block: "nearest" });
+  }
+}
+
+function says(text) {
+  return text ? [make("bdi", "says small", text)] : [];
+}
+
+function whyNothing({ usage }, header) {
+  if (header?.settings?.prefix_cache === "none") return "Prefix caching is off (--prefix-cache none): nothing is found again.";
+  if (header?.version === 1) return "A trace of version 1 doesn't say what can be found again.";
+  if (usage.num_blocks > 4096) return "Of pools of more than 4,096 blocks it isn't recorded what can be found again.";
+  return "Nothing can be found yet: a block is known when all its tokens are computed.";
 }
