@@ -19,15 +19,17 @@ function drawn(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Children in this order; nothing is touched where they are there already. */
+/** Children in this order; what is there already stays as it is. */
 function arrange(element, children) {
-  const before = element.childNodes;
-  if (before.length !== children.length || children.some((child, i) => child !== before[i])) element.replaceChildren(...children);
+  const before = element.childNodes, wanted = new Set(children);
+  if (before.length === children.length && children.every((child, i) => child === before[i])) return;
+  for (const child of [...before]) if (!wanted.has(child)) child.remove();
+  children.forEach((child, i) => { if (before[i] !== child) element.insertBefore(child, before[i] ?? null); });
 }
 
 const setText = (element, text) => { if (element.textContent !== text) element.textContent = text; };
 
-const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+const count = (number, word) => `${number < 1000 ? number : number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
 // --- names and colours: A, B, ... AA are requests, A1, A2 sequences of one -------------------------------------------
 

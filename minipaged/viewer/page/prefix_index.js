@@ -47,8 +47,8 @@ function pastOf(trace) {
   const past = new Map();
   trace.lines.forEach(({ patch }, place) => {
     for (const [block, parent] of Object.entries(patch.index ?? {})) {
-      if (!past.has(block)) past.set(block, []);
-      past.get(block).push({ place, parent });
+      if (!past.has(Number(block))) past.set(Number(block), []);
+      past.get(Number(block)).push({ place, parent });
     }
   });
   return past;
@@ -56,8 +56,7 @@ function pastOf(trace) {
 
 /** The beginning and the end of a text in pieces, of about so many characters, in one line. */
 function shortened(pieces, most) {
-  const whole = pieces.length > 8 ? [...pieces.slice(0, 4), " … ", ...pieces.slice(-4)].join("") : pieces.join("");
-  const letters = [...inSight(whole.slice(0, 4000)).replace(/\s+/g, " ")];
+  const letters = [...inSight(pieces.join("").slice(0, 4000)).replace(/\s+/g, " ")];
   const tail = Math.floor(most / 3);
   return letters.length <= most ? letters.join("") : `${letters.slice(0, most - tail).join("")} … ${letters.slice(-tail).join("")}`;
 }

@@ -1,8 +1,7 @@
 // What can be found again: the radix tree, or the chains of hashes, from the index of a state (see prefix_index.js).
 // A row is a run of blocks. In a tree it ends where sequences part; a chain goes on there, and the others begin at its block.
 
-const MOST_RUNS = 80, MOST_IN_RUN = 32; // that are shown: the rest is told in numbers
-const MARKS = { found: "✓", fresh: "+", gone: "×" };
+const MOST_RUNS = 80; // that are shown
 
 class Prefixes {
   constructor(view, element) {
@@ -38,14 +37,9 @@ class Prefixes {
 
   /** What the step evicted: block -> what it followed. What came and went between two steps of a thinned trace isn't there. */
   goneAt({ did, trace, place }) {
-    const evicted = did?.evicted ?? [];
-    const were = trace && evicted.length ? this.indexBefore(trace, place) : this.before ?? {};
-    return new Map(evicted.filter((block) => were[block] !== undefined && were[block] !== null).map((block) => [block, were[block]]));
-  }
-
-  indexBefore(trace, place) {
-    this.past ??= pastOf(trace);
-    return Object.fromEntries([...this.past].map(([block, entries]) => [block, lastOf(entries, place - 1)?.parent]));
+    if (trace) this.past ??= pastOf(trace);
+    const followed = (block) => (trace ? lastOf(this.past.get(block), place - 1)?.parent : this.before?.[block]) ?? null;
+    return new Map((did?.evicted ?? []).map((block) => [block, followed(block)]).filter(([, parent]) => parent !== null));
   }
 
   freshAt({ line }, index) {
@@ -107,64 +101,9 @@ class Prefixes {
   }
 
   rowOf(run, textOf) {
-    const { items, level, above } = run, [first] = items;
-    const text = textOf ? shortened(items.map(textOf), 84) : "";
-    const key = [level, text, this.hashes, above && first.parent.block,
-      ...items.map((item) => `${item.key} ${item.names} ${item.found} ${item.fresh} ${item.here} ${item.picked}`)].join("|");
-    const row = this.rows.get(first.key) ?? { element: make("div", "run-row"), key: "" };
-    this.rows.set(first.key, row);
-    if (row.key === key) return row.element;
-    row.key = key;
-    row.element.style.setProperty("--level", Math.min(level, 12));
-    row.element.classList.toggle("under", level > 0);
-    const after = this.hashes && above ? [make("span", "after small", `after ${first.parent.block}`)] : [];
-    row.element.replaceChildren(make("span", "links", "", ...after, ...this.cells(run)), ...says(text), this.who(items));
-    return row.element;
-  }
-
-  /** The blocks of a run; in the middle of a long one only those with which something is. */
-  cells({ items, level }) {
-    const cells = [], ends = MOST_IN_RUN / 2;
-    let left = 0;
-    items.forEach((item, i) => {
-      const shown = items.length <= MOST_IN_RUN || i < ends || i >= items.length - ends || item.here || item.found || item.fresh;
-      if (!shown) left++;
-      if (left && (shown || i === items.length - 1)) cells.push(make("span", "more small", `… ${left} …`));
-      if (!shown) return;
-      left = 0;
-      cells.push(this.cell(item, level));
-    });
-    return cells;
-  }
-
-  cell(item, level) {
-    const requests = [...new Set(item.names.map(requestOf))], mark = Object.keys(MARKS).find((name) => item[name]);
-    const classes = { held: item.names.length, several: requests.length > 1, shared: item.names.length > 1, ...item };
-    const names = ["held", "several", "shared", "idle", "gone", "found", "fresh", "here", "picked"].filter((name) => classes[name]);
-    const element = make("span", ["link", ...names].join(" "), "", mark ? make("b", "", MARKS[mark]) : "", String(item.block));
-    element.id = this.idOf(item.key);
-    element.dataset.block = item.block;
-    element.dataset.key = item.key;
-    element.setAttribute("role", "treeitem");
-    element.setAttribute("aria-level", level + 1);
-    element.setAttribute("aria-selected", Boolean(item.here));
-    element.setAttribute("aria-label", this.inWords(item));
-    if (item.names.length) paint(element, item.names[0]);
-    return element;
-  }
-
-  inWords({ block, gone, names, found, fresh, parent }) {
-    const where = parent ? `follows block ${parent.block}` : "at a beginning";
-    const who = gone ? "evicted in this step" : names.length ? `held by ${names.join(", ")}` : "idle: nobody holds it";
-    return `Block ${block}, ${where}, ${who}${found ? `, found in this step by ${found}` : ""}${fresh ? ", new" : ""}`;
-  }
-
-  /** Whoever holds a block holds the path to it: so who holds the first one are all. */
-  who(items) {
-    if (items[0].gone) return make("span", "who small", "evicted");
-    const { names } = items[0], idle = items.filter((item) => item.idle).length;
-    const words = !names.length ? "idle" : [names.length > 6 && `and ${names.length - 6} more`, idle && `${idle} idle`].filter(Boolean).join(", ");
-    return make("span", "who small", "", ...names.slice(0, 6).map(chip), words);
+    const { key } = run.items[0];
+    if (!this.rows.has(key)) this.rows.set(key, new RunRow((item) => this.idOf(item)));
+    return this.rows.get(key).update(run, this.hashes, textOf);
   }
 
   idOf(key) {
@@ -176,7 +115,7 @@ class Prefixes {
   }
 
   point(element) {
-    if (!element) return;
+    if (!element || (element.dataset.key === this.at && element.classList.contains("here"))) return;
     this.at = element.dataset.key;
     this.view.look(Number(element.dataset.block));
   }
@@ -199,10 +138,6 @@ class Prefixes {
     this.view.look(item.block);
     document.getElementById(this.idOf(item.key))?.scrollIntoView({ block: "nearest" });
   }
-}
-
-function says(text) {
-  return text ? [make("bdi", "says small", text)] : [];
 }
 
 function whyNothing({ usage }, header) {

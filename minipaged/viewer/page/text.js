@@ -79,7 +79,7 @@ class TextPart {
   newStretch(key, names) {
     const words = make("span", "small"), text = make("p", "tokens"), folds = [];
     text.dir = "auto";
-    const stretch = { words, text, blocks: new Map(), element: make("div", "stretch", "", make("p", "head", "", ...names.map(chip), words), text) };
+    const stretch = { words, text, blocks: new Map(), element: make("div", key ? "stretch" : "stretch common", "", make("p", "head", "", ...names.map(chip), words), text) };
     stretch.fold = (tokens, at) => {
       folds[at] ??= make("span", "fold small");
       setText(folds[at], `… ${count(tokens, "token")} …`);
@@ -90,7 +90,7 @@ class TextPart {
   }
 
   look(element) {
-    if (element) this.view.look(Number(element.dataset.block), element.classList.contains("swapped"));
+    if (element && !element.classList.contains("here")) this.view.look(Number(element.dataset.block), element.classList.contains("swapped"));
   }
 
   move(event) {
@@ -100,7 +100,7 @@ class TextPart {
     event.stopPropagation();
     const same = all[this.at]?.classList.contains("here"), at = same ? this.at : all.findIndex((one) => one.classList.contains("here"));
     this.at = Math.max(0, Math.min(all.length - 1, at < 0 ? (by > 0 ? 0 : all.length - 1) : at + by));
-    this.look(all[this.at]);
+    this.view.look(Number(all[this.at].dataset.block), all[this.at].classList.contains("swapped"));
     this.body.querySelectorAll("[data-block]")[this.at]?.scrollIntoView({ block: "nearest" });
   }
 }
