@@ -29,7 +29,8 @@ function arrange(element, children) {
 
 const setText = (element, text) => { if (element.textContent !== text) element.textContent = text; };
 
-const count = (number, word) => `${number < 1000 ? number : number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+const grouped = (number) => (number < 1000 ? String(number) : number.toLocaleString("en"));
+const count = (number, word) => `${grouped(number)} ${word}${number === 1 ? "" : "s"}`;
 
 // --- names and colours: A, B, ... AA are requests, A1, A2 sequences of one -------------------------------------------
 

@@ -29,6 +29,7 @@ const GLOSSARY = {
   "pool": "All blocks: memory that is cut once, at the start.",
   "preempted": "Memory was full, and the request gave up its blocks. It comes back later: by swap, or by recompute.",
   "prefill": "Computing the tokens of a prompt, many in one step.",
+  "prefix cache": "Blocks that can be found by their tokens and all tokens before, for whoever begins in the same way.",
   "prefix hit": "A prompt begins as another did: the blocks of that beginning are found, held once more, and not computed again.",
   "prompt": "The tokens that a request came with.",
   "radix tree": "What can be found, as a tree: a node is a run of blocks, and it branches where sequences part.",

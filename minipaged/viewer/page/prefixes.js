@@ -61,7 +61,7 @@ class Prefixes {
     const kind = header?.settings?.prefix_cache, items = this.runs.flatMap((run) => run.items).filter((item) => !item.gone);
     const why = items.length || gone.size ? "" : whyNothing(state, header);
     const title = why ? "" : { hash: "hash chain", radix: "radix tree" }[kind] ?? "prefix cache";
-    if (title && this.kind.textContent !== title) explain(this.kind, title);
+    if (title && !this.kind.matches(".word")) explain(this.kind, title);
     this.kind.hidden = !title;
     this.kind.textContent = title;
     const idle = items.filter((item) => item.idle).length, finders = [...new Set(found.values())].join(" ");
@@ -74,13 +74,16 @@ class Prefixes {
     setText(this.told, why || parts.filter(Boolean).join(" · "));
   }
 
-  /** The runs that are shown: of too many, first those in which something is held or happens. */
+  /** The runs that are shown: of too many, first those in which something happens, then those that somebody holds. */
   choose() {
     if (this.runs.length <= MOST_RUNS) return this.leave([]);
-    const busy = new Set(this.runs.filter((run) => run.items.some((item) => !item.idle || item.fresh || item.here)));
-    for (let i = this.runs.length - 1; i >= 0; i--) if (busy.has(this.runs[i]) && this.runs[i].above) busy.add(this.runs[i].above);
-    const first = [...this.runs.filter((run) => busy.has(run)), ...this.runs.filter((run) => !busy.has(run))];
-    return this.leave(first.slice(MOST_RUNS));
+    const some = (run, holds) => run.items.some(holds), order = new Map();
+    for (const run of [...this.runs].reverse()) { // those that branch off come before the one that they branch off from
+      const own = some(run, (item) => item.here || item.found || item.fresh || item.gone) ? 0 : some(run, (item) => item.picked) ? 1 : run.items[0].idle ? 3 : 2;
+      order.set(run, Math.min(own, order.get(run) ?? 3));
+      if (run.above) order.set(run.above, Math.min(order.get(run), order.get(run.above) ?? 3));
+    }
+    return this.leave([...this.runs].sort((a, b) => order.get(a) - order.get(b)).slice(MOST_RUNS));
   }
 
   leave(out) {

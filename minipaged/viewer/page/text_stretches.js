@@ -58,9 +58,9 @@ function alike(sequences, size) {
 }
 
 function inNumbers({ tokens, prompt, computed, table, ended, guessed }) {
-  const answer = prompt === undefined ? "" : `, ${Math.min(prompt, tokens.length)} of prompt and ${Math.max(0, tokens.length - prompt)} of answer`;
+  const answer = prompt === undefined ? "" : `, ${grouped(Math.min(prompt, tokens.length))} of prompt and ${grouped(Math.max(0, tokens.length - prompt))} of answer`;
   const guesses = guessed ? `; ${guessed[0]} guessed in this step, ${guessed[1]} accepted, ${guessed[2]} slots taken back` : "";
-  const where = ended ? "; ended" : `; ${Math.min(computed, tokens.length)} computed${table?.swapped ? ", on the CPU" : ""}`;
+  const where = ended ? "; ended" : `; ${grouped(Math.min(computed, tokens.length))} computed${table?.swapped ? ", on the CPU" : ""}`;
   return `${count(tokens.length, "token")}${answer}${where}${guesses}`;
 }
 
