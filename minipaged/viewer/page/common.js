@@ -115,7 +115,7 @@ function wasteOf(usage) {
 const PICTURES = { "\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡" };
 
 /** A text in which what can't be seen is seen, and what would turn other text around is only named. */
-function inSight(text) {
+function readable(text) {
   return text.replace(/[\0-\x1f\x7f]/g, (sign) => PICTURES[sign] ?? String.fromCharCode(0x2400 + sign.charCodeAt(0)))
     .replace(/[\x80-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g, (sign) => `‹${sign.charCodeAt(0).toString(16)}›`);
 }

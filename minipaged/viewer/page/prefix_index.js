@@ -43,7 +43,7 @@ function foundIn({ state, did }) {
 }
 
 /** For each block, when it came to follow another one, or was forgotten: [{place, parent}], null for forgotten. */
-function pastOf(trace) {
+function indexPastOf(trace) {
   const past = new Map();
   trace.lines.forEach(({ patch }, place) => {
     for (const [block, parent] of Object.entries(patch.index ?? {})) {
@@ -56,7 +56,7 @@ function pastOf(trace) {
 
 /** The beginning and the end of a text in pieces, of about so many characters, in one line. */
 function shortened(pieces, most) {
-  const letters = [...inSight(pieces.join("").slice(0, 4000)).replace(/\s+/g, " ")];
+  const letters = [...readable(pieces.join("").slice(0, 4000)).replace(/\s+/g, " ")];
   const tail = Math.floor(most / 3);
   return letters.length <= most ? letters.join("") : `${letters.slice(0, most - tail).join("")} … ${letters.slice(-tail).join("")}`;
 }

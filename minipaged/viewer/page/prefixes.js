@@ -37,7 +37,7 @@ class Prefixes {
 
   /** What the step evicted: block -> what it followed. What came and went between two steps of a thinned trace isn't there. */
   goneAt({ did, trace, place }) {
-    if (trace) this.past ??= pastOf(trace);
+    if (trace) this.past ??= indexPastOf(trace);
     const followed = (block) => (trace ? lastOf(this.past.get(block), place - 1)?.parent : this.before?.[block]) ?? null;
     return new Map((did?.evicted ?? []).map((block) => [block, followed(block)]).filter(([, parent]) => parent !== null));
   }
@@ -68,8 +68,8 @@ class Prefixes {
     const runs = this.runs.filter((run) => !run.items[0].gone).length;
     const parts = [
       `: ${count(items.length, "block")} in ${count(runs, kind === "hash" ? "chain" : "run")}${idle ? `, ${idle} of them idle (dotted)` : ""}`,
-      found.size && `${MARKS.found} ${found.size} found by ${finders}`, fresh.size && `${MARKS.fresh} ${fresh.size} new`,
-      did?.evicted?.length && `${MARKS.gone} ${did.evicted.length} evicted`,
+      found.size && `${RUN_MARKS.found} ${found.size} found by ${finders}`, fresh.size && `${RUN_MARKS.fresh} ${fresh.size} new`,
+      did?.evicted?.length && `${RUN_MARKS.gone} ${did.evicted.length} evicted`,
     ];
     setText(this.told, why || parts.filter(Boolean).join(" · "));
   }

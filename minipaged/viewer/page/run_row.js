@@ -1,7 +1,7 @@
 // A row of prefixes.js: a run of blocks, the text in them, and who holds them.
 
 const MOST_IN_RUN = 32; // blocks that are shown, besides those that are looked at, found, or new
-const MARKS = { found: "✓", fresh: "+", gone: "×" };
+const RUN_MARKS = { found: "✓", fresh: "+", gone: "×" };
 
 class RunRow {
   constructor(idOf) {
@@ -14,7 +14,7 @@ class RunRow {
 
   /** run: see prefix_index.js. textOf: of an item, or undefined. Touches only what looks other than before. */
   update(run, hashes, textOf) {
-    const { items, level } = run, after = hashes && level ? `after ${items[0].parent.block}` : "", pieces = textOf ? piecesOf(items, textOf) : [];
+    const { items, level } = run, after = hashes && level ? `after ${items[0].parent.block}` : "", pieces = textOf ? runPiecesOf(items, textOf) : [];
     const looks = items.map((item) => `${item.key}|${item.names}|${item.found}|${item.fresh}|${item.here}|${item.picked}|${item.parent?.key}`);
     const key = [level, after, ...looks, ...pieces].join("\n");
     if (key === this.key) return this.element;
@@ -46,19 +46,19 @@ class RunRow {
   }
 
   cell(item, level) {
-    const { block, key, names } = item, mark = Object.keys(MARKS).find((name) => item[name]);
+    const { block, key, names } = item, mark = Object.keys(RUN_MARKS).find((name) => item[name]);
     const classes = { ...item, held: names.length, shared: names.length > 1, several: names.some((name) => requestOf(name) !== requestOf(names[0])) };
     const has = ["held", "several", "shared", "idle", "gone", "found", "fresh", "here", "picked"].filter((name) => classes[name]);
-    const element = make("span", ["link", ...has].join(" "), "", ...(mark ? [make("b", "", MARKS[mark])] : []), String(block));
+    const element = make("span", ["link", ...has].join(" "), "", ...(mark ? [make("b", "", RUN_MARKS[mark])] : []), String(block));
     Object.assign(element.dataset, { block, key });
-    const told = { id: this.idOf(key), role: "treeitem", "aria-level": level + 1, "aria-selected": item.here, "aria-label": inWords(item) };
+    const told = { id: this.idOf(key), role: "treeitem", "aria-level": level + 1, "aria-selected": item.here, "aria-label": itemInWords(item) };
     for (const [name, value] of Object.entries(told)) element.setAttribute(name, value);
     if (names.length) paint(element, names[0]);
     return element;
   }
 }
 
-function inWords({ block, gone, names, found, fresh, parent }) {
+function itemInWords({ block, gone, names, found, fresh, parent }) {
   const where = parent ? `follows block ${parent.block}` : "at a beginning";
   const who = gone ? "evicted in this step" : names.length ? `held by ${names.join(", ")}` : "idle: nobody holds it";
   return `Block ${block}, ${where}, ${who}${found ? `, found in this step by ${found}` : ""}${fresh ? ", new" : ""}`;
@@ -74,6 +74,6 @@ function holdersOf(items) {
 }
 
 /** The texts of the first and the last blocks. */
-function piecesOf(items, textOf) {
+function runPiecesOf(items, textOf) {
   return items.length > 8 ? [...items.slice(0, 4).map(textOf), " … ", ...items.slice(-4).map(textOf)] : items.map(textOf);
 }

@@ -2,7 +2,7 @@
 
 const MOST_SEQUENCES = 16; // whose texts are shown
 const NEAR = { first: 2, around: 3, last: 8 }; // blocks of a long text that are shown: at both ends, and where it is computed
-const SIGNS = { // what is told of a token, and the word that explains it
+const TOKEN_SIGNS = { // what is told of a token, and the word that explains it
   found: ["found in the cache", "prefix hit"], now: ["computed in this step", "computed"], todo: ["not computed yet", "computed"],
   drawn: ["drawn in this step", "drawn"], right: ["a draft that was accepted", "accepted"],
 };
@@ -22,7 +22,7 @@ class TextPart {
 
   legend() {
     const legend = make("p", "legend signs");
-    for (const [sign, [words, word]] of Object.entries(SIGNS)) {
+    for (const [sign, [words, word]] of Object.entries(TOKEN_SIGNS)) {
       const told = make("span", "", words);
       explain(told, word);
       legend.append(make("span", "", "", make("span", `token ${sign}`, "token"), told));
@@ -118,7 +118,7 @@ function blockOfText({ number, at, here, shared, swapped, tokens, signs }) {
 /** A token as an element; one that ends a line has a break behind it. */
 function tokenOf(text, sign) {
   const special = /^<[|｜/]?[^<>\s]{1,40}>$/u.test(text) && text.length > 3, blank = text !== "" && text.trim() === "";
-  const shown = inSight(text.length > 200 ? `${text.slice(0, 200)}…` : text), broken = text.includes("\ufffd");
+  const shown = readable(text.length > 200 ? `${text.slice(0, 200)}…` : text), broken = text.includes("\ufffd");
   const classes = ["token", sign, special && "special", (blank || broken) && "quiet"].filter(Boolean).join(" ");
   const element = make("span", classes, text === "" ? "∅" : blank ? shown.replaceAll(" ", "␣") : shown);
   if (broken) element.title = "A piece of a sign: this token has not all of its bytes";

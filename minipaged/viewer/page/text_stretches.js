@@ -44,7 +44,7 @@ function stretchesOf(sequences, { state }) {
   for (const one of sequences) {
     stretches.push({ key: one.name, names: [one.name], words: inNumbers(one), from: common, to: Math.ceil(one.tokens.length / size), of: one });
   }
-  return stretches.map((stretch) => ({ ...stretch, blocks: blocksOf(stretch, size, held) }));
+  return stretches.map((stretch) => ({ ...stretch, blocks: textBlocksOf(stretch, size, held) }));
 }
 
 /** Blocks in which all have the same tokens; of those with a page table, also in the same place. */
@@ -65,7 +65,7 @@ function inNumbers({ tokens, prompt, computed, table, ended, guessed }) {
 }
 
 /** {at, number: of the block of the pool or -1, tokens, signs, folded}: of a long text only what is near its ends and what is computed. */
-function blocksOf({ from, to, of }, size, held) {
+function textBlocksOf({ from, to, of }, size, held) {
   const blocks = [], around = Math.floor(Math.min(of.computed, of.tokens.length) / size), swapped = Boolean(of.table?.swapped);
   for (let at = from; at < to; at++) {
     const tokens = of.tokens.slice(at * size, (at + 1) * size), number = of.table?.blocks[at] ?? -1;
