@@ -45,6 +45,8 @@ class Tabs:
         if fake_clock:
             page.clock.install(time=0)
         page.goto(url)
+        if fake_clock:
+            page.clock.pause_at(60)
         return page
 
     def close(self) -> None:

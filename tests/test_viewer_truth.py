@@ -109,6 +109,8 @@ MUTANTS = [  # (a part of the page, what stands there, what is wrong)
     ("trace.js", "this.keyframes.push(structuredClone(this.state))", "this.keyframes.push(this.state)"),
     ("trace.js", "while (this.at < place)", "while (this.at < place - 1)"),
     ("trace.js", "place < this.at || place > this.at + KEYFRAME", "place > this.at + KEYFRAME"),
+    ("trace.js", "keep = Math.min(keep, version.keep);", "keep = version.keep;"),
+    ("trace.js", "version.add.slice(0, keep - version.keep)", "version.add"),
     ("player.js", "Math.min(this.now, trace.length - 1)", "Math.min(this.now + 1, trace.length - 1)"),
     ("pool.js", "shared: names.length > 1", "shared: requests.length > 1"),
     ("pool.js", "names.length === 0 && block in (state.cached ?? {})", "names.length === 0"),

@@ -59,6 +59,7 @@ def truth(run: Recorded, plan: StepPlan) -> Facts:
     queues = {which: getattr(scheduler, which) for which in ("running", "waiting", "swapped")}
     names = {seq.seq_id: name_of(one, seq.index) for queue in queues.values() for one in queue for seq in one.live}
     tables = [(names[i], memory.num_tokens(i), memory.block_table(i), memory.is_swapped(i)) for i in memory.sequences()]
+    texts = [(names[i], "".join(map(word, tokens_of(run, i)))) for i in memory.sequences()]
     pools = {False: memory._gpu.allocator, True: memory._cpu.allocator}
     size, usage = memory.block_size, memory.usage()
     slots = usage.used * size
@@ -66,6 +67,7 @@ def truth(run: Recorded, plan: StepPlan) -> Facts:
         "step": plan.step,
         "time": run.now,
         "tables": sorted(tables),
+        "texts": sorted(texts),
         "gpu": [cell(block, tables, size, False) for block in range(memory.num_blocks)],
         "cpu": [cell(block, tables, size, True) for block in range(pools[True].num_blocks)],
         "references": [[pool.ref_count(block) for block in range(pool.num_blocks)] for pool in pools.values()],
@@ -84,6 +86,11 @@ def truth(run: Recorded, plan: StepPlan) -> Facts:
 
 USED = ("used", "shared", "cached", "tokens_stored", "blocks_saved_by_sharing", "copies", "swapped_out_blocks",
         "swapped_in_blocks", "evicted")  # fmt: skip
+
+
+def tokens_of(run: Run, seq_id: int) -> list[int]:
+    seq = run.scheduler.sequences[seq_id]
+    return seq.tokens(0, len(seq))
 
 
 def name_of(request: Request, index: int) -> str:
@@ -121,9 +128,11 @@ READ = """(places) => {
     rows: all(run, `.queue.${which} li[data-request]`).map((row) => [row.dataset.request, row.textContent]),
   });
   const counts = (run) => all(run, ".counts [data-count]").map((value) => [value.dataset.count, value.textContent]);
-  const read = (run) => ({
+  const said = (number) => Object.keys(views[number].moment.state.tables).map((name) =>
+    [name, views[number].moment.wordsOf(name).join("")]);
+  const read = (run, number) => ({
     where: document.getElementById("where").textContent,
-    tables: tables(run), gpu: cells(run, "gpu"), cpu: cells(run, "cpu"),
+    tables: tables(run), texts: said(number), gpu: cells(run, "gpu"), cpu: cells(run, "cpu"),
     queues: { running: queue(run, "running"), waiting: queue(run, "waiting"), swapped: queue(run, "swapped") },
     counts: Object.fromEntries(counts(run)),
   });
@@ -150,6 +159,7 @@ def compare(seen: Facts, so: Facts, beams: set[str]) -> None:
     assert so["step"] is None or seen["where"].startswith(f"step {so['step']} of "), seen["where"]
     assert len({row["name"] for row in seen["tables"]}) == len(seen["tables"]), "two tables have one name"
     assert sorted(table_in(row, beams) for row in seen["tables"]) == so["tables"]
+    assert sorted((beamless(name, beams), text) for name, text in seen["texts"]) == so["texts"]
     for which, swapped in (("gpu", False), ("cpu", True)):
         compare_cells(seen, so, which, swapped, beams)
     assert [cell["block"] for cell in seen["gpu"] if "cached" in cell["kinds"]] == sorted(so["cached"])
