@@ -21,6 +21,8 @@ settings.register_profile("suite", derandomize=True, **common)
 settings.register_profile("explore", max_examples=2000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
+pytest.register_assert_rewrite("tests.viewed")  # its assertions say what differs, as a test's own
+
 # The tensors here are too small to share out (20 times slower on two busy cores); pytest-xdist has a worker a core.
 torch.set_num_threads(1)
 

@@ -13,6 +13,11 @@ class Player {
     return this.inTime ? Math.max(...this.traces.map((trace) => trace.timeOf(trace.length - 1))) : Math.max(...this.traces.map((trace) => trace.length)) - 1;
   }
 
+  /** The trace that has most steps: "step 9" is its step. */
+  get lead() {
+    return this.traces.reduce((most, trace) => (trace.length > most.length ? trace : most));
+  }
+
   /** The place in each trace: the same number of steps, or the same time. */
   get places() {
     return this.traces.map((trace) => (this.inTime ? trace.placeAtTime(this.now + 1e-9) : Math.min(this.now, trace.length - 1)));
@@ -32,25 +37,30 @@ class Player {
   /** Some steps on; in time: to the next moment at which a step ends in any trace, or the one before. */
   move(steps) {
     if (!this.inTime) return this.go(this.now + steps);
-    const there = steps > 0
-      ? this.traces.map((trace, number) => trace.timeOf(Math.min(trace.length - 1, this.places[number] + steps))).filter((time) => time > this.now)
-      : this.traces.map((trace, number) => trace.timeOf(Math.max(0, this.places[number] + steps))).filter((time) => time < this.now);
+    const there = this.traces.map((trace) => this.timeNear(trace, steps)).filter((time) => (steps > 0 ? time > this.now : time < this.now));
     if (there.length) this.go(steps > 0 ? Math.min(...there) : Math.max(...there));
   }
 
+  /** When the step of a trace ends that is so many steps from now; the first of them may be under way. */
+  timeNear(trace, steps) {
+    const place = trace.placeAtTime(this.now + 1e-9), time = trace.timeOf(place);
+    const counted = steps > 0 ? time > this.now : time < this.now - 1e-9;
+    return trace.timeOf(Math.max(0, Math.min(trace.length - 1, place + steps - (counted ? Math.sign(steps) : 0))));
+  }
+
   together(inTime) {
-    const time = this.traces[0].timeOf(this.places[0]), place = this.places[0];
+    const place = this.places[this.traces.indexOf(this.lead)], time = this.lead.timeOf(place);
     this.inTime = inTime;
     this.go(inTime ? time : place);
   }
 
   toggle(yes = !this.playing) {
     if (yes && this.now >= this.last) this.now = 0;
-    const starts = yes && !this.playing;
     this.playing = yes;
     this.carried = 0;
     this.show();
-    if (starts) requestAnimationFrame((now) => { this.before = now; this.tick(now); });
+    cancelAnimationFrame(this.frame); // of when it was played before
+    if (yes) this.frame = requestAnimationFrame((now) => { this.before = now; this.tick(now); });
   }
 
   tick(now) {
@@ -59,16 +69,16 @@ class Player {
     this.before = now;
     this.advance(seconds);
     if (this.now >= this.last) this.toggle(false);
-    else requestAnimationFrame((next) => this.tick(next));
+    else this.frame = requestAnimationFrame((next) => this.tick(next));
   }
 
   /** speed 0: as it was, by the clock of the run. */
   advance(seconds) {
-    const trace = this.traces[0];
+    const trace = this.lead;
     if (this.inTime) return this.goOn(this.now + seconds * (this.speed || 1));
     if (this.speed) this.carried += seconds * STEPS_A_SECOND * this.speed;
     else {
-      this.clock = this.carried === 0 ? trace.timeOf(this.places[0]) : this.clock;
+      this.clock = this.carried === 0 ? trace.timeOf(this.now) : this.clock;
       this.clock += seconds;
       this.carried = Math.max(1e-9, trace.placeAtTime(this.clock) - this.now);
     }

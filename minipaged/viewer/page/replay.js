@@ -21,7 +21,7 @@ function newView(trace, number) {
     new Events(view, find(".events")), new Timeline(view, find(".timeline"), trace, go), new Plots(view, find(".plots"), trace, go),
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];
-  view.onpick = (name) => pick(name, false);
+  view.onpick = pick;
   return view;
 }
 
@@ -39,12 +39,15 @@ function tell(trace, find) {
 }
 
 /** A request stands out in all views, or ("") none does. */
-function pick(name, refresh = true) {
+function pick(name) {
   for (const view of views) view.picked = name;
-  if (refresh) show();
+  show();
 }
 
 // --- the moment, on the screen and in the link ---------------------------------------------------------------------------
+
+const SOON = 200; // milliseconds without a move: browsers don't let a page write its link at every step
+let keeping; // the timer
 
 function show() {
   const places = player.places, moments = traces.map((trace, number) => trace.moment(places[number]));
@@ -52,27 +55,28 @@ function show() {
   $("step").max = player.last;
   $("step").step = player.inTime ? "any" : 1;
   $("step").value = player.now;
-  const { line, time } = moments[0], end = traces[0].lines.at(-1).step;
+  const { line, time, trace } = moments[traces.indexOf(player.lead)], end = trace.lines.at(-1).step;
   $("where").textContent = player.inTime ? `${player.now.toFixed(2)} s` : `step ${line.step} of ${end}` + (line.time === undefined ? "" : `, ${time.toFixed(2)} s`);
   $("step").setAttribute("aria-valuetext", $("where").textContent);
   $("play").textContent = player.playing ? "Pause" : "Play";
   $("back").disabled = $("first").disabled = player.now <= 0;
   $("next").disabled = $("last").disabled = player.now >= player.last;
-  if (!player.playing) keep(moments);
+  clearTimeout(keeping);
+  if (!player.playing) keeping = setTimeout(() => keep(moments), SOON);
 }
 
 /** The link says where we are, and for who listens instead of looking, a line says what happened. */
 function keep(moments) {
   const said = moments.map(({ line }) => (line.events ?? []).join("; ")).filter(Boolean).join(". ");
   $("told").textContent = `${$("where").textContent}. ${said}`;
-  const link = new URLSearchParams(player.inTime ? { time: player.now.toFixed(4) } : { step: moments[0].line.step });
+  const link = new URLSearchParams(player.inTime ? { time: Number(player.now.toFixed(6)) } : { step: moments[traces.indexOf(player.lead)].step });
   if (views[0].picked) link.set("request", views[0].picked);
   if (location.hash.slice(1) !== String(link)) history.replaceState(null, "", `#${link}`);
 }
 
 function followLink() {
-  const link = new URLSearchParams(location.hash.slice(1)), [first] = traces;
-  for (const view of views) view.picked = first.requests.has(link.get("request")) ? link.get("request") : "";
+  const link = new URLSearchParams(location.hash.slice(1)), first = player.lead, name = link.get("request");
+  for (const view of views) view.picked = traces.some((trace) => trace.requests.has(name)) ? name : "";
   const time = Number(link.get("time")), step = Number(link.get("step") ?? first.header.open_at ?? first.lines[0].step);
   player.inTime = traces.length > 1 && time > 0;
   $("mode").value = player.inTime ? "time" : "step";
@@ -104,8 +108,10 @@ function faster(by) {
   $("speed").onchange();
 }
 
+const SLIDES = /^(Arrow|Page|Home|End)/; // keys that a slider has for itself
+
 document.addEventListener("keydown", (event) => {
-  const busy = event.target.closest("input, select, textarea") && event.key !== "Escape";
+  const busy = event.target.closest("input, select, textarea") && event.key !== "Escape" && !(event.target.type === "range" && !SLIDES.test(event.key));
   const pressed = event.key === " " && event.target.closest("button, summary");
   if (event.defaultPrevented || busy || pressed || event.ctrlKey || event.altKey || event.metaKey || !(event.key in KEYS)) return;
   event.preventDefault();
