@@ -87,9 +87,8 @@ class TracedRun(Run):
         num_branches = sum(s.branch_of is not None for s in plan.sequences)
         computed = {names[s.seq_id]: [s.start, s.num_own] for s in plan.sequences if s.seq_id in names}
         arrivals = {letters(r.arrival) for r in arrived}
-        return Truth(
-            plan.step, self.state(plan, names), self.did(plan, gone), num_branches, computed, arrivals, words, self.texts()
-        )  # fmt: skip
+        state, did = self.state(plan, names), self.did(plan, gone)
+        return Truth(plan.step, state, did, num_branches, computed, arrivals, words, self.texts())
 
     def names(self) -> dict[int, str]:
         """Of all sequences; and the names of those that live, and of what is kept, are nobody else's."""
