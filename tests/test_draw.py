@@ -59,7 +59,7 @@ def test_cached_blocks():
     memory.free(0)
     memory.fork(1, 2)
     snapshot = Snapshot.of(memory, {1: "A1", 2: "A2"})
-    assert Snapshot.from_json(snapshot.to_json()) == snapshot and snapshot.cached == [1, 0]
+    assert snapshot.cached == [1, 0]
     lines = picture(snapshot, "Cached").plain.splitlines()
     assert re.fullmatch(r"\[\*+:+\.+\] 5 of 16 blocks in use, 5 of them shared, 2 cached", lines[1])
     assert lines[4] == "BLOCKS of 4 tokens: A1 of sequence A1, A* of several of A's, : cached, . free"
@@ -149,7 +149,6 @@ def test_pictures_fit_the_screen(seed, width, height):
     events = ["step 1: " + "x" * rng.choice([1, 300]) for _ in range(rng.randrange(4))]
     lines = picture(snapshot, "a title", events, width, height).plain.split("\n")
     assert len(lines) <= height and max(map(len, lines)) <= width
-    assert Snapshot.from_json(snapshot.to_json()) == snapshot
     if height >= 24:  # all sections are there
         assert any(line.startswith("PAGE TABLES") for line in lines)
         assert any(line.startswith("BLOCKS") for line in lines)

@@ -7,7 +7,7 @@ kept1, kept2, ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from minipaged.memory import KVCacheManager, MemoryUsage
 if TYPE_CHECKING:  # only to name the types: a trace can be drawn without loading PyTorch
     from minipaged.engine import LLMEngine
     from minipaged.requests.request import Request
+    from minipaged.requests.sequence import Sequence
     from minipaged.scheduling.plan import StepOutput, StepPlan
 
 
@@ -83,42 +84,65 @@ class Observer:
     Call `follow` once after each step, and `snapshot` when a picture is wanted.
 
     names, requests: of sequences by their number, and of requests by their id: those that are there, and those that
-        were there before the last step.
-    finished: the names of the requests that ended in it, or were aborted before it.
+        were there before the last step, or came and went in it.
+    came, gone: the requests that came before the last step, and those that ended in it, or were aborted before it.
+    finished: the names of these. ended: sequences that did so, those of other requests and beams among them.
     """
 
     def __init__(self, llm: LLMEngine):
         self._llm = llm
         self._numbers: dict[int, int] = {}  # of the sequences of requests that have several
         self._names: dict[int, str] = {}
-        self._requests: dict[str, str] = {}  # of those that are not finished
+        self._kept: dict[int, str] = {}  # what is kept for other engines
+        self._kept_numbers = count(1)
+        self._ended: list[tuple[Request, Sequence]] = []  # since the last step
+        llm.scheduler.sequences.watchers.add(self)
         self._name_all()
-        self.names, self.requests, self.finished = self._names, self._requests, list[str]()
+        self._live = self._live_now()
+        self.names, self.requests = self._names, _by_id(self._live)
+        self.came, self.finished = [*self._live], list[str]()
+        self.gone: list[Request] = []
+        self.ended: list[Sequence] = []
+
+    def note_end(self, request: Request, seq: Sequence) -> None:
+        self._ended.append((request, seq))
 
     def snapshot(self) -> Snapshot:
         scheduler = self._llm.scheduler
         lists = {"running": scheduler.running, "waiting": scheduler.waiting, "swapped": scheduler.swapped}
         return Snapshot.of(
             self._llm.memory,
-            self._names,
+            self._names | self._names_of_kept(),
             num_preemptions=sum(scheduler.num_preemptions.values()),
             **{key: [letters(request.arrival) for request in requests] for key, requests in lists.items()},
         )
 
     def follow(self, plan: StepPlan, output: StepOutput) -> list[str]:
         """Learn of a step that is over. Returns what it did to the memory, a sentence for each thing."""
-        before, names = self._requests, self._names
+        before, names = self._live, self._names
         self._name_all()
-        self.names, self.requests = {**names, **self._names}, {**before, **self._requests}
-        self.finished = [name for i, name in before.items() if i not in self._requests]
+        self._live = self._live_now()
+        ended = {seq: request for request, seq in self._ended if seq.finish_reason  # others: of steps that failed
+                 and (request.search or seq in request.sequences)}  # fmt: skip
+        late = dict.fromkeys(r for r in ended.values() if r not in before and r.finished)
+        last_names, self.ended, self._ended = self._last_names(ended), [*ended], []
+        self.names = {**last_names, **names, **self._names}
+        self.requests = {**_by_id(before), **_by_id(late), **_by_id(self._live)}
+        self.came = [request for request in (*self._live, *late) if request not in before]
+        self.gone = [request for request in (*before, *late) if request not in self._live]
+        self.finished = [letters(request.arrival) for request in self.gone]
         told = [f"{name} {count}, {right} right, {back} slots taken back"
                 for name, (count, right, back) in guesses(plan, output, self.names).items()]  # fmt: skip
         guessed = [f"guessed for {'; '.join(told)}"] if told else []
         return [*_tell(plan, self.requests, self.names, self.finished), *guessed]
 
-    def _name_all(self) -> None:
+    def _live_now(self) -> dict[Request, None]:
+        """All requests that are not finished."""
         scheduler = self._llm.scheduler
-        requests = [*scheduler.running, *scheduler.swapped, *scheduler.waiting]
+        return dict.fromkeys([*scheduler.running, *scheduler.swapped, *scheduler.waiting])
+
+    def _name_all(self) -> None:
+        requests = self._live_now()
         numbers: dict[int, int] = {}
         for request in requests:
             numbers.update(self._number(request))
@@ -128,7 +152,22 @@ class Observer:
             for request in requests
             for seq in request.live
         }
-        self._requests = {request.request_id: letters(request.arrival) for request in requests}
+
+    def _names_of_kept(self) -> dict[int, str]:
+        others = [seq_id for seq_id in self._llm.memory.sequences() if seq_id not in self._names]
+        self._kept = {i: self._kept.get(i) or f"kept{next(self._kept_numbers)}" for i in others}
+        return self._kept
+
+    def _last_names(self, ended: dict[Sequence, Request]) -> dict[int, str]:
+        """Of the sequences that ended, for those that ended in the step in which they came."""
+        names: dict[int, str] = {}
+        for seq, request in ended.items():
+            name = letters(request.arrival)
+            if max(len(request.sequences), request.width) > 1:
+                taken = {*names.values(), *self._names.values()}
+                name = next(one for number in count(seq.index + 1) if (one := f"{name}{number}") not in taken)
+            names[seq.seq_id] = name
+        return names
 
     def _number(self, request: Request) -> dict[int, int]:
         """Samples are numbered by their index. Beams come and go: each keeps its number while it lives."""
@@ -139,6 +178,10 @@ class Observer:
         known = {seq.seq_id: self._numbers[seq.seq_id] for seq in request.live if seq.seq_id in self._numbers}
         unused = (number for number in count(1) if number not in known.values())
         return known | {seq.seq_id: next(unused) for seq in request.live if seq.seq_id not in known}
+
+
+def _by_id(requests: Iterable[Request]) -> dict[str, str]:
+    return {request.request_id: letters(request.arrival) for request in requests}
 
 
 def _tell(plan: StepPlan, requests: dict[str, str], names: dict[int, str], finished: list[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Traces of version 1, read as if they were of version 2: each line had the whole plan, output and memory.
 
-They know neither times nor texts, nor which block is found after which, nor what a request is called where it came from.
+They know neither times nor texts, nor which block is found after which, nor what a request is called where it came
+from, nor when requests end.
 """
 
 from typing import Any
@@ -13,10 +14,11 @@ def new_step(line: dict[str, Any], before: State) -> dict[str, Any]:
     plan, memory = line["plan"], line["memory"]
     usage = {name: value for name, value in memory["usage"].items() if name != "waste_percent"}
     blank = {"id": "", "prompt": 0, "output": 0, "sequences": 1, "most": 0}
-    requests = {name: {**blank, "state": state} for state in ("running", "waiting", "swapped") for name in memory[state]}
+    queues = ("running", "waiting", "swapped")
+    requests = {name: {**blank, "state": queue} for queue in queues for name in memory[queue]}
     tables = {
-        table["name"]: {"tokens": table["num_tokens"], "blocks": table["blocks"], "swapped": table.get("swapped", False)}
-        for table in memory["tables"]
+        one["name"]: {"tokens": one["num_tokens"], "blocks": one["blocks"], "swapped": one.get("swapped", False)}
+        for one in memory["tables"]
     }
     tokens = sum(len(s["token_ids"]) + s.get("num_to_draft", 0) for s in plan["sequences"])
     state = {

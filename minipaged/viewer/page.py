@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from minipaged.viewer.state import merge_patch
+from minipaged.viewer.thinning import thinned
 from minipaged.viewer.trace import TraceError, TraceStep, read_trace
 
 PARTS = Path(__file__).with_name("page")
@@ -41,58 +41,6 @@ def run_of(path: str | Path) -> Line:
     every = -(-len(kept) // MOST_STEPS)
     title = header.get("title") or Path(path).stem
     return {"title": title, "header": header, "every": every, "lines": list(_lines(thinned(kept, every)))}
-
-
-def thinned(steps: list[TraceStep], every: int) -> Iterator[TraceStep]:
-    """The last of every so many steps, as if it had done what all of them did."""
-    for start in range(0, len(steps), every):
-        whole, *others = steps[start : start + every]
-        for step in others:
-            seconds = None if step.seconds is None else (whole.seconds or 0) + step.seconds
-            whole = replace(
-                step, seconds=seconds, did=_did_both(whole.did, step.did), words=words_of_both(whole.words, step.words),
-                texts={**whole.texts, **step.texts},
-                arrived={**whole.arrived, **step.arrived}, events=whole.events + step.events,
-            )  # fmt: skip
-        yield whole
-
-
-def _did_both(first: Line, second: Line) -> Line:
-    both = dict(first)
-    for name, value in second.items():
-        before = both.get(name)
-        if isinstance(value, list):
-            both[name] = [*(before or []), *value]
-        elif name in ("computed", "guessed"):
-            both[name] = dict(before or {})
-            for who, numbers in value.items():
-                old = both[name].get(who)
-                first_number = numbers[0] if name == "computed" or old is None else old[0] + numbers[0]
-                both[name][who] = numbers if old is None else [
-                    old[0] if name == "computed" else first_number, *(a + b for a, b in zip(old[1:], numbers[1:]))
-                ]  # fmt: skip
-        else:
-            both[name] = {**(before or {}), **value}
-    return both
-
-
-def words_of_both(first: Line, second: Line) -> Line:
-    """What is new in words after two steps: see words.py.
-
-    >>> words_of_both({"A": {"keep": 3, "add": ["x", "y"]}}, {"B": {"from": "A", "keep": 4, "add": ["z"]}})["B"]
-    {'from': 'A', 'keep': 3, 'add': ['x', 'z']}
-    """
-    both = dict(first)
-    for name, new in second.items():
-        source = new.get("from", name)
-        if source in first:
-            old = first[source]
-            keep = min(new["keep"], old["keep"])
-            origin = old.get("from", source)
-            new = {**({"from": origin} if origin != name else {}), "keep": keep,
-                   "add": [*old["add"][: new["keep"] - keep], *new["add"]]}  # fmt: skip
-        both[name] = new
-    return both
 
 
 def _lines(steps: Iterable[TraceStep]) -> Iterator[Line]:

@@ -35,7 +35,8 @@ class Eye:
     """Looks at an engine between two steps. `follow` must hear of every step, after it.
 
     step: the last one, and how many sequences and tokens it computed. events: what it did to the memory, in words.
-    known: the blocks that can be found again, each with the one that it follows.
+    known: the blocks that can be found again, each with the one that it follows; evicted: those that could be found
+    before the last step, and were taken for others in it. Of very large pools neither is told.
     """
 
     def __init__(self, engine: Watched, step: int = 0):
@@ -44,68 +45,55 @@ class Eye:
         self.events: list[str] = []
         self.num_drawn = 0  # tokens, since it looks
         self.num_finished = 0
-        self._before: dict[str, Request] = {}
-        self._new: list[Request] = []
-        self._ended: list[Request] = []
-        self.known = self._known_blocks()
-        self._evicted = engine.memory.usage().evicted
+        self._there: list[Request]
+        self._came: list[Request]
+        self._there, self._came = self.observer.came, []
+        self.known, self.evicted = self._known_blocks(), list[int]()
+        self._num_evicted = engine.memory.usage().evicted
 
     def follow(self, plan: StepPlan, output: StepOutput) -> None:
         self.events = self.observer.follow(plan, output)
         self.num_drawn += len(output.candidates)
         self.num_drawn += sum(len(sample) for samples in output.tokens.values() for sample in samples)
-        before, self._before = self._before, self._requests_now()
-        self._new = [one for i, one in self._before.items() if i not in before]
-        self._ended = [one for i, one in before.items() if i not in self._before]
-        self.num_finished += len(self._ended)
+        self._came, self._there = self._there + self.observer.came, []
+        self.num_finished += len(self.observer.gone)
         self.step = {"number": plan.step, "sequences": len(plan.sequences), "tokens": plan.num_tokens}
+        self.evicted = self._evictions(plan)
+        self.known = self._known_blocks()
 
     def did(self, plan: StepPlan, output: StepOutput) -> State:
         """What the step did that was just followed: see TRACE.md. What is empty isn't there."""
         names, requests = self.observer.names, self.observer.requests
-        computed: dict[str, list[int]] = {}
-        for s in plan.sequences:
-            name = names.get(s.seq_id if s.branch_of is None else s.branch_of, "?")
-            start, own, guessed = computed.get(name, (s.start, 0, 0))
-            own += s.num_own if s.branch_of is None else 0
-            computed[name] = [start, own, guessed + s.num_drafts + s.num_to_draft]
-        admitted = {requests.get(i, i): 0 for i in plan.admitted}
-        for s in plan.sequences:
-            if (name := requests.get(s.request_id, "")) in admitted:
-                admitted[name] = max(admitted[name], s.start)
         told = {
-            "computed": computed,
-            "admitted": [*admitted],
-            "found": {name: tokens for name, tokens in admitted.items() if tokens},
-            "preempted": {requests.get(i, i): how for i, how in plan.preempted},
-            "resumed": [requests.get(i, i) for i in plan.resumed],
-            "finished": self._reasons(),
+            "computed": _computed(plan, names),
+            "admitted": [requests[i] for i in plan.admitted],
+            "found": {requests[i]: tokens for i, tokens in _found(plan, self._engine.memory.block_size).items()},
+            "preempted": {requests[i]: how for i, how in plan.preempted},
+            "resumed": [requests[i] for i in plan.resumed],
+            "finished": {letters(one.arrival): _reasons(one) for one in self.observer.gone},
             "copies": plan.copies,
             "swap_out": plan.swap_out,
             "swap_in": plan.swap_in,
             "freed": plan.freed,
-            "evicted": self._evictions(plan),
+            "evicted": self.evicted,
             "guessed": guesses(plan, output, names),
-            "loading": {requests.get(load.request_id, load.request_id): load.blocks for load in plan.loads},
-            "errors": {names.get(i, "?"): words for i, words in output.errors.items()},
+            "loading": {requests[load.request_id]: load.blocks for load in plan.loads},
+            "errors": {names[i]: words for i, words in output.errors.items()},
         }
         return {name: value for name, value in told.items() if value}
 
     def arrivals(self) -> dict[str, float]:
         """When those arrived that were not there before the last step, in seconds of `time.monotonic`."""
-        return {letters(one.arrival): one.metrics.arrival_time for one in self._new}
-
-    def _reasons(self) -> dict[str, str]:
-        """Why requests ended, by name: of a search that is over, nothing."""
-        return {letters(one.arrival): ", ".join(sorted({seq.finish_reason or "" for seq in one.sequences}))
-                for one in self._ended}  # fmt: skip
+        return {letters(one.arrival): one.metrics.arrival_time for one in self._came}
 
     def _evictions(self, plan: StepPlan) -> list[int]:
-        """Of the blocks that lost what they held, those that could be found until then, and were taken for others."""
-        evicted = self._engine.memory.usage().evicted
-        gone = [block for block in plan.freed if block in self.known] if evicted > self._evicted else []
-        self.known, self._evicted = self._known_blocks(), evicted
-        return gone
+        """Of the blocks that lost what they held, those that could be found until then, and were taken for others.
+
+        After a step that was broken off, or a reset, all have lost it: then the numbers don't agree.
+        """
+        before, self._num_evicted = self._num_evicted, self._engine.memory.usage().evicted
+        gone = [block for block in plan.freed if block in self.known] if self._num_evicted > before else []
+        return gone if len(gone) == self._num_evicted - before else []
 
     def _known_blocks(self) -> dict[int, int | None]:
         memory = self._engine.memory
@@ -131,10 +119,6 @@ class Eye:
             "index": {str(block): -1 if at is None else at for block, at in self.known.items()},
         }
 
-    def _requests_now(self) -> dict[str, Request]:
-        scheduler = self._engine.scheduler
-        return {one.request_id: one for one in (*scheduler.running, *scheduler.swapped, *scheduler.waiting)}
-
     def _requests(self) -> State:
         scheduler = self._engine.scheduler
         queues = {"running": scheduler.running, "waiting": scheduler.waiting, "swapped": scheduler.swapped}
@@ -145,6 +129,32 @@ class Eye:
             }
             for state, requests in queues.items() for request in requests
         }  # fmt: skip
+
+
+def _computed(plan: StepPlan, names: dict[int, str]) -> dict[str, list[int]]:
+    """By sequence: from which position on, how many tokens that were sure, and how many guesses, those of branches too.
+
+    A branch computes the newest token once more, which isn't counted.
+    """
+    computed: dict[str, list[int]] = {}
+    for s in plan.sequences:
+        numbers = computed.setdefault(names[s.seq_id if s.branch_of is None else s.branch_of], [s.start, 0, 0])
+        numbers[1] += s.num_own if s.branch_of is None else 0
+        numbers[2] += s.num_drafts + s.num_to_draft
+    return computed
+
+
+def _found(plan: StepPlan, block_size: int) -> dict[str, int]:
+    """By the id of a request that was admitted: how many of its tokens were in memory already."""
+    starts = {load.request_id: load.first * block_size for load in plan.loads}
+    for s in plan.sequences:
+        starts[s.request_id] = max(s.start, starts.get(s.request_id, 0))
+    return {i: starts[i] for i in plan.admitted if starts.get(i)}
+
+
+def _reasons(request: Request) -> str:
+    """Why a request ended; of a search that is over, nothing."""
+    return ", ".join(sorted({seq.finish_reason or "" for seq in request.sequences}))
 
 
 def snapshot_of(state: State) -> Snapshot:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ class TraceWriter:
     @classmethod
     def of(cls, llm: LLM, file: IO[str], **header: Any) -> TraceWriter:
         """Of a whole engine, with texts. header: what it should say besides."""
-        spent = _Spent(llm)
-        return cls(llm, file, {**header_of(llm), **header}, lambda token: llm.tokenizer.decode([token], skip_special_tokens=False), spent)
+        decode = partial(llm.tokenizer.decode, skip_special_tokens=False)
+        return cls(llm, file, {**header_of(llm), **header}, lambda token: decode([token]), _Spent(llm))
 
     def __call__(self, plan: StepPlan, output: StepOutput) -> None:
         now = self._clock() - self._began
@@ -81,7 +82,7 @@ class TraceWriter:
         line = {"step": plan.step, "time": round(now, 6), **took, "did": eye.did(plan, output)}
         line["arrived"] = {name: round(then - self._began, 6) for name, then in eye.arrivals().items()}
         if self._words:
-            line |= {"words": self._words.news(eye.observer), "texts": self._words.blocks(plan, eye.known)}
+            line |= {"words": self._words.news(eye.observer), "texts": self._words.blocks(plan, output, eye.known)}
         line |= {"patch": merge_patch(before, self._state), "events": eye.events}
         self._write({name: value for name, value in line.items() if value or name in ("step", "time", "patch")})
 
@@ -134,29 +135,44 @@ def read_trace(path: str | Path) -> tuple[State, Iterator[TraceStep]]:
 
     A last line that was cut off, because the writer was killed, is left out. Of version 1 there is no more than it had.
     """
-    try:
-        lines = _lines(path)
-        header = next(lines, None)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"cannot read {path}: {error}") from error
+    return read_lines(_lines(path), str(path))
+
+
+def read_lines(lines: Iterator[str], where: str) -> tuple[State, Iterator[TraceStep]]:
+    """The same, of lines. where: what errors call them."""
+    parsed = _parsed(lines, where)
+    header = next(parsed, None)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise TraceError(f"{path} is not a trace: its first line must be a header that --trace wrote")
+        raise TraceError(f"{where} is not a trace: its first line must be a header that --trace wrote")
     if header.get("version") not in (1, VERSION):
-        raise TraceError(f"{path} is a trace of version {header.get('version')}, this program reads 1 and {VERSION}")
-    return header, _steps(path, lines, header["version"])
+        raise TraceError(f"{where} is a trace of version {header.get('version')}, this program reads 1 and {VERSION}")
+    if lacking := [name for name in ("model", "block_size", "num_blocks") if name not in header]:
+        raise TraceError(f"{where} is not a trace: its header says no {lacking[0]}")
+    return header, _steps(where, parsed, header["version"])
 
 
-def _lines(path: str | Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                if line.endswith("\n"):
-                    raise TraceError(f"{path}, line {number}: not JSON: {error}") from None
+def _lines(path: str | Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from file
+    except OSError as error:
+        raise TraceError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise TraceError(f"cannot read {path}: it is no text") from None
 
 
-def _steps(path: str | Path, lines: Iterator[Any], version: int) -> Iterator[TraceStep]:
+def _parsed(lines: Iterator[str], where: str) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == 1:
+                raise TraceError(f"{where} is not a trace: line 1: not JSON: {error}") from None
+            if line.endswith("\n"):
+                raise TraceError(f"{where}, line {number}: not JSON: {error}") from None
+
+
+def _steps(where: str, lines: Iterator[Any], version: int) -> Iterator[TraceStep]:
     state: State = {}
     names = {one.name for one in fields(TraceStep)}
     for number, line in enumerate(lines, 2):
@@ -165,6 +181,6 @@ def _steps(path: str | Path, lines: Iterator[Any], version: int) -> Iterator[Tra
             state = apply_patch(state, line["patch"])
             step = TraceStep(state=state, **{name: value for name, value in line.items() if name in names})
             snapshot_of(state)
-            yield step
         except (TypeError, KeyError, AttributeError) as error:
-            raise TraceError(f"{path}, line {number}: not a step of a trace: {error!r}") from None
+            raise TraceError(f"{where}, line {number}: not a step of a trace: {error!r}") from None
+        yield step

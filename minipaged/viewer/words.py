@@ -8,14 +8,27 @@ so many tokens of it, and add these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minipaged.terminal.snapshot import Observer
+from minipaged.terminal.snapshot import Observer, request_of
 
 if TYPE_CHECKING:
     from minipaged.requests.sequence import Sequence
-    from minipaged.scheduling.plan import StepPlan
+    from minipaged.scheduling.plan import StepOutput, StepPlan
     from minipaged.viewer.state import Watched
+
+News = dict[str, Any]  # by name: {"from": ..., "keep": ..., "add": [...]}
+
+
+class Told(NamedTuple):
+    """What is known of a name: whose it is, and how many of its tokens were told. Tokens that were told stay."""
+
+    seq: Sequence
+    length: int
+
+    @property
+    def output(self) -> list[int]:
+        return self.seq.output_token_ids[: self.length - len(self.seq.prompt_token_ids)]
 
 
 class Words:
@@ -24,45 +37,63 @@ class Words:
     def __init__(self, engine: Watched, decode: Callable[[int], str]):
         self._engine, self._decode = engine, decode
         self._texts: dict[int, str] = {}
-        self._live: dict[int, Sequence] = {}
-        self._told: dict[str, tuple[int, list[int]]] = {}  # by name: the sequence that has it, and its tokens
+        self._told: dict[str, Told] = {}
+        self._now: dict[int, Sequence] = {}  # those that lived before the last step, or after it
+        self._before: dict[int, int] = {}  # how many tokens they had before it
         self._blocks: set[int] = set()  # whose text is told
 
-    def news(self, observer: Observer) -> dict[str, Any]:
+    def news(self, observer: Observer) -> News:
         """By the names of `observer`, which has just followed a step. Sequences that ended in it are told of, too."""
-        live = self._live_now()
-        before, news = self._told, {}
-        now = {i: seq for i, seq in {**self._live, **live}.items() if i in observer.names}
-        self._told = {}
-        for seq_id, seq in now.items():
-            name, tokens = observer.names[seq_id], seq.tokens(0, len(seq))
-            source, keep = _origin(name, seq_id, tokens, before)
-            if seq_id in live:
-                self._told[name] = seq_id, tokens
-            if source != name or keep < max(len(tokens), len(before[source][1])):
-                add = [self._text(token) for token in tokens[keep:]]
-                news[name] = {**({"from": source} if source not in (name, None) else {}), "keep": keep, "add": add}
-        self._tokens = {seq_id: seq.tokens(0, len(seq)) for seq_id, seq in now.items()}
-        self._live = live
+        before, live = self._told, self._live_now()
+        names = {told.seq: name for name, told in before.items()}
+        self._before = {told.seq.seq_id: told.length for told in before.values()}
+        self._told, news = {}, {}
+        self._now = {seq.seq_id: seq for seq in [*names, *observer.ended, *live]}
+        for seq in live:
+            self._told[observer.names[seq.seq_id]] = Told(seq, len(seq))
+        for seq in observer.ended:
+            self._tell(names.get(seq, observer.names[seq.seq_id]), seq, before, news)
+        for seq in live:
+            self._tell(observer.names[seq.seq_id], seq, before, news)
         return news
 
-    def blocks(self, plan: StepPlan, known: dict[int, int | None]) -> dict[str, str]:
-        """The texts of the blocks that can be found now, and could not before. To be asked after `news`."""
-        new = known.keys() - self._blocks
+    def _tell(self, name: str, seq: Sequence, before: dict[str, Told], news: News) -> None:
+        source, keep = _origin(name, seq, before)
+        if source != name or keep < max(len(seq), before[name].length):
+            add = [self._text(token) for token in seq.tokens(keep, len(seq) - keep)]
+            news[name] = {**({"from": source} if source not in (name, None) else {}), "keep": keep, "add": add}
+
+    def blocks(self, plan: StepPlan, output: StepOutput, known: dict[int, int | None]) -> dict[str, str]:
+        """The texts of the blocks that can be found now, and could not before, or hold something else than before.
+
+        To be asked after `news`.
+        """
+        size, told = self._engine.memory.block_size, dict[str, str]()
+        written = {slot // size for s in plan.sequences for slot in s.slots} | {block for _, block in plan.swap_in}
+        written.update(*(load.blocks for load in plan.loads))
+        new = known.keys() - (self._blocks - written)
         self._blocks = set(known)
-        size, told = self._engine.memory.block_size, {}
         for seq_id, table in self._tables(plan) if new else ():
-            tokens = self._tokens.get(seq_id, [])
+            tokens = self._computed(seq_id, output)
             for place, block in enumerate(table[: len(tokens) // size]):
                 if block in new:
                     new.discard(block)
                     told[str(block)] = "".join(map(self._text, tokens[place * size : (place + 1) * size]))
         return told
 
-    def _live_now(self) -> dict[int, Sequence]:
+    def _computed(self, seq_id: int, output: StepOutput) -> list[int]:
+        """The tokens of a sequence. Subtle: of one that a stop string ended, also what was drawn behind its end."""
+        seq = self._now.get(seq_id)
+        if seq is None:
+            return []
+        tokens = seq.tokens(0, len(seq))
+        if seq.finish_reason is None or seq_id not in self._before or seq_id not in output.tokens:
+            return tokens
+        return tokens + [token.token_id for token in output.tokens[seq_id][0][len(seq) - self._before[seq_id] :]]
+
+    def _live_now(self) -> list[Sequence]:
         scheduler = self._engine.scheduler
-        requests = [*scheduler.running, *scheduler.swapped, *scheduler.waiting]
-        return {seq.seq_id: seq for request in requests for seq in request.live}
+        return [seq for queue in scheduler.queues.lists() for request in queue for seq in request.live]
 
     def _tables(self, plan: StepPlan) -> Iterator[tuple[int, list[int]]]:
         memory = self._engine.memory
@@ -78,16 +109,13 @@ class Words:
         return self._texts[token]
 
 
-def _origin(
-    name: str, seq_id: int, tokens: list[int], before: dict[str, tuple[int, list[int]]]
-) -> tuple[str | None, int]:
+def _origin(name: str, seq: Sequence, before: dict[str, Told]) -> tuple[str | None, int]:
     """Whose tokens it begins with, and how many of them: those that it had; or, if it is new, a relative's."""
-    known, had = before.get(name, (None, []))
-    if known == seq_id and had == tokens[: len(had)]:
-        return name, len(had)
-    request = name.rstrip("0123456789")
-    relatives = [(_alike(tokens, had), other == name, other) for other, (_, had) in before.items()
-                 if other.rstrip("0123456789") == request]  # fmt: skip
+    if name in before and before[name].seq is seq:
+        return name, min(before[name].length, len(seq))
+    request, prompt = request_of(name), len(seq.prompt_token_ids)
+    relatives = [(prompt + _alike(seq.output_token_ids, told.output), other == name, other)
+                 for other, told in before.items() if request_of(other) == request]  # fmt: skip
     keep, _, source = max(relatives, default=(0, False, None))
     return source, keep
 
@@ -98,3 +126,30 @@ def _alike(one: list[int], other: list[int]) -> int:
     if one[:most] == other[:most]:
         return most
     return next(i for i in range(most) if one[i] != other[i])
+
+
+def read_on(words: dict[str, list[str]], news: News) -> dict[str, list[str]]:
+    """All words after a step, given those before it.
+
+    >>> read_on({"A1": ["the", "sky"]}, {"A1": {"keep": 2, "add": ["is"]}, "A2": {"from": "A1", "keep": 1, "add": []}})
+    {'A1': ['the', 'sky', 'is'], 'A2': ['the']}
+    """
+    return words | {
+        name: [*words.get(new.get("from", name), [])[: new["keep"]], *new["add"]] for name, new in news.items()
+    }
+
+
+def news_of_both(first: News, second: News) -> News:
+    """What is new after two steps.
+
+    >>> news_of_both({"A": {"keep": 3, "add": ["x", "y"]}}, {"B": {"from": "A", "keep": 4, "add": ["z"]}})["B"]
+    {'from': 'A', 'keep': 3, 'add': ['x', 'z']}
+    """
+    both = dict(first)
+    for name, new in second.items():
+        source = new.get("from", name)
+        old = first.get(source, {"from": source, "keep": new["keep"], "add": []})
+        keep, origin = min(new["keep"], old["keep"]), old.get("from", source)
+        add = [*old["add"][: new["keep"] - keep], *new["add"]]
+        both[name] = {**({"from": origin} if origin != name else {}), "keep": keep, "add": add}
+    return both
