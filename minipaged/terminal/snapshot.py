@@ -83,7 +83,7 @@ class Observer:
     Call `follow` once after each step, and `snapshot` when a picture is wanted.
 
     names, requests: of sequences by their number, and of requests by their id: those that are there, and those that
-        were there before the last step.
+        were there before the last step. A request that came and ended in it is "?": nobody has seen its place.
     finished: the names of the requests that ended in it, or were aborted before it.
     """
 
@@ -109,7 +109,8 @@ class Observer:
         """Learn of a step that is over. Returns what it did to the memory, a sentence for each thing."""
         before, names = self._requests, self._names
         self._name_all()
-        self.names, self.requests = {**names, **self._names}, {**before, **self._requests}
+        strangers = dict.fromkeys(plan.admitted, "?")  # unless they are known: they came and ended in this step
+        self.names, self.requests = {**names, **self._names}, {**strangers, **before, **self._requests}
         self.finished = [name for i, name in before.items() if i not in self._requests]
         told = [f"{name} {count}, {right} right, {back} slots taken back"
                 for name, (count, right, back) in guesses(plan, output, self.names).items()]  # fmt: skip

@@ -50,14 +50,15 @@ def thinned(steps: list[TraceStep], every: int) -> Iterator[TraceStep]:
         for step in others:
             seconds = None if step.seconds is None else (whole.seconds or 0) + step.seconds
             whole = replace(
-                step, seconds=seconds, did=_did_both(whole.did, step.did), words=words_of_both(whole.words, step.words),
+                step, seconds=seconds, did=did_of_both(whole.did, step.did), words=words_of_both(whole.words, step.words),
                 texts={**whole.texts, **step.texts},
                 arrived={**whole.arrived, **step.arrived}, events=whole.events + step.events,
             )  # fmt: skip
         yield whole
 
 
-def _did_both(first: Line, second: Line) -> Line:
+def did_of_both(first: Line, second: Line) -> Line:
+    """What two steps did, one after the other: see TRACE.md."""
     both = dict(first)
     for name, value in second.items():
         before = both.get(name)
