@@ -1,9 +1,9 @@
 """What the engine does, for those who look: GET /live, server-sent events.
 
-The state is one JSON object, the same that a trace keeps (viewer/TRACE.md): who runs, waits and is swapped out, the page
-tables, the account of the memory. It has no text in it and no token; of request ids only what the page made up to know
-its own again (see PAGE_ID). `did` is what all steps did that were computed since the state before. The first event is
-all of it, and each later one a merge patch (RFC 7386): what changed, and null for what is gone.
+The state is one JSON object, the same that a trace keeps (viewer/TRACE.md): who runs, waits and is swapped out, the
+page tables, the account of the memory. It has no text in it and no token; of request ids only what the page made up to
+know its own again (see PAGE_ID). `did` is what all steps did that were computed since the state before. The first event
+is all of it, and each later one a merge patch (RFC 7386): what changed, and null for what is gone.
 
 While nobody looks it costs nothing. Else one task looks for all of them, now and then, and only if something happened.
 Who reads slowly finds the newest state, and no queue of all that was between.
@@ -16,7 +16,6 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -150,7 +149,7 @@ class LiveEye:
     def state(self) -> State:
         """Of this moment. step.seconds: when the last step was over; two of them tell how much time passed."""
         stats = self._engine.stats()  # first: it puts right what a step that failed may have left
-        state = self._head | self._eye.state()
+        state: State = {**self._head, **self._eye.state()}
         did, self._did = self._did, {}
         did.pop("errors", None)  # why, may have words of somebody's text in it
         state["step"] = state["step"] | {"seconds": self._seconds}
