@@ -15,8 +15,9 @@ from minipaged.async_llm import AsyncLLM
 from minipaged.server import live as live_module
 from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
-from minipaged.server.live import Eye, Live, merge_patch
+from minipaged.server.live import Live, LiveEye
 from minipaged.server.manners import House
+from minipaged.viewer.state import merge_patch
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,8 @@ def test_patches_add_up_to_the_state_of_the_engine(folder):
                 holders = [block for table in state["tables"].values() for block in table["blocks"]]
                 assert len(set(holders)) == state["usage"]["used"]
                 assert not {*map(str, holders)} & {*state["cached"]}
-            now = await llm.call(Eye(llm.engine, "tiny").state)
-            fixed = ("usage", "tables", "requests", "cached", "num_finished", "prefixes", "model")
+            now = await llm.call(LiveEye(llm.engine, "tiny").state)
+            fixed = ("usage", "tables", "requests", "cached", "index", "num_finished", "prefixes", "model")
             assert {name: state[name] for name in fixed} == {name: now[name] for name in fixed}
             assert 3 in kinds and state["num_drawn"] == 120 and state["num_finished"] == 3
 
@@ -116,6 +117,66 @@ def test_of_texts_tokens_and_ids_nothing_is_told_but_what_the_page_made_up(folde
             answer = asking[0].result()
             for hidden in ("secret-id", "fedcba98", "hush", answer.outputs[0].text, str(answer.prompt_token_ids)[1:-1]):
                 assert hidden not in told and hidden not in told.replace(",", ", ")
+
+    asyncio.run(go())
+
+
+def test_a_request_that_comes_and_ends_in_one_step_is_told_of_without_its_id(folder):
+    async def go():
+        async with living(folder) as (live, llm):
+            looker = live.look()
+            pieces = [await read(looker)]
+            await generate(llm, "hush", "secret-id", max_tokens=1)
+            pieces.append(await read(looker))
+            assert data_of(pieces[1])["num_finished"] == 1 and "admitted" in str(data_of(pieces[1])["events"])
+            assert b"secret-id" not in b"".join(pieces)
+
+    asyncio.run(go())
+
+
+def test_what_the_steps_did_is_told_once_and_of_all_of_them(folder):
+    async def go():
+        async with living(folder, num_blocks=28, num_cpu_blocks=40) as (live, llm):
+            llm.engine.observers.append(lambda *_: time.sleep(0.02))
+            plans, looker, state, told = [], live.look(), {}, []
+            llm.engine.observers.append(lambda plan, _: plans.append(plan))
+            asking = [asyncio.create_task(generate(llm, "Hello" * i, n=i, max_tokens=30)) for i in (1, 2, 3)]
+            while not (all(task.done() for task in asking) and state and not state["requests"]):
+                state = applied(state, data_of(await read(looker)))
+                told.append(state["did"])
+            for name in ("copies", "freed", "swap_out", "swap_in"):
+                happened = [list(one) if name != "freed" else one for plan in plans for one in getattr(plan, name)]
+                assert [one for did in told for one in did.get(name, ())] == happened, name
+            admitted = [name for did in told for name in did.get("admitted", ())]
+            assert sorted({*admitted}) == ["A", "B", "C"] and any(did.get("copies") for did in told)
+            computed = [len(s.token_ids) for plan in plans for s in plan.sequences]
+            assert sum(own for did in told for _, own, _ in did.get("computed", {}).values()) == sum(computed)
+            reasons = {name: why for did in told for name, why in did.get("finished", {}).items()}
+            assert reasons == dict.fromkeys("ABC", "length")
+            await generate(llm, max_tokens=1)
+            state = applied(state, data_of(await read(looker)))
+            assert "copies" not in state["did"], "it is not told again"
+
+    asyncio.run(go())
+
+
+def test_why_a_request_failed_may_have_its_text_in_it_and_is_not_told(folder, monkeypatch):
+    async def go():
+        async with living(folder) as (live, llm):
+            execute = llm.engine.executor.execute
+
+            def failing(plan):
+                output = execute(plan)
+                output.errors.update({s.seq_id: "hush" for s in plan.sequences})
+                return output
+
+            monkeypatch.setattr(llm.engine.executor, "execute", failing)
+            looker = live.look()
+            told = await read(looker)
+            with contextlib.suppress(Exception):
+                await generate(llm)
+            state = applied(data_of(told), data_of(await read(looker)))
+            assert state["num_finished"] == 1 and "hush" not in str(state)
 
     asyncio.run(go())
 
@@ -243,7 +304,10 @@ def test_of_a_large_pool_it_is_not_told_which_block_is_whose(folder):
             while not state.get("tables"):
                 state = applied(state, data_of(await read(looker)))
             assert state["tables"]["A"]["num_blocks"] >= 1 and "blocks" not in state["tables"]["A"]
-            assert not state["shows_blocks"] and state["cached"] == {}
+            while state["num_finished"] == 0:
+                assert not state["shows_blocks"] and state["cached"] == state["index"] == {}
+                assert not {"copies", "freed", "evicted", "swap_in", "swap_out", "loading"} & {*state["did"]}
+                state = applied(state, data_of(await read(looker)))
             await asking
 
     asyncio.run(go())

@@ -35,8 +35,10 @@ from minipaged.server.protocol import (
 from minipaged.server.schema import told
 from minipaged.server.transport import ClientGone
 from minipaged.text.inputs import tokenize
+from minipaged.viewer.page import assemble
 
 PAGE = Path(__file__).with_name("page.html")
+PARTS = Path(__file__).with_name("page")
 READING = 400, 401, 408, 413  # what may be wrong with any body
 PAGE_MAY = (  # what it consists of, and nothing from elsewhere
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -144,10 +146,11 @@ def _add_state(app: FastAPI, house: House, metrics: Metrics) -> None:
 
     if config.page:
         add_live(app, house)
+        text = assemble(PAGE.read_text(encoding="utf-8"), PARTS)
 
         @app.get("/", include_in_schema=False)
         def page() -> HTMLResponse:
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_MAY})
+            return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_MAY})
 
 
 def _model(name: str, config: ServerConfig, began: int, max_model_len: int) -> dict[str, Any]:

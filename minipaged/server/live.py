@@ -1,7 +1,8 @@
 """What the engine does, for those who look: GET /live, server-sent events.
 
-The state is one JSON object: who runs, waits and is swapped out, the page tables, the account of the memory. It has no
-text in it and no token; of request ids only what the page made up to know its own again (see PAGE_ID). The first event
+The state is one JSON object, the same that a trace keeps (viewer/TRACE.md): who runs, waits and is swapped out, the
+page tables, the account of the memory. It has no text in it and no token; of request ids only what the page made up to
+know its own again (see PAGE_ID). `did` is what all steps did that were computed since the state before. The first event
 is all of it, and each later one a merge patch (RFC 7386): what changed, and null for what is gone.
 
 While nobody looks it costs nothing. Else one task looks for all of them, now and then, and only if something happened.
@@ -15,8 +16,6 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -26,17 +25,15 @@ from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.server.errors import ApiError
 from minipaged.server.manners import House
 from minipaged.server.transport import EventStream, event
-from minipaged.terminal.snapshot import Observer, letters
+from minipaged.viewer.thinning import did_of_both
+from minipaged.viewer.state import MOST_BLOCKS, Eye, State, merge_patch
 
 log = logging.getLogger("minipaged.server")
 
 PAUSE = 1 / 8  # seconds between two looks
 QUIET = 15.0  # seconds of silence before a comment is sent, which finds out who is gone
-MOST_BLOCKS = 4096  # of larger pools it isn't told which block is whose
 NUM_EVENTS = 8  # sentences on what happened last
 PAGE_ID = re.compile(r"page-([0-9a-f]{8}-[0-9]{1,6})-[0-9a-f]{16}")  # its end is secret: who knows an id can abort it
-
-State = dict[str, Any]
 
 
 def add_live(app: FastAPI, house: House) -> None:
@@ -92,7 +89,7 @@ class Live:
         """Look, as long as anybody wants to know."""
         call, eye, seen = self._house.llm.call, None, None
         try:
-            eye = await call(lambda: Eye(self._engine, self._house.config.model_names[0]))
+            eye = await call(lambda: LiveEye(self._engine, self._house.config.model_names[0]))
             while self.num_lookers and not (self._house.closing and not self._house.num_guests):
                 before, seen = seen, self._mark()
                 if seen != before:
@@ -125,81 +122,50 @@ class Live:
         self._news = asyncio.Event()
 
 
-class Eye:
-    """Looks at an engine between two steps, and hears of every step until it is closed. In the engine's thread."""
+class LiveEye:
+    """What may be told of what an Eye sees. It hears of every step until it is closed. In the engine's thread.
+
+    Of pools of more than MOST_BLOCKS blocks it isn't told which block is whose.
+    """
 
     def __init__(self, engine: LLMEngine, model: str):
-        self._engine, self._observer = engine, Observer(engine)
-        self._head = {"model": model, "max_model_len": engine.max_model_len, "shows_blocks": self._shows_blocks()}
+        self._engine, self._eye = engine, Eye(engine, engine.totals.num_steps)
+        self._shows_blocks = engine.memory.num_blocks <= MOST_BLOCKS
+        self._head = {"model": model, "max_model_len": engine.max_model_len, "shows_blocks": self._shows_blocks}
         self._events: deque[str] = deque(maxlen=NUM_EVENTS)
-        self._step: State = {"number": engine.totals.num_steps, "sequences": 0, "tokens": 0, "seconds": 0.0}
-        self._num_drawn = 0  # tokens, since it looks
+        self._did: State = {}
+        self._seconds = 0.0
         engine.observers.append(self._follow)
 
     def close(self) -> None:
         self._engine.observers.remove(self._follow)
 
-    def _shows_blocks(self) -> bool:
-        return self._engine.memory.num_blocks <= MOST_BLOCKS
-
     def _follow(self, plan: StepPlan, output: StepOutput) -> None:
-        self._events.extend(f"step {plan.step}: {told}" for told in self._observer.follow(plan, output))
-        self._num_drawn += len(output.candidates)
-        self._num_drawn += sum(len(sample) for samples in output.tokens.values() for sample in samples)
-        sizes = {"sequences": len(plan.sequences), "tokens": plan.num_tokens}
-        self._step = {"number": plan.step, **sizes, "seconds": round(time.monotonic(), 3)}
+        self._eye.follow(plan, output)
+        self._did = did_of_both(self._did, self._eye.did(plan, output))
+        self._events.extend(f"step {plan.step}: {told}" for told in self._eye.events)
+        self._seconds = round(time.monotonic(), 3)
 
     def state(self) -> State:
         """Of this moment. step.seconds: when the last step was over; two of them tell how much time passed."""
         stats = self._engine.stats()  # first: it puts right what a step that failed may have left
-        snapshot = self._observer.snapshot()
-        usage = asdict(snapshot.usage) | {"waste_percent": round(snapshot.usage.waste_percent, 1)}
-        tables: dict[str, State] = {}
-        for table in snapshot.tables:
-            where = {"blocks": table.blocks} if self._shows_blocks() else {}
-            tables[table.name] = {
-                "tokens": table.num_tokens, "num_blocks": len(table.blocks), "swapped": table.swapped, **where,
-            }  # fmt: skip
-        return {
-            **self._head,
-            "step": self._step,
-            "usage": usage,
-            "num_drawn": self._num_drawn,
-            "num_finished": stats.num_finished,
-            "num_preemptions": snapshot.num_preemptions,
-            "prefixes": {"queried": stats.prefixes.queried, "found": stats.prefixes.found},
-            "requests": self._requests(),
-            "tables": tables,
-            "cached": dict.fromkeys(map(str, snapshot.cached), 1) if self._shows_blocks() else {},
-            "events": list(self._events),
-        }
-
-    def _requests(self) -> dict[str, State]:
-        scheduler = self._engine.scheduler
-        queues = {"running": scheduler.running, "waiting": scheduler.waiting, "swapped": scheduler.swapped}
-        told = {}
-        for state, requests in queues.items():
-            for request in requests:
-                own = PAGE_ID.fullmatch(request.request_id)
-                told[letters(request.arrival)] = {
-                    "state": state, "prompt": len(request.prompt_token_ids), "output": request.num_output_tokens,
-                    "sequences": len(request.live), "most": request.max_tokens, "page": own[1] if own else "",
-                }  # fmt: skip
-        return told
+        state: State = {**self._head, **self._eye.state()}
+        did, self._did = self._did, {}
+        did.pop("errors", None)  # why, may have words of somebody's text in it
+        state["step"] = state["step"] | {"seconds": self._seconds}
+        state |= {"num_finished": stats.num_finished, "did": did, "events": list(self._events)}
+        for request in state["requests"].values():
+            own = PAGE_ID.fullmatch(request.pop("id"))
+            request["page"] = own[1] if own else ""
+        return state if self._shows_blocks else _without_blocks(state)
 
 
-def merge_patch(old: State, new: State) -> State:
-    """What makes `new` of `old`, by RFC 7386. Neither has a null.
-
-    >>> merge_patch({"a": {"b": 1, "c": 2}, "d": [3]}, {"a": {"b": 1, "c": 4, "e": {}}, "f": 5})
-    {'a': {'c': 4, 'e': {}}, 'f': 5, 'd': None}
-    """
-    patch: State = {}
-    for name, value in new.items():
-        before = old.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            if inner := merge_patch(before, value):
-                patch[name] = inner
-        elif value != before:
-            patch[name] = value
-    return patch | {name: None for name in old if name not in new}
+def _without_blocks(state: State) -> State:
+    """How many there are, and not which."""
+    counts = {
+        name: {"tokens": table["tokens"], "num_blocks": len(table["blocks"]), "swapped": table["swapped"]}
+        for name, table in state["tables"].items()
+    }
+    of_blocks = ("copies", "swap_out", "swap_in", "freed", "evicted", "loading")
+    did = {name: value for name, value in state["did"].items() if name not in of_blocks}
+    return state | {"tables": counts, "cached": {}, "index": {}, "did": did}

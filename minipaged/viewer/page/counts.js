@@ -11,6 +11,7 @@ const COUNTS = { // name -> [what it is called, its value in a state]
   swapped_out_blocks: ["swapped out", ({ usage }) => usage.swapped_out_blocks],
   swapped_in_blocks: ["swapped in", ({ usage }) => usage.swapped_in_blocks],
   evicted: ["evicted", ({ usage }) => usage.evicted],
+  finished: ["requests ended", (state) => state.num_finished ?? "-"],
   preemptions: ["preemptions", (state) => state.num_preemptions],
   found: ["tokens found", ({ prefixes }) => prefixes?.found ?? "-"],
   tokens: ["tokens in the step", ({ step }) => step.tokens],

@@ -37,7 +37,10 @@ class Queues {
 
   newRow(name) {
     const words = make("span"), far = make("span", "far"), button = make("button", "", "", chip(name), words, far);
-    if (this.view.isMine(name)) button.firstChild.classList.add("mine");
+    if (this.view.isMine(name)) {
+      button.firstChild.classList.add("mine");
+      far.before(make("span", "small", "you"));
+    }
     button.type = "button";
     button.title = "Its blocks stand out";
     button.onclick = () => this.view.pick(name);
@@ -47,13 +50,14 @@ class Queues {
   }
 }
 
-/** How many blocks each request holds: by name, the numbers of its blocks. */
+/** The blocks of each request, by name. Of a very large pool a server says only how many. */
 function blocksOf(state) {
   const blocks = new Map();
   for (const [sequence, table] of Object.entries(state.tables)) {
     const name = requestOf(sequence);
-    if (!blocks.has(name)) blocks.set(name, new Set());
-    for (const block of table.blocks) blocks.get(name).add(block);
+    if (!blocks.has(name)) blocks.set(name, table.blocks ? new Set() : { size: 0 });
+    if (!table.blocks) blocks.get(name).size += table.num_blocks;
+    else for (const block of table.blocks) blocks.get(name).add(block);
   }
   return blocks;
 }

@@ -1,0 +1,74 @@
+// --- the live state: one object, which patches keep up to date, and the parts that draw it ------------------------------
+
+let state = {};
+const view = new View($("run"), (name) => state.requests[requestOf(name)]?.page.startsWith(TAB) ?? false);
+const numbers = new Numbers(), bar = new Bar();
+const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(["running", "waiting", "swapped"].map((which) =>
+  [which, { list: $(which), number: $(`num-${which}`) }]))), new Events(view, $("events"))];
+const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Detail(view, $("detail")), new Tables(view, $("tables")),
+  new Moves(view, view.find(".moves"))];
+
+/** As long as the page is seen. A hidden one would take a connection, of which a browser has six for a server. */
+async function follow() {
+  for (let wait = 1; ; wait = Math.min(2 * wait, 8)) {
+    while (document.hidden) await new Promise((done) => document.addEventListener("visibilitychange", done, { once: true }));
+    const looking = new AbortController();
+    const leave = () => document.hidden && looking.abort();
+    document.addEventListener("visibilitychange", leave);
+    try {
+      const response = await ask("/live", { signal: looking.signal });
+      state = {};
+      numbers.forget();
+      for await (const data of eventsOf(response)) {
+        merge(state, JSON.parse(data));
+        say("live", true);
+        show();
+        wait = 0.5;
+      }
+      say("the server has ended the live view", false);
+    } catch (error) {
+      say(error.name === "AbortError" ? "paused" : error.message, false);
+    }
+    document.removeEventListener("visibilitychange", leave);
+    if (!document.hidden) await pause(wait);
+    while (keyMissing && !sessionStorage.getItem("key")) await pause(0.5); // until somebody sends a message with one
+  }
+}
+
+function say(words, on) {
+  if ($("status").textContent !== words) $("status").textContent = words;
+  $("status").classList.toggle("on", on);
+}
+
+function show() {
+  $("model").textContent = state.model;
+  document.title = `${state.model} - minipaged`;
+  nameTurns();
+  for (const id of ["pool", "legend", "detail", "page-tables"]) $(id).hidden = !state.shows_blocks;
+  $("bar").hidden = state.shows_blocks;
+  $("cpu-pool").hidden = !state.shows_blocks || !state.usage.swapped_out_blocks;
+  if (view.picked && !state.requests[view.picked]) view.picked = "";
+  view.parts = [...everywhere, ...(state.shows_blocks ? ofBlocks : [bar])];
+  numbers.update(state);
+  view.show({ state, did: state.did, step: state.step.number, line: { events: state.events.toReversed() } });
+}
+
+/** Requests of this tab get the names that they have in the pool. */
+function nameTurns() {
+  for (const [name, request] of Object.entries(state.requests)) {
+    const turn = request.page.startsWith(TAB) && turns.find((one) => one.tag === request.page);
+    if (!turn) continue;
+    if (!turn.name) turn.answers.forEach((answer, index) => nameAnswer(answer, name + (turn.n > 1 && !turn.beams ? index + 1 : "")));
+    turn.name = name;
+    if (!turn.over) tellFacts(turn);
+  }
+}
+
+function nameAnswer({ chip }, name) {
+  chip.textContent = name;
+  chip.hidden = false;
+  paint(chip, name);
+}
+
+$("page-tables").open = matchMedia("(min-width: 861px)").matches; // on a phone they are asked for
+follow();
