@@ -44,7 +44,7 @@ def recording(trace: str | None, page: str | None) -> Iterator[Recorder]:
         with _open("trace", trace or "") as file:
             yield Recorder(file)
         return
-    with _opened(page), tempfile.TemporaryDirectory() as folder:
+    with opened(page), tempfile.TemporaryDirectory() as folder:
         kept = trace or str(Path(folder, f"{Path(page).stem}.jsonl"))
         with _open("trace", kept) as file:
             if not Path(kept).is_file() or Path(kept).resolve() == Path(page).resolve():
@@ -58,8 +58,8 @@ def recording(trace: str | None, page: str | None) -> Iterator[Recorder]:
 
 
 @contextlib.contextmanager
-def _opened(page: str) -> Iterator[None]:
-    """That it can be written is known before; if then nothing was, no empty file is left."""
+def opened(page: str) -> Iterator[None]:
+    """Around what makes a page: BadInput if it can't be written, before anything else; and no empty file is left."""
     new = not Path(page).exists()
     _open("page", page).close()
     try:
