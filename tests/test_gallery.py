@@ -1,6 +1,7 @@
 """The gallery: its pages are what today's parts make of the runs in them, and each shows its lesson."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,13 @@ def test_the_index_is_todays():
         assert (FOLDER / f"../{run.chapter}.ipynb").exists()
         picture = (FOLDER / f"{run.name}.png").read_bytes()
         assert int.from_bytes(picture[16:20]) == 1280 and len(picture) < 150_000
+
+
+def test_chapters_link_to_what_is_there():
+    titles = {re.sub(r"[^a-z -]", "", run.title.lower()).replace(" ", "-"): run.chapter for run in RUNS}
+    sources, link = (FOLDER / "../source").resolve().glob("[0-9]*.py"), r"gallery/README.md#([a-z-]+)"
+    links = {(title, file.stem) for file in sources for title in re.findall(link, file.read_text())}
+    assert links == {*titles.items()}
 
 
 @each_run
