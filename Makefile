@@ -6,6 +6,7 @@
 # make bench        this engine beside others on the same weights (long: half an hour on two cores)
 # make gpu          tests, kernels, engine and a profile on a machine with a GPU: 8 minutes, installs nothing
 # make experiments  the paper's evaluation, redone (a quarter of an hour on two cores)
+# make gallery      draw the gallery's pages and pictures again, of the runs that are in them
 # make lint         style and types
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ OUT    ?= results/gpu
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: run test serve lab chapters bench gpu experiments lint clean
+.PHONY: run test serve lab chapters bench gpu experiments gallery lint clean
 
 run: $(READY)
 	$(RUN) minipaged.generate --n 2 --temperature 0.3 --seed 1 --max-tokens 48 --num-blocks 24 --stats \
@@ -40,6 +41,9 @@ gpu:
 
 experiments: $(READY)
 	$(RUN) minipaged.experiments
+
+gallery: $(READY)
+	$(RUN) minipaged.experiments gallery --out chapters/gallery --redraw --pictures
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -1,13 +1,13 @@
 """The command line: `python -m minipaged.generate [PROMPT ...]`.
 
-This file is what is done; the flags, what is asked, said and drawn are in terminal/, and trace.py keeps it.
+This file is what is done; the flags, what is asked, said and drawn are in terminal/, and viewer/ keeps it.
 """
 
 import argparse
 import contextlib
 import sys
 import time
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,11 +18,11 @@ from minipaged.terminal.options import HINTS, parse
 from minipaged.terminal.prompts import Job, NoPrompt, for_each, read_jobs
 from minipaged.terminal.report import Results, show_account, show_prefixes
 from minipaged.terminal.watch import Display, EventLines, ProgressLine, Watch, can_draw, note_interrupts
-from minipaged.viewer.trace import TraceError, TraceWriter
+from minipaged.viewer.recording import recording
+from minipaged.viewer.trace import TraceError
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import: not for --help, nor to say that a flag is wrong
     from minipaged.llm import LLM
-
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,22 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:
     options = engine_options(args)
     console = Console(stderr=True, no_color=args.no_color or None, highlight=False)
-    trace = stack.enter_context(_open_trace(args.trace)) if args.trace else None
+    record = stack.enter_context(recording(args.trace, args.html)) if args.trace or args.html else None
     llm: LLM = load("LLM", args.model, options, console)
     _add_all(llm, jobs, args.chat)
-    if trace:
-        with contextlib.suppress(OSError):  # a pipe has nothing to be removed
-            trace.truncate(0)
-        llm.observers.append(TraceWriter.of(llm, trace))
+    if record:
+        record.follow(llm)
     return _run(llm, jobs, args, console)
-
-
-def _open_trace(path: str) -> IO[str]:
-    """Opened before anything runs; but what it held is kept until there is something to write."""
-    try:
-        return open(path, "a", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"cannot write the trace {path}: {error.strerror}") from None
 
 
 def _add_all(llm: "LLM", jobs: list[Job], chat: bool | None) -> None:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.experiments import live, live_client, live_report, live_systems
+from minipaged.experiments import __main__ as command
+from minipaged.experiments import live, live_client, live_record, live_report, live_systems
+from minipaged.experiments.gallery import data_of
 from minipaged.experiments.live import LiveSettings, scaled_jobs
 from minipaged.experiments.live_client import Client, Tenant, account
 from minipaged.experiments.live_systems import SYSTEMS, ContiguousKVCacheManager, batch_size, install
@@ -381,6 +383,74 @@ def test_tables_and_pictures(result):
     assert [list(line.get_xdata()) for line in median.lines] == [[200.0]] * 3
     assert [line.get_ydata()[0] for line in tail.lines] == [1000 * row.latency["p90"] for row in result.rows[3:]]
     assert {"static", "contiguous", "paged"} <= {text.get_text() for text in bars.texts}
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------
+
+
+def test_who_watches_a_run_sees_its_memory_and_goes_with_it():
+    engine, seen = Engine(), []
+
+    def watch(llm):
+        assert isinstance(llm.memory, ContiguousKVCacheManager), "it is installed"
+        return lambda plan, output: seen.append(plan)
+
+    prompts = [[number] * job.prompt for number, job in enumerate(FEW)]
+    Client(engine, SYSTEMS["contiguous"], FEW, prompts, LONGEST, engine.clock, engine.sleep, watch=watch).run()
+    assert seen == engine.plans and engine.observers == []
+    engine.interrupt_at = len(engine.plans) + 2
+    with pytest.raises(KeyboardInterrupt):
+        Client(engine, SYSTEMS["contiguous"], FEW, prompts, LONGEST, engine.clock, engine.sleep, watch=watch).run()
+    assert engine.observers == []
+
+
+def runs_in(page):
+    return {one["header"]["settings"]["memory"]: one for one in data_of(page)}
+
+
+def test_each_system_is_recorded_beside_paged(folder, tmp_path):
+    said = []
+    page = tmp_path / "live.html"
+    pages = live_record.record(replace(SMALL, model=folder, num_requests=8), page, lambda *told: said.append(told))
+    assert pages == [page, tmp_path / "live-static.html"]
+    assert said == [(f"recording, not measured: {name}", pytest.approx(number / 3))
+                    for number, name in enumerate(("static", "contiguous", "paged"))]  # fmt: skip
+    assert [list(runs_in(one)) for one in pages] == [["contiguous", "paged"], ["static", "paged"]]
+    for run in {**runs_in(pages[0]), **runs_in(pages[1])}.values():
+        assert run["title"] == live_record.TITLES[run["header"]["settings"]["memory"]] and run["header"]["lesson"]
+    contiguous, paged = runs_in(page).values()
+    tables = [line["patch"]["tables"] for line in (contiguous["lines"][0], paged["lines"][0])]
+    assert list(tables[0]) == ["A", "B", "C", "D"] and {len(table["blocks"]) for table in tables[0].values()} == {4}
+    assert len(paged["lines"][0]["did"]["computed"]) == 8, "all of them at once"
+    for table in tables[1].values():
+        assert len(table["blocks"]) == -(-table["tokens"] // 16)
+    static = runs_in(pages[1])["static"]["lines"]
+    assert len({tuple(line["did"]["computed"]) for line in static}) == 2, "two batches"
+    assert sum(len(line["did"].get("finished", ())) for line in contiguous["lines"]) == 8
+
+
+def test_one_system_alone_has_a_page(folder, tmp_path):
+    settings = replace(SMALL, model=folder, num_requests=2, systems=("paged",))
+    assert live_record.record(settings, tmp_path / "p", lambda *told: None) == [tmp_path / "p"]
+    assert list(runs_in(tmp_path / "p")) == ["paged"]
+
+
+def test_the_command_records_what_it_has_measured(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(live, "QUICK", replace(SMALL, model=folder, num_requests=2, rates=(math.inf,)))
+    page = tmp_path / "page.html"
+    assert command.main(["live", "--quick", "--out", str(tmp_path / "out"), "--html", str(page)]) == 0
+    assert f"{tmp_path / 'out' / 'live.svg'}, {page}, {tmp_path / 'page-static.html'}" in capsys.readouterr().err
+    nowhere = str(tmp_path / "no" / "page")
+    for arguments, words in (
+        (["live", "--html", nowhere], f"cannot write the page {nowhere}: No such file"),
+        (["fig2", "--html", str(page)], "--html is for live, not for fig2"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main([*arguments, "--out", str(tmp_path / "out")])
+        assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- settings ------------------------------------------------------------------------------------------------
 
 
 def test_rates_follow_the_machine(folder):

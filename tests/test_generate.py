@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from minipaged.terminal.options import HINTS
 from minipaged.terminal.prompts import Job
 from minipaged.terminal.report import Results
 from minipaged.text.outputs import CompletionOutput, RequestOutput
+from minipaged.text.texts import Texts
+from minipaged.viewer.trace import read_trace
 
 POOL = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "16", "--max-tokens", "8"]
 
@@ -324,6 +327,50 @@ def test_watch_tells_what_was_found(run):
     assert "found" not in run(*flags, "--prefix-cache", "none", stdin=lines)[2]
 
 
+# --- the page of a run --------------------------------------------------------------------------------------
+
+
+def replayed(page):
+    """What a page was made of: the one run in it."""
+    [data] = re.findall(r'<script id="data" type="application/json">(.*)</script>', page.read_text(encoding="utf-8"))
+    [one] = json.loads(data)["runs"]
+    return one
+
+
+def test_a_page_of_the_run_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    page, trace = tmp_path / "one.html", tmp_path / "two.jsonl"
+    alone = run("one", "two", "--html", str(page))
+    assert alone == run("one", "two") == run("one", "two", "--html", str(tmp_path / "b.html"), "--trace", str(trace))
+    assert replayed(page)["title"] == "one" and replayed(tmp_path / "b.html")["title"] == "two"
+    assert [line["step"] for line in replayed(page)["lines"]] == list(range(1, 9))
+    assert list(read_trace(trace)[1])[-1].state["step"] == {"number": 8, "sequences": 2, "tokens": 2}
+    assert not list((tmp_path / "temporary").iterdir()), "the trace that nobody asked for is removed"
+
+
+def test_a_page_tells_of_a_request_that_failed(run, tmp_path, monkeypatch):
+    def broken(self, request, answer=Texts.answer):
+        if request.request_id == "1" and request.num_output_tokens == 3:
+            raise RuntimeError("no such text")
+        return answer(self, request)
+
+    monkeypatch.setattr(Texts, "answer", broken)
+    page = tmp_path / "page.html"
+    status, _, error = run("one", "two", "--html", str(page))
+    lines = replayed(page)["lines"]
+    assert status == 1 and "no such text" in error
+    assert lines[2]["did"]["finished"] == {"B": "error"} and lines[-1]["step"] == 8
+
+
+def test_a_refused_run_leaves_the_old_page_alone_and_no_new_one(run, tmp_path):
+    old, new = tmp_path / "old.html", tmp_path / "new.html"
+    old.write_text("precious\n")
+    for page in (old, new):
+        assert run("hi", "--html", str(page), "--max-tokens", "900")[0] == 2
+    assert old.read_text() == "precious\n" and not new.exists()
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -368,6 +415,9 @@ REFUSED = {
     "no prompt": (["--json"], "there is no prompt: give one"),
     "no prompts file": (["--prompts-file", "no-such-file"], "cannot read no-such-file: No such file"),
     "trace": (["hi", "--trace", "no/such/folder/t"], "cannot write the trace no/such/folder/t: No such file"),
+    "page": (["hi", "--html", "no/such/folder/p"], "cannot write the page no/such/folder/p: No such file"),
+    "page that is a folder": (["hi", "--html", "."], "cannot write the page .: Is a directory"),
+    "trace that is a pipe": (["hi", "--trace", "/dev/null", "--html", "/dev/null"], "be another file, and no pipe"),
     "too wide": (
         ["hi", "--n", "17"],
         "prompt 1: the request wants 17 sequences at once, but max_num_seqs is 16",
@@ -489,6 +539,21 @@ def test_ctrl_c_prints_what_was_finished(model):
     assert process.wait(60) == 130
     assert first.startswith("=== A") and "=== C" in out and "=== B" not in out
     assert err == "interrupted: 2 of 3 prompts were finished\n"
+
+
+def test_ctrl_c_leaves_a_page_of_what_happened(model, tmp_path):
+    page = tmp_path / "page.html"
+    lines = "\n".join(json.dumps({"prompt": "a", "max_tokens": count}) for count in (2, 4000))
+    flags = ["--model", model, "--prompts-file", "-", "--num-blocks", "500", "--html", str(page)]
+    process = start(*flags, stdin=subprocess.PIPE)
+    process.stdin.write(lines)
+    process.stdin.close()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert (process.stderr.read(), process.wait(60)) == ("interrupted: 1 of 2 prompts were finished\n", 130)
+    lines = replayed(page)["lines"]
+    assert lines[1]["did"]["finished"] == {"A": "length"} and "B" in lines[0]["patch"]["requests"]
 
 
 def test_ctrl_c_while_loading(model):

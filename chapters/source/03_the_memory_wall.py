@@ -1182,6 +1182,8 @@ attempt(test_Compacting, Compacting)
 # One rule is behind the waste: that a request lies in one piece. Give it up, and a slot is as good as any other.
 # [Chapter 4](04_blocks.ipynb) builds the memory that does so: a pool of equal blocks, a free list, and a count.
 #
+# **See it run**: [free memory that is of no use](gallery/README.md#free-and-of-no-use), and pages beside it.
+#
 # ## Sources
 #
 # - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, SOSP 2023: sections

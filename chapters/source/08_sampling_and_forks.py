@@ -1277,6 +1277,8 @@ attempt(test_least_blocks, least_blocks)
 # every token: sequences fork and die all the time. [Chapter 9](09_beam_search.ipynb) does that with the memory of this
 # chapter.
 #
+# **See it run**: [three samples, step by step](gallery/README.md#three-samples-of-one-prompt), as recorded.
+#
 # ## Sources
 #
 # - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023: section 4.4

@@ -1178,6 +1178,8 @@ attempt(test_likeliest, likeliest)
 # others wait for a new one to begin? [Chapter 10](10_continuous_batching.ipynb) lets requests come and go between
 # steps.
 #
+# **See it run**: [four beams, step by step](gallery/README.md#beam-search-four-beams), as recorded.
+#
 # ## Sources
 #
 # - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023: section 4.4

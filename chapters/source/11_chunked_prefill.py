@@ -904,6 +904,8 @@ attempt(test_Pace, Pace)
 # can't: sequences grow, and one day the pool is full while everyone wants one block more. Who gives way then, and what
 # becomes of what it had? That is [chapter 12](12_preemption.ipynb), preemption.
 #
+# **See it run**: [a long prompt in pieces](gallery/README.md#a-long-prompt-in-pieces), as recorded.
+#
 # ## Sources
 #
 # - Agrawal et al., *SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills*, 2023, and

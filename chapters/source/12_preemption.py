@@ -959,6 +959,8 @@ attempt(test_fits_for_good, fits_for_good)
 # Until now, what a request had computed was gone when it ended. But the next one may begin with the same words, and
 # blocks that are free still hold what they held. [Chapter 13](13_prefix_caching.ipynb) lets them be found again.
 #
+# **See it run**: [a request makes way and comes back](gallery/README.md#too-little-memory-for-all), step by step.
+#
 # ## Sources
 #
 # - Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023: section 4.5

@@ -1282,6 +1282,8 @@ attempt(test_endless, endless)
 # Does all that make a server faster, and by how much? [Chapter 15](15_the_experiments.ipynb) does the paper's
 # experiments again.
 #
+# **See it run**: [a tree of prefixes](gallery/README.md#a-tree-of-prefixes) that grows and is shed, step by step.
+#
 # ## Sources
 #
 # - Zheng et al., *SGLang: Efficient Execution of Structured Language Model Programs*, NeurIPS 2024: RadixAttention,

@@ -20,4 +20,6 @@ with, and a cost model instead of a GPU; and the same comparison live, on the re
     figures/         the figures
     report.py        tables and pictures
     live.py          the comparison on the real model (live_systems.py, live_client.py, live_report.py)
+    live_record.py   the same to look at: traces and pages
+    gallery.py       six short runs as pages (gallery_runs.py: which; gallery_pictures.py)
 """

@@ -19,7 +19,7 @@ from minipaged.experiments.live_systems import SYSTEMS, batch_size
 from minipaged.experiments.loads import LONGEST, Job, jobs
 from minipaged.llm import LLM
 
-__all__ = ["QUICK", "LiveSettings", "report", "run", "scaled_jobs"]
+__all__ = ["QUICK", "LiveSettings", "load", "report", "run", "scaled_jobs"]
 
 Progress = Callable[[str, float], None]  # called with: what is going on, and the share that is done, 0 to 1
 MAX_NUM_SEQS = 256  # more than memory holds: it alone sets the limit
@@ -107,7 +107,7 @@ def run(settings: LiveSettings, progress: Progress) -> LiveResult:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     progress(f"loading {settings.model}", 0.0)
-    llm = _load(settings)
+    llm = load(settings)
     random, given = Random(settings.seed), scaled_jobs(settings, math.inf)
     prompts = [[random.randrange(llm.config.vocab_size) for _ in range(job.prompt)] for job in given]
     _warm_up(llm, settings, prompts)
@@ -141,7 +141,8 @@ def _compare(llm: LLM, settings: LiveSettings, prompts: list[list[int]], progres
     return rows
 
 
-def _load(settings: LiveSettings) -> LLM:
+def load(settings: LiveSettings) -> LLM:
+    """An engine with the model, and the memory that all systems share out. ValueError as in `run`."""
     llm = LLM(
         settings.model,
         dtype=settings.dtype,

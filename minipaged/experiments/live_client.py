@@ -74,6 +74,7 @@ class Moment:
 class Client:
     """One run of one system. clock, sleep: in seconds; others than the real ones in tests.
 
+    watch: makes an observer of the engine, once the system is installed.
     first, finished: by the job's number, seconds from its arrival to its first token, and to its last.
     tokens: its answer.
     """
@@ -85,6 +86,7 @@ class Client:
     max_model_len: int
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
+    watch: Callable[[LLM], Callable[[StepPlan, StepOutput], None]] | None = None
     moments: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -104,7 +106,8 @@ class Client:
     def run(self) -> None:
         """Send every job when it is due, and step until all are answered."""
         install(self.llm, self.system, self.jobs, self.max_model_len)
-        self.llm.observers.append(self._observe)
+        observers = [self._observe, *([self.watch(self.llm)] if self.watch else [])]
+        self.llm.observers += observers
         try:
             began = before = self.clock()
             while self._sent < len(self.jobs) or self.llm.has_unfinished_requests:
@@ -116,7 +119,8 @@ class Client:
                 self.moments.append(self._moment(idle, now - before, waiting))
                 before = now
         finally:
-            self.llm.observers.remove(self._observe)
+            for observer in observers:
+                self.llm.observers.remove(observer)
 
     def _step_or_sleep(self, idle: bool, began: float) -> None:
         if idle:

@@ -44,6 +44,7 @@ JSON_HELP = (
 )
 JSON_SCHEMA_HELP = "answers are JSON that fits the schema in this file"
 REGEX_HELP = "each answer as a whole matches this regular expression"
+HTML_HELP = "write a page that replays the run in any browser, without a network or a server"
 TRACE_HELP = "write each step as a JSON line, to be drawn by python -m minipaged.trace FILE"
 
 
@@ -105,5 +106,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--stats", "end with the account of the memory")
     add("--watch", "show the memory live (where standard error is no terminal: a line for each event)")
     group.add_argument("--trace", metavar="FILE", help=TRACE_HELP)
+    group.add_argument("--html", metavar="PAGE", help=HTML_HELP)
     add("--no-color", "no colours (as with NO_COLOR set)")
     add("--debug", "poison freed memory, and check all page tables at every step")
