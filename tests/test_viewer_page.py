@@ -154,7 +154,7 @@ def test_as_it_was_takes_the_time_that_it_took(opened, names):
 
 
 def test_keys_move(opened):
-    page = opened()
+    page = opened(fake_clock=True)
     end = page.evaluate("player.last")
     for key, there in (
         ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("PageDown", 11), ("PageUp", 1), ("End", end),

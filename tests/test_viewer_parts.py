@@ -6,7 +6,8 @@ from pathlib import Path
 
 from minipaged.viewer.page import PARTS
 
-NAME = re.compile(r"^(?:const|let|class|function\*?|async function)\s+(?:\{([^}]*)\}|\[([^\]]*)\]|([\w$]+))", re.MULTILINE)
+DECLARED = r"^(?:const|let|class|function\*?|async function)\s+"
+NAME = re.compile(DECLARED + r"(?:\{([^}]*)\}|\[([^\]]*)\]|([\w$]+))", re.MULTILINE)
 
 
 def names(text: str) -> list[str]:

@@ -22,8 +22,8 @@ class Plots {
   constructor(view, element, trace, go) {
     const pasts = traces.map(pastOf);
     Object.assign(this, { view, element, trace, go, past: pastOf(trace), at: -1 });
-    addSeries(this.past);
-    const known = ({ lines }) => pasts.some((past) => addSeries(past)[lines[0][1]].some((number) => number >= 0));
+    pasts.forEach(addSeries);
+    const known = ({ lines }) => pasts.some(({ series }) => series[lines[0][1]].some((number) => number >= 0));
     this.plots = PLOTS.filter((plot) => known(plot) && (!plot.when || pasts.some(plot.when))).map((plot) => new Plot(plot, this));
     element.append(...this.plots.map((plot) => plot.element));
     axis.parts.push(this);
