@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from minipaged.terminal.command import EPILOG, BadInput, Parser, run
 from minipaged.terminal.draw import picture
 from minipaged.viewer.page import write_page
 from minipaged.viewer.perfetto import write_perfetto
@@ -22,7 +23,31 @@ PATIENCE = 2.0  # seconds until a bar says how far reading is
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit status: see the end of --help."""
-    parser = _parser()
+
+    def work() -> None:
+        args = _read_flags(argv)
+        try:
+            _write(args) if args.html is not None or args.perfetto is not None else _draw(args)
+        except TraceError as error:
+            raise BadInput(str(error)) from error
+
+    return run("minipaged.trace", work)
+
+
+def _read_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m minipaged.trace",
+        description="Draw a run again, from the file that --trace wrote; two files: beside each other, with --html.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("files", metavar="FILE", nargs="+")
+    add("--step", type=int, metavar="N", help="draw the memory after step N only; with --html: the page opens there")
+    add("--list", action="store_true", help="a line for each step instead of a picture")
+    add("--html", metavar="PAGE", help="write a page that replays it in any browser, without a network or a server")
+    add("--perfetto", metavar="OUT", help="write its timeline for ui.perfetto.dev or chrome://tracing, as JSON")
+    add("--no-color", action="store_true", help="no colours (as with NO_COLOR set)")
     args = parser.parse_args(argv)
     if args.html is None and args.perfetto is None:
         if len(args.files) > 1:
@@ -33,34 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--list is for the terminal: not with --html or --perfetto")
     elif args.step is not None and args.html is None:
         parser.error("--step says where a page opens, or what the terminal shows: not with --perfetto alone")
-    try:
-        _write(args) if args.html is not None or args.perfetto is not None else _draw(args)
-        return 0
-    except TraceError as error:
-        print(f"minipaged.trace: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read, as in `| head`, has enough; nothing must be written at the very end either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m minipaged.trace",
-        description="Draw a run again, from the file that --trace wrote; two files: beside each other, with --html.",
-        epilog="Exit status: 0 fine, 2 bad input, 130 interrupted by Ctrl-C.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("files", metavar="FILE", nargs="+")
-    add("--step", type=int, metavar="N", help="draw the memory after step N only; with --html: the page opens there")
-    add("--list", action="store_true", help="a line for each step instead of a picture")
-    add("--html", metavar="PAGE", help="write a page that replays it in any browser, without a network or a server")
-    add("--perfetto", metavar="OUT", help="write its timeline for ui.perfetto.dev or chrome://tracing, as JSON")
-    add("--no-color", action="store_true", help="no colours (as with NO_COLOR set)")
-    return parser
+    return args
 
 
 def _write(args: argparse.Namespace) -> None:
@@ -103,8 +101,13 @@ class Reading:
             self._bar.update(self._task, completed=share)
 
 
+class Screen(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # `run` knows what to do
+
+
 def _draw(args: argparse.Namespace) -> None:
-    console = Console(no_color=args.no_color or None, highlight=False, soft_wrap=True)
+    console = Screen(no_color=args.no_color or None, highlight=False, soft_wrap=True)
     number = None
     header, steps = read_trace(args.files[0])
     for step in steps:
@@ -113,10 +116,10 @@ def _draw(args: argparse.Namespace) -> None:
             console.print(in_words(step) if args.list else drawn(header, step))
         if args.step == number:
             return
-    if args.step is not None:
-        raise TraceError(f"there is no step {args.step}: the last is {number}" if number else "it has no steps")
     if number is None:
-        print(f"{args.files[0]} has no steps", file=sys.stderr)
+        raise TraceError(f"{args.files[0]} has no steps: there is nothing to draw")
+    if args.step is not None:
+        raise TraceError(f"{args.files[0]} has no step {args.step}: the last is {number}")
 
 
 def drawn(header: dict[str, Any], step: TraceStep) -> Text:

@@ -25,8 +25,8 @@ from minipaged.scheduling.plan import StepOutput, StepPlan
 from minipaged.server.errors import ApiError
 from minipaged.server.manners import House
 from minipaged.server.transport import EventStream, event
-from minipaged.viewer.thinning import did_of_both
 from minipaged.viewer.state import MOST_BLOCKS, Eye, State, merge_patch
+from minipaged.viewer.thinning import did_of_both
 
 log = logging.getLogger("minipaged.server")
 

@@ -44,7 +44,7 @@ def both(first: TraceStep, second: TraceStep) -> TraceStep:
     spent = [step.seconds for step in (first, second) if step.seconds is not None]
     return replace(
         second,
-        seconds=sum(spent) if spent else None,
+        seconds=round(sum(spent), 6) if spent else None,
         did=did_of_both(first.did, second.did),
         arrived=first.arrived | second.arrived,
         words=news_of_both(first.words, second.words),
