@@ -29,5 +29,7 @@ def new_step(line: dict[str, Any], before: State) -> dict[str, Any]:
         "tables": tables,
         "cached": dict.fromkeys(map(str, memory["cached"]), 1),
     }
+    gone = before.get("requests", {}).keys() - requests.keys()
     did = {name: plan[name] for name in ("copies", "swap_out", "swap_in", "freed") if plan[name]}
+    did |= {"finished": dict.fromkeys(sorted(gone), "")} if gone else {}
     return {"step": line["step"], "patch": merge_patch(before, state), "did": did, "events": line["events"]}

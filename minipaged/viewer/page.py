@@ -7,40 +7,38 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minipaged.viewer.state import merge_patch
-from minipaged.viewer.thinning import thinned
-from minipaged.viewer.trace import TraceError, TraceStep, read_trace
+from minipaged.viewer.thinning import condensed
+from minipaged.viewer.trace import TraceError, TraceStep, Watch, read_trace, unwatched, write
 
 PARTS = Path(__file__).with_name("page")
-MOST_STEPS = 2000  # that a page keeps: of longer runs it keeps every second one, or third, ...
+MOST_STEPS = 2000  # that a page keeps: of longer runs it keeps every second one, or fourth, ...
 Line = dict[str, Any]
 
 
-def write_page(traces: list[str | Path], path: Path) -> None:
+def write_page(traces: Sequence[str | Path], path: Path, step: int | None = None, watch: Watch = unwatched) -> None:
     """The page that replays one trace, or two beside each other. TraceError if a file is no trace, or none is written.
 
-    Nothing is written before all traces were read.
+    step: at which it opens. Nothing is written before all traces were read.
     """
-    text = page_of([run_of(trace) for trace in traces])
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TraceError(f"cannot write the page {path}: {error.strerror}") from None
+    write(path, "the page", page_of([run_of(trace, step, watch) for trace in traces]))
 
 
-def run_of(path: str | Path) -> Line:
+def run_of(path: str | Path, step: int | None = None, watch: Watch = unwatched) -> Line:
     """What the page knows of a trace: its name, its header, and its lines; of `every` steps it has the last one."""
-    header, steps = read_trace(path)
-    kept = list(steps)
+    header, steps = read_trace(path, watch)
+    kept, every = condensed(steps, MOST_STEPS)
     if not kept:
         raise TraceError(f"{path} has no steps: there is nothing to replay")
-    every = -(-len(kept) // MOST_STEPS)
+    if step is not None and not 1 <= step <= kept[-1].step:
+        raise TraceError(f"{path} has no step {step}: the last is {kept[-1].step}")
+    header = header if step is None else {**header, "open_at": step}
     title = header.get("title") or Path(path).stem
-    return {"title": title, "header": header, "every": every, "lines": list(_lines(thinned(kept, every)))}
+    return {"title": title, "header": header, "every": every, "lines": list(_lines(kept))}
 
 
 def _lines(steps: Iterable[TraceStep]) -> Iterator[Line]:

@@ -10,6 +10,23 @@ from minipaged.viewer.words import news_of_both
 Did = dict[str, Any]
 
 
+def condensed(steps: Iterable[TraceStep], most: int) -> tuple[list[TraceStep], int]:
+    """At most so many steps (an even number), and how many each of them stands for; the last one for fewer, perhaps.
+
+    All are read once, and no more than `most` are kept at a time.
+    """
+    kept: list[TraceStep] = []
+    every = 1
+    for number, step in enumerate(steps):
+        if number % every:
+            kept[-1] = both(kept[-1], step)
+        elif len(kept) < most:
+            kept.append(step)
+        else:
+            kept, every = [*thinned(kept, 2), step], 2 * every
+    return kept, every
+
+
 def thinned(steps: Iterable[TraceStep], every: int) -> Iterator[TraceStep]:
     """The very last of them may stand for fewer steps."""
     whole: TraceStep | None = None
@@ -27,7 +44,7 @@ def both(first: TraceStep, second: TraceStep) -> TraceStep:
     spent = [step.seconds for step in (first, second) if step.seconds is not None]
     return replace(
         second,
-        seconds=sum(spent) if spent else None,
+        seconds=round(sum(spent), 6) if spent else None,
         did=did_of_both(first.did, second.did),
         arrived=first.arrived | second.arrived,
         words=news_of_both(first.words, second.words),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import IO, TYPE_CHECKING, Any
 
 from minipaged.terminal.snapshot import Snapshot
@@ -130,12 +132,19 @@ class TraceStep:
         return snapshot_of(self.state)
 
 
-def read_trace(path: str | Path) -> tuple[State, Iterator[TraceStep]]:
+Watch = Callable[[float], None]  # is told, after each line, which share of a file was read
+
+
+def unwatched(share: float) -> None:
+    pass
+
+
+def read_trace(path: str | Path, watch: Watch = unwatched) -> tuple[State, Iterator[TraceStep]]:
     """The header and the steps, which are read one by one. TraceError if the file is not a trace.
 
     A last line that was cut off, because the writer was killed, is left out. Of version 1 there is no more than it had.
     """
-    return read_lines(_lines(path), str(path))
+    return read_lines(_lines(path, watch), str(path))
 
 
 def read_lines(lines: Iterator[str], where: str) -> tuple[State, Iterator[TraceStep]]:
@@ -151,25 +160,33 @@ def read_lines(lines: Iterator[str], where: str) -> tuple[State, Iterator[TraceS
     return header, _steps(where, parsed, header["version"])
 
 
-def _lines(path: str | Path) -> Iterator[str]:
+def _lines(path: str | Path, watch: Watch) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8") as file:
-            yield from file
+        with open(path, "rb") as file:
+            size, read = max(1, os.fstat(file.fileno()).st_size), 0
+            for line in file:
+                read += len(line)
+                yield line.decode("utf-8")
+                watch(read / size)
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise TraceError(f"cannot read {path}: it is no text") from None
+        raise TraceError(f"{path} is not a trace: it is no text in UTF-8") from None
 
 
 def _parsed(lines: Iterator[str], where: str) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            yield json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
             if number == 1:
-                raise TraceError(f"{where} is not a trace: line 1: not JSON: {error}") from None
+                raise TraceError(f"{where} is not a trace: its first line is not JSON: {error}") from None
             if line.endswith("\n"):
                 raise TraceError(f"{where}, line {number}: not JSON: {error}") from None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _steps(where: str, lines: Iterator[Any], version: int) -> Iterator[TraceStep]:
@@ -179,8 +196,27 @@ def _steps(where: str, lines: Iterator[Any], version: int) -> Iterator[TraceStep
         try:
             line = new_step(line, state) if version == 1 else line
             state = apply_patch(state, line["patch"])
-            step = TraceStep(state=state, **{name: value for name, value in line.items() if name in names})
-            snapshot_of(state)
+            step = TraceStep(state=state, **{name: value for name, value in line.items() if name in names - {"state"}})
+            _check(step)
         except (TypeError, KeyError, AttributeError) as error:
             raise TraceError(f"{where}, line {number}: not a step of a trace: {error!r}") from None
         yield step
+
+
+def _check(step: TraceStep) -> None:
+    """TypeError or KeyError if something is not what it should be."""
+    snapshot_of(step.state)
+    kinds = {"step": int, "time": (int, float, NoneType), "seconds": (int, float, NoneType), "events": list}
+    for name, value in vars(step).items():
+        if not isinstance(value, kinds.get(name, dict)):
+            raise TypeError(f"{name} can't be {value!r:.40}")
+    if not all(isinstance(event, str) for event in step.events):
+        raise TypeError("events are sentences")
+
+
+def write(path: Path, what: str, text: str) -> None:
+    """TraceError if it can't be. Half of a letter, which a trace may have and a file may not, becomes a ?."""
+    try:
+        path.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise TraceError(f"cannot write {what} {path}: {error.strerror}") from None

@@ -27,7 +27,8 @@ class Queues {
     if (!this.rows.has(name)) this.rows.set(name, this.newRow(name));
     const { element, words, button, far } = this.rows.get(name), request = state.requests[name];
     const several = request.sequences > 1 ? ` in ${request.sequences}` : "", blocks = this.blocks.get(name)?.size;
-    const text = `${request.prompt} + ${request.output} tokens${several}${blocks ? `, ${count(blocks, "block")}` : ""}`;
+    const tokens = request.prompt ? [`${request.prompt} + ${request.output} tokens${several}`] : []; // version 1 doesn't know
+    const text = [...tokens, ...(blocks ? [count(blocks, "block")] : [])].join(", ");
     if (words.textContent !== text) words.textContent = text;
     const full = request.most ? `${Math.min(100, 100 * request.output / request.most / Math.max(1, request.sequences)).toFixed(1)}%` : "0%";
     if (far.full !== full) far.style.setProperty("--full", far.full = full);
