@@ -29,7 +29,7 @@ class Detail {
       lines.push(make("p", "quoted", moment.textOf(block)));
     }
     const index = swapped ? undefined : moment.state.index?.[block];
-    if (index !== undefined) lines.push(make("p", "small", index < 0 ? "Can be found again: a prompt may begin with it." : `Can be found again, behind block ${index}.`));
+    if (index !== undefined) lines.push(make("p", "small", index < 0 ? "In the prefix cache, as the beginning of a prompt." : `In the prefix cache, as what follows block ${index}.`));
     return lines;
   }
 

@@ -100,10 +100,12 @@ class Pool {
       reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
       mine: cell.mine, picked: requests.includes(this.view.picked), here: cell.here,
     };
-    element.className = ["cell", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
-    cell.label.textContent = this.labelOf(cell, requests);
-    cell.holders.textContent = most > 1 ? String(most) : "";
-    if (names.length) paint(element, names.length === 1 ? names[0] : requests[0]);
+    const hue = names.length === 1 ? names[0] : requests[0] ?? "";
+    if (names.length && cell.hue !== hue) paint(element, cell.hue = hue);
+    const className = ["cell", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
+    if (element.className !== className) element.className = className;
+    write(cell.label, this.labelOf(cell, requests));
+    write(cell.holders, most > 1 ? String(most) : "");
     cell.slots.style.setProperty("--strip", names.length ? strip(this.size, filled, written) : "none");
     element.setAttribute("aria-label", this.inWords(cell));
     element.setAttribute("aria-selected", String(Boolean(cell.here)));

@@ -14,7 +14,7 @@ class Queues {
     for (const name of this.rows.keys()) if (!state.requests[name]) this.rows.delete(name);
     this.blocks = blocksOf(state);
     for (const [which, { list, number }] of Object.entries(this.lists)) {
-      if (number.textContent !== String(names[which].length)) number.textContent = names[which].length;
+      write(number, String(names[which].length));
       const shown = names[which].slice(0, MOST_ROWS).map((name) => this.rowOf(name, state));
       if (names[which].length > MOST_ROWS) shown.push(make("li", "small", `and ${names[which].length - MOST_ROWS} more`));
       if (!shown.length) shown.push(make("li", "small", "nobody"));
@@ -28,10 +28,11 @@ class Queues {
     const { element, words, button, far } = this.rows.get(name), request = state.requests[name];
     const several = request.sequences > 1 ? ` in ${request.sequences}` : "", blocks = this.blocks.get(name)?.size;
     const text = `${request.prompt} + ${request.output} tokens${several}${blocks ? `, ${count(blocks, "block")}` : ""}`;
-    if (words.textContent !== text) words.textContent = text;
+    write(words, text);
     const full = request.most ? `${Math.min(100, 100 * request.output / request.most / Math.max(1, request.sequences)).toFixed(1)}%` : "0%";
     if (far.full !== full) far.style.setProperty("--full", far.full = full);
-    button.setAttribute("aria-pressed", String(this.view.picked === name));
+    const picked = String(this.view.picked === name);
+    if (button.getAttribute("aria-pressed") !== picked) button.setAttribute("aria-pressed", picked);
     return element;
   }
 
@@ -79,7 +80,7 @@ class Events {
     const { line, state, did } = moment, told = line?.events ?? state.events ?? [];
     const lines = told.map((text) => this.line(EVENT_KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
     lines.push(...this.others(did ?? {}).map(([kind, text]) => this.line(kind, text)));
-    if (!lines.length) lines.push(this.line("", "nothing but tokens computed"));
+    if (!lines.length) lines.push(this.line("", "nothing"));
     this.list.replaceChildren(...lines);
   }
 
@@ -91,13 +92,26 @@ class Events {
     return element;
   }
 
-  others({ evicted, loading, errors, freed }) {
+  others({ evicted, loading, errors, freed, computed }) {
     const some = (blocks) => `${count(blocks.length, "block")}: ${blocks.slice(0, 20).join(" ")}${blocks.length > 20 ? " ..." : ""}`;
     return [
       ...(evicted ? [["evicted", `can't be found any more, ${some(evicted)}`]] : []),
       ...Object.entries(loading ?? {}).map(([name, blocks]) => ["loading", `${name} waits for ${some(blocks)}`]),
       ...Object.entries(errors ?? {}).map(([name, words]) => ["error", `${name}: ${words}`]),
       ...(freed ? [["freed", `emptied, ${some(freed)}`]] : []),
+      ...(computed ? [["computed", this.computed(computed)]] : []),
     ];
+  }
+
+  /** Who got how many tokens; those that got as many stand together. */
+  computed(computed) {
+    const groups = new Map();
+    for (const name of Object.keys(computed).sort(inOrder)) {
+      const [start, own, guessed] = computed[name];
+      const what = `${count(own, "token")}${guessed ? ` and ${guessed} guessed` : ""}${own > 1 ? `, from position ${start}` : ""}`;
+      groups.set(what, [...(groups.get(what) ?? []), name]);
+    }
+    const some = (names) => names.slice(0, 24).join(" ") + (names.length > 24 ? ` and ${names.length - 24} more` : "");
+    return [...groups].slice(0, 12).map(([what, names]) => `${some(names)} ${what}${names.length > 1 ? " each" : ""}`).join("; ");
   }
 }
