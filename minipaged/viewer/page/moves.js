@@ -33,6 +33,7 @@ class Moves {
     Object.assign(this, { shapes: [], labels: [], animations: [] });
     const did = this.moment.did ?? {};
     this.picture.classList.toggle("busy", ["copies", "swap_out", "swap_in", "evicted", "found"].some((kind) => kind in did));
+    this.picture.classList.toggle("thin", ["copies", "swap_out", "swap_in"].some((kind) => did[kind]?.length > 6));
     this.lines();
     this.found();
     this.arrows("copies", "copied on write", false, false);
@@ -83,7 +84,7 @@ class Moves {
     for (const element of this.view.find(".tables").querySelectorAll(".entry")) {
       const name = element.closest("li").dataset.sequence, table = tables[name], block = Number(element.dataset.block);
       const isHere = here?.block === block && here.swapped === Boolean(table?.swapped), strong = isHere || (picked && picked === requestOf(name));
-      if (!table || !(all || strong) || (isHere && picked && picked !== requestOf(name))) continue;
+      if (!table || !(strong || (all && !element.matches(".reserved"))) || (isHere && picked && picked !== requestOf(name))) continue;
       const entry = inSight(this.box(element), this.tables), cell = entry && this.cellOf(block, table.swapped);
       if (cell) this.line(name, entry, cell, strong);
     }
@@ -124,8 +125,8 @@ class Moves {
   }
 
   label({ x, y }, words, more = "") {
-    const width = 7 * words.length / 2 + 4, most = this.layer.clientWidth;
-    const text = drawn("text", { class: `move label ${more}`, x: Math.max(width, Math.min(most - width, x)), y, "text-anchor": "middle" });
+    const half = 3.6 * words.length, { x: left, right } = this.pools.false?.seen ?? this.pools.true.seen;
+    const text = drawn("text", { class: `move label ${more}`, x: Math.max(left + half, Math.min(right - half, x)), y, "text-anchor": "middle" });
     text.textContent = words;
     this.labels.push(text);
   }
@@ -157,7 +158,7 @@ class Moves {
       this.ring(cell, "evicted");
       if (cells.length <= 4) this.arrow({ ...cell, x: cell.centre, width: 0, centre: cell.centre + 4 }, point(cell.right + 10, cell.y - 12), "evicted");
     }
-    if (cells.length) this.label({ x: cells[0].right + 10, y: cells[0].y - (cells.length <= 4 ? 18 : 5) }, blocks.length > 1 ? `${blocks.length} evicted` : "evicted");
+    if (cells.length) this.label({ x: cells[0].centre, y: cells[0].y - (cells.length <= 4 ? 18 : 5) }, blocks.length > 1 ? `${blocks.length} evicted` : "evicted");
   }
 
   /** At the newest token of each sequence that had guesses: how many were right, and how many slots were taken back. */

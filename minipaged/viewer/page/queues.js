@@ -71,11 +71,12 @@ const EVENT_KINDS = [ // a word of an event -> its kind
 /** The trace's sentences, with a kind before each; and what only `did` knows. */
 class Events {
   constructor(view, list) {
-    Object.assign(this, { view, list });
+    Object.assign(this, { view, list, badges: new Map() });
   }
 
   update(moment) {
     if (moment === this.moment) return;
+    this.used = new Map();
     this.moment = moment;
     const { line, state, did } = moment, told = line?.events ?? state.events ?? [];
     const lines = told.map((text) => this.line(EVENT_KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
@@ -86,10 +87,22 @@ class Events {
 
   line(kind, text) {
     const element = make("li");
-    if (kind) element.dataset.kind = kind;
-    explain(element, kind);
-    for (const part of text.replaceAll("->", "\u2192").split(/\b([A-Z]+\d*)\b/)) element.append(/^[A-Z]+\d*$/.test(part) ? chip(part) : part);
+    element.append(kind ? this.badge(kind) : make("span"));
+    const words = make("span");
+    for (const part of text.replaceAll("->", "\u2192").split(/\b([A-Z]+\d*)\b/)) words.append(/^[A-Z]+\d*$/.test(part) ? chip(part) : part);
+    element.append(words);
     return element;
+  }
+
+  /** The same elements again in the next step: somebody may be reading what the word means. */
+  badge(kind) {
+    const key = `${kind} ${this.used.get(kind) ?? 0}`;
+    this.used.set(kind, (this.used.get(kind) ?? 0) + 1);
+    if (!this.badges.has(key)) {
+      this.badges.set(key, make("span", `kind ${kind.replace(" ", "-")}`, kind));
+      explain(this.badges.get(key), kind);
+    }
+    return this.badges.get(key);
   }
 
   others({ evicted, loading, errors, freed, computed }) {
