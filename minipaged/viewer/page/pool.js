@@ -96,7 +96,7 @@ class Pool {
     const { element, names, filled, written } = cell, requests = [...new Set(names.map(requestOf))];
     const most = cell.mostHeld ?? names.length, back = written && written.to > filled;
     const classes = {
-      held: names.length, half: filled < this.size, shared: most > 1, several: requests.length > 1, cached: cell.cached, freed: cell.freed,
+      held: names.length, half: names.length && filled < this.size, shared: most > 1, several: requests.length > 1, cached: cell.cached, freed: cell.freed,
       reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
       mine: cell.mine, picked: requests.includes(this.view.picked), here: cell.here,
     };
