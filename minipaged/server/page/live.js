@@ -5,7 +5,7 @@ const view = new View($("run"), (name) => state.requests[requestOf(name)]?.page.
 const numbers = new Numbers(), bar = new Bar();
 const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(["running", "waiting", "swapped"].map((which) =>
   [which, { list: $(which), number: $(`num-${which}`) }]))), new Events(view, $("events"))];
-const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Detail(view, $("detail")), new Tables(view, $("tables")),
+const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Legend(view, $("legend")), new Detail(view, $("detail")), new Tables(view, $("tables")),
   new Moves(view, view.find(".moves"))];
 
 /** As long as the page is seen. A hidden one would take a connection, of which a browser has six for a server. */

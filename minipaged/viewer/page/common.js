@@ -11,6 +11,11 @@ function make(tag, className = "", text = "", ...children) {
   return element;
 }
 
+/** The text of an element, touched only if it is another one. */
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
 /** An element of SVG. */
 function drawn(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);

@@ -22,27 +22,23 @@ class Detail {
   }
 
   lines(moment, { block, swapped }) {
-    const held = heldIn(moment, swapped).get(block), lines = [this.headline(moment, block, swapped, held)];
+    const held = heldIn(moment, swapped).get(block), lines = [this.headline(moment, block, swapped)];
     if (held) {
       lines.push(this.slots(moment, held, writtenIn(moment, swapped).get(block)), this.way(moment, block, swapped, held));
     } else if (moment.textOf?.(block) && !swapped && block in (moment.state.cached ?? {})) {
       lines.push(make("p", "quoted", moment.textOf(block)));
     }
     const index = swapped ? undefined : moment.state.index?.[block];
-    if (index !== undefined) lines.push(make("p", "small", index < 0 ? "Can be found again: a prompt may begin with it." : `Can be found again, behind block ${index}.`));
+    if (index !== undefined) lines.push(make("p", "small", index < 0 ? "In the prefix cache, as the beginning of a prompt." : `In the prefix cache, as what follows block ${index}.`));
     return lines;
   }
 
-  headline({ state, did }, block, swapped, held) {
-    const line = make("p", "row-of", "", make("b", "", `${swapped ? "CPU block" : "Block"} ${block}`)), size = state.usage.block_size;
-    if (!held) {
-      const cached = !swapped && block in (state.cached ?? {}), freed = !swapped && did?.freed?.includes(block);
-      line.append(cached ? "free; what it holds can still be found" : freed ? "free; emptied since the last step (poisoned, where the engine runs with --debug)" : "free");
-      return line;
-    }
-    held.names.slice(0, MOST_HOLDERS).forEach((name, i) => line.append(make("span", "holder", "", chip(name), `'s block ${held.places[i]}`)));
-    if (held.names.length > MOST_HOLDERS) line.append(`and ${held.names.length - MOST_HOLDERS} more`);
-    line.append(make("span", "", held.filled ? `${held.filled} of ${size} slots filled` : `reserved: none of its ${size} slots is filled`));
+  /** As the pool says it; and what that means, where a word isn't enough. */
+  headline(moment, block, swapped) {
+    const pool = this.view.parts.find((part) => part instanceof Pool && part.swapped === swapped), now = pool.blockNow(block, pool.factsOf(moment));
+    const words = pool.inWords(now), end = words.indexOf(":") + 1, line = make("p", "", "", make("b", "", words.slice(0, end)), words.slice(end));
+    if (!now.names.length && now.freed) line.append("; where the engine runs with --debug, it is poisoned");
+    if (now.names.length && !now.filled) line.append("; reserved");
     return line;
   }
 
@@ -60,14 +56,14 @@ class Detail {
     return list;
   }
 
-  /** Of the newest token in it, for the sequence that was picked, or the first: the split of an address. */
+  /** Of the newest token in it, for all that have it at the same place in their tables: the split of an address. */
   way({ state }, block, swapped, { names, places, filled }) {
     const size = state.usage.block_size, i = Math.max(0, names.findIndex((name) => requestOf(name) === this.view.picked));
-    const line = make("p", "way small");
-    if (!filled) return line;
-    const position = places[i] * size + filled - 1, offset = filled - 1;
-    const steps = [`position ${position}`, `logical block ${places[i]}, offset ${offset}`, `${swapped ? "CPU" : "physical"} block ${block}`, `slot ${block * size + offset}`];
-    line.append(chip(names[i]), ...steps.flatMap((step, place) => [place ? " \u2192 " : " ", make("span", "nowrap", step)]));
+    const all = names.filter((_, other) => places[other] === places[i]), more = all.length > MOST_HOLDERS ? ` and ${all.length - MOST_HOLDERS} more` : "";
+    const position = places[i] * size + filled - 1, offset = filled - 1, line = make("p", "way small"), where = `${swapped ? "CPU" : "physical"} block ${block}`;
+    const steps = filled ? [`position ${position}`, `logical block ${places[i]}, offset ${offset}`, where, `slot ${block * size + offset}`]
+      : [`logical block ${places[i]}`, where];
+    line.append(...all.slice(0, MOST_HOLDERS).flatMap((name) => [chip(name), " "]), more, ...steps.flatMap((step, place) => [place ? " \u2192 " : " ", make("span", "nowrap", step)]));
     line.title = `logical block = position / ${size}, offset = position % ${size}; the page table has the physical block; slot = block * ${size} + offset`;
     return line;
   }

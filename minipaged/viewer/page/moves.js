@@ -30,8 +30,10 @@ class Moves {
 
   draw() {
     this.measure();
-    this.shapes = [];
-    this.animations = [];
+    Object.assign(this, { shapes: [], labels: [], animations: [] });
+    const did = this.moment.did ?? {};
+    this.picture.classList.toggle("busy", ["copies", "swap_out", "swap_in", "evicted", "found"].some((kind) => kind in did));
+    this.picture.classList.toggle("thin", ["copies", "swap_out", "swap_in"].some((kind) => did[kind]?.length > 6));
     this.lines();
     this.found();
     this.arrows("copies", "copied on write", false, false);
@@ -39,7 +41,7 @@ class Moves {
     this.arrows("swap_in", "swapped in", true, false);
     this.evicted();
     this.guessed();
-    this.picture.replaceChildren(...this.shapes);
+    this.picture.replaceChildren(...this.shapes, ...this.labels);
     const now = performance.now(), calm = now - (this.drawnAt ?? 0) > ANIMATED && !matchMedia("(prefers-reduced-motion: reduce)").matches;
     if (this.isNew) this.drawnAt = now;
     if (this.isNew && calm) for (const animate of this.animations) animate();
@@ -82,15 +84,18 @@ class Moves {
     for (const element of this.view.find(".tables").querySelectorAll(".entry")) {
       const name = element.closest("li").dataset.sequence, table = tables[name], block = Number(element.dataset.block);
       const isHere = here?.block === block && here.swapped === Boolean(table?.swapped), strong = isHere || (picked && picked === requestOf(name));
-      if (!table || !(all || strong) || (isHere && picked && picked !== requestOf(name))) continue;
+      if (!table || !(strong || (all && !element.matches(".reserved"))) || (isHere && picked && picked !== requestOf(name))) continue;
       const entry = inSight(this.box(element), this.tables), cell = entry && this.cellOf(block, table.swapped);
       if (cell) this.line(name, entry, cell, strong);
     }
   }
 
+  /** The strong ones come from the entry itself, along below its row; the others from the row. */
   line(name, entry, cell, strong) {
     const x = cell.right - 2, y = cell.middle, left = this.tables.x, bend = Math.max(24, (left - x) * 0.5);
-    const more = strong ? " strong" : "", path = drawn("path", { class: `move line${more}`, d: `M${entry.x} ${entry.middle} H${left} C${left - bend} ${entry.middle} ${x + bend} ${y} ${x} ${y}` });
+    const under = entry.bottom + 3, from = strong ? `M${entry.centre} ${entry.bottom} V${under} H${left}` : `M${left} ${entry.middle}`;
+    const more = strong ? " strong" : "", row = strong ? under : entry.middle;
+    const path = drawn("path", { class: `move line${more}`, d: `${from} C${left - bend} ${row} ${x + bend} ${y} ${x} ${y}` });
     const end = drawn("circle", { class: `move end${more}`, cx: x, cy: y, r: strong ? 4 : 2.5 });
     for (const shape of [path, end]) paint(shape, name);
     this.shapes.push(path, end);
@@ -120,10 +125,10 @@ class Moves {
   }
 
   label({ x, y }, words, more = "") {
-    const width = 7 * words.length / 2 + 4, most = this.layer.clientWidth;
-    const text = drawn("text", { class: `move label ${more}`, x: Math.max(width, Math.min(most - width, x)), y, "text-anchor": "middle" });
+    const half = 3.6 * words.length, { x: left, right } = this.pools.false?.seen ?? this.pools.true.seen;
+    const text = drawn("text", { class: `move label ${more}`, x: Math.max(left + half, Math.min(right - half, x)), y, "text-anchor": "middle" });
     text.textContent = words;
-    this.shapes.push(text);
+    this.labels.push(text);
   }
 
   ring(cell, more = "") {
@@ -151,17 +156,17 @@ class Moves {
     const blocks = this.moment.did?.evicted ?? [], cells = blocks.slice(0, MOST_ARROWS).map((block) => this.cellOf(block)).filter(Boolean);
     for (const cell of cells) {
       this.ring(cell, "evicted");
-      this.arrow({ ...cell, x: cell.centre, width: 0, centre: cell.centre + 4 }, { ...point(cell.right + 10, cell.y - 12) }, "evicted");
+      if (cells.length <= 4) this.arrow({ ...cell, x: cell.centre, width: 0, centre: cell.centre + 4 }, point(cell.right + 10, cell.y - 12), "evicted");
     }
-    if (cells.length) this.label({ x: cells[0].right + 10, y: cells[0].y - 18 }, blocks.length > 1 ? `${blocks.length} evicted` : "evicted");
+    if (cells.length) this.label({ x: cells[0].centre, y: cells[0].y - (cells.length <= 4 ? 18 : 5) }, blocks.length > 1 ? `${blocks.length} evicted` : "evicted");
   }
 
-  /** At the newest token of each sequence that had guesses. */
+  /** At the newest token of each sequence that had guesses: how many were right, and how many slots were taken back. */
   guessed() {
     const { did, state } = this.moment, size = state.usage.block_size;
     for (const [name, [, right, back]] of Object.entries(did?.guessed ?? {}).slice(0, MOST_ARROWS)) {
       const table = state.tables[name], cell = table && !table.swapped && this.cellOf(table.blocks[Math.floor((table.tokens - 1) / size)]);
-      if (cell) this.label({ x: cell.centre, y: cell.y - 4 }, `${name}: ${right} right` + (back ? `, ${back} back` : ""));
+      if (cell) this.label({ x: cell.centre, y: cell.y - 4 }, `+${right}` + (back ? ` \u2212${back}` : ""));
     }
   }
 }

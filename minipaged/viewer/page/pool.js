@@ -96,14 +96,16 @@ class Pool {
     const { element, names, filled, written } = cell, requests = [...new Set(names.map(requestOf))];
     const most = cell.mostHeld ?? names.length, back = written && written.to > filled;
     const classes = {
-      held: names.length, half: filled < this.size, shared: most > 1, several: requests.length > 1, cached: cell.cached, freed: cell.freed,
+      held: names.length, half: names.length && filled < this.size, shared: most > 1, several: requests.length > 1, cached: cell.cached, freed: cell.freed,
       reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
       mine: cell.mine, picked: requests.includes(this.view.picked), here: cell.here,
     };
-    element.className = ["cell", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
-    cell.label.textContent = this.labelOf(cell, requests);
-    cell.holders.textContent = most > 1 ? String(most) : "";
-    if (names.length) paint(element, names.length === 1 ? names[0] : requests[0]);
+    const hue = names.length === 1 ? names[0] : requests[0] ?? "";
+    if (names.length && cell.hue !== hue) paint(element, cell.hue = hue);
+    const className = ["cell", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
+    if (element.className !== className) element.className = className;
+    write(cell.label, this.labelOf(cell, requests));
+    write(cell.holders, most > 1 ? String(most) : "");
     cell.slots.style.setProperty("--strip", names.length ? strip(this.size, filled, written) : "none");
     element.setAttribute("aria-label", this.inWords(cell));
     element.setAttribute("aria-selected", String(Boolean(cell.here)));

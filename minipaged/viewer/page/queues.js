@@ -14,7 +14,7 @@ class Queues {
     for (const name of this.rows.keys()) if (!state.requests[name]) this.rows.delete(name);
     this.blocks = blocksOf(state);
     for (const [which, { list, number }] of Object.entries(this.lists)) {
-      if (number.textContent !== String(names[which].length)) number.textContent = names[which].length;
+      write(number, String(names[which].length));
       const shown = names[which].slice(0, MOST_ROWS).map((name) => this.rowOf(name, state));
       if (names[which].length > MOST_ROWS) shown.push(make("li", "small", `and ${names[which].length - MOST_ROWS} more`));
       if (!shown.length) shown.push(make("li", "small", "nobody"));
@@ -29,10 +29,11 @@ class Queues {
     const several = request.sequences > 1 ? ` in ${request.sequences}` : "", blocks = this.blocks.get(name)?.size;
     const tokens = request.prompt ? [`${request.prompt} + ${request.output} tokens${several}`] : []; // version 1 doesn't know
     const text = [...tokens, ...(blocks ? [count(blocks, "block")] : [])].join(", ");
-    if (words.textContent !== text) words.textContent = text;
+    write(words, text);
     const full = request.most ? `${Math.min(100, 100 * request.output / request.most / Math.max(1, request.sequences)).toFixed(1)}%` : "0%";
     if (far.full !== full) far.style.setProperty("--full", far.full = full);
-    button.setAttribute("aria-pressed", String(this.view.picked === name));
+    const picked = String(this.view.picked === name);
+    if (button.getAttribute("aria-pressed") !== picked) button.setAttribute("aria-pressed", picked);
     return element;
   }
 
@@ -71,34 +72,60 @@ const EVENT_KINDS = [ // a word of an event -> its kind
 /** The trace's sentences, with a kind before each; and what only `did` knows. */
 class Events {
   constructor(view, list) {
-    Object.assign(this, { view, list });
+    Object.assign(this, { view, list, badges: new Map() });
   }
 
   update(moment) {
     if (moment === this.moment) return;
+    this.used = new Map();
     this.moment = moment;
     const { line, state, did } = moment, told = line?.events ?? state.events ?? [];
     const lines = told.map((text) => this.line(EVENT_KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
     lines.push(...this.others(did ?? {}).map(([kind, text]) => this.line(kind, text)));
-    if (!lines.length) lines.push(this.line("", "nothing but tokens computed"));
+    if (!lines.length) lines.push(this.line("", "nothing"));
     this.list.replaceChildren(...lines);
   }
 
   line(kind, text) {
     const element = make("li");
-    if (kind) element.dataset.kind = kind;
-    explain(element, kind);
-    for (const part of text.replaceAll("->", "\u2192").split(/\b([A-Z]+\d*)\b/)) element.append(/^[A-Z]+\d*$/.test(part) ? chip(part) : part);
+    element.append(kind ? this.badge(kind) : make("span"));
+    const words = make("span");
+    for (const part of text.replaceAll("->", "\u2192").split(/\b([A-Z]+\d*)\b/)) words.append(/^[A-Z]+\d*$/.test(part) ? chip(part) : part);
+    element.append(words);
     return element;
   }
 
-  others({ evicted, loading, errors, freed }) {
+  /** The same elements again in the next step: somebody may be reading what the word means. */
+  badge(kind) {
+    const key = `${kind} ${this.used.get(kind) ?? 0}`;
+    this.used.set(kind, (this.used.get(kind) ?? 0) + 1);
+    if (!this.badges.has(key)) {
+      this.badges.set(key, make("span", `kind ${kind.replace(" ", "-")}`, kind));
+      explain(this.badges.get(key), kind);
+    }
+    return this.badges.get(key);
+  }
+
+  others({ evicted, loading, errors, freed, computed }) {
     const some = (blocks) => `${count(blocks.length, "block")}: ${blocks.slice(0, 20).join(" ")}${blocks.length > 20 ? " ..." : ""}`;
     return [
       ...(evicted ? [["evicted", `can't be found any more, ${some(evicted)}`]] : []),
       ...Object.entries(loading ?? {}).map(([name, blocks]) => ["loading", `${name} waits for ${some(blocks)}`]),
       ...Object.entries(errors ?? {}).map(([name, words]) => ["error", `${name}: ${words}`]),
       ...(freed ? [["freed", `emptied, ${some(freed)}`]] : []),
+      ...(computed ? [["computed", this.computed(computed)]] : []),
     ];
+  }
+
+  /** Who got how many tokens; those that got as many stand together. */
+  computed(computed) {
+    const groups = new Map();
+    for (const name of Object.keys(computed).sort(inOrder)) {
+      const [start, own, guessed] = computed[name];
+      const what = `${count(own, "token")}${guessed ? ` and ${guessed} guessed` : ""}${own > 1 ? `, from position ${start}` : ""}`;
+      groups.set(what, [...(groups.get(what) ?? []), name]);
+    }
+    const some = (names) => names.slice(0, 24).join(" ") + (names.length > 24 ? ` and ${names.length - 24} more` : "");
+    return [...groups].slice(0, 12).map(([what, names]) => `${some(names)} ${what}${names.length > 1 ? " each" : ""}`).join("; ");
   }
 }

@@ -26,8 +26,7 @@ class Tables {
   updateRow(name, table, moment) {
     if (!this.rows.has(name)) this.rows.set(name, this.newRow(name));
     const row = this.rows.get(name), swapped = Boolean(table.swapped), { picked, here } = this.view, held = heldIn(moment, swapped);
-    const words = count(table.tokens, "token") + (swapped ? ", on the CPU" : "");
-    if (row.count.textContent !== words) row.count.textContent = words;
+    write(row.count, count(table.tokens, "token") + (swapped ? ", on the CPU" : ""));
     if (row.element.dataset.count !== String(table.blocks.length)) row.element.dataset.count = table.blocks.length;
     row.element.classList.toggle("swapped", swapped);
     row.element.classList.toggle("picked", picked === requestOf(name));
@@ -49,8 +48,9 @@ class Tables {
     if (entry.key === key) return;
     const { element } = entry;
     Object.assign(entry, { key, block });
-    element.className = `entry${holders > 1 ? " shared" : ""}${filled ? "" : " reserved"}${here ? " here" : ""}`;
-    if (element.textContent !== String(block)) element.textContent = block;
+    const className = `entry${holders > 1 ? " shared" : ""}${filled ? "" : " reserved"}${here ? " here" : ""}`;
+    if (element.className !== className) element.className = className;
+    write(element, String(block));
     element.dataset.block = block;
     element.setAttribute("role", "gridcell");
     element.setAttribute("aria-label", `logical block ${place}: block ${block}${holders > 1 ? `, shared by ${holders}` : ""}, ${filled} of ${size} slots`);
@@ -67,8 +67,7 @@ class Tables {
   /** How many slots of the last block are filled; or how many blocks are only reserved. */
   drawFill(row, { tokens, blocks }, size) {
     const empty = blocks.length - Math.ceil(tokens / size), rest = tokens % size;
-    const words = empty > 0 ? `${count(empty, "block")} reserved` : rest ? `${rest}/${size}` : "";
-    if (row.fill.textContent !== words) row.fill.textContent = words;
+    write(row.fill, empty > 0 ? `${count(empty, "block")} reserved` : rest ? `${rest}/${size}` : "");
   }
 
   newRow(name) {
