@@ -56,9 +56,9 @@ class Past {
     const did = line.did ?? {}, changed = line.patch.requests ?? {}, computed = this.computedBy(did);
     for (const name of [...Object.keys({ ...line.arrived, ...changed }), ...computed.keys()]) this.laneOf(name, place, line);
     this.change(changed, did, place);
-    for (const name in did.found) this.mark(name, place, "found", `${count(did.found[name], "token")} found: they need not be computed`);
+    for (const name in did.found) this.mark(name, place, "found", `prefix hit: ${count(did.found[name], "token")} found`);
     for (const name in did.errors) this.mark(requestOf(name), place, "error", `${name}: ${did.errors[name]}`);
-    for (const name in did.guessed) this.guess(this.lanes.get(requestOf(name)), place, did.guessed[name]);
+    for (const name in did.guessed) this.draft(this.lanes.get(requestOf(name)), place, did.guessed[name]);
     const numbers = { running: 0, waiting: 0, swapped: 0 };
     for (const [name, lane] of this.live) {
       this.grow(lane, place, computed.get(name));
@@ -74,7 +74,7 @@ class Past {
     return { first: there.indexOf(true), last: there.lastIndexOf(true) };
   }
 
-  /** What the sequences of each request computed together, guesses that were right included: from which position to which, and how many. */
+  /** What the sequences of each request computed together, accepted drafts included: from which position to which, and how many. */
   computedBy(did) {
     const all = new Map();
     for (const [sequence, [start, own]] of Object.entries(did.computed ?? {})) {
@@ -95,19 +95,22 @@ class Past {
     this.live.set(name, lane);
   }
 
-  /** States of requests change (null: it is gone); a trace of version 1 says no more about who made way. */
+  /** States of requests change; null: it is gone. */
   change(changed, did, place) {
     const preempted = { ...did.preempted }, resumed = new Set(did.resumed);
     for (const name in changed) {
       const lane = this.lanes.get(name), news = changed[name], before = lane.state, now = news === null ? null : news.state ?? before;
       lane.state = now;
       for (const part of ["id", "prompt", "output"]) lane[part] = news?.[part] ?? lane[part];
-      if (before === "running" && (now === "swapped" || now === "waiting")) preempted[name] ??= now === "swapped" ? "swap" : "recompute";
+      if (before === "running" && now === "waiting") lane.redo = lane.high; // also after a step that failed
+      if (this.knowsTokens || before === now) continue;
+      if (before === "running" && now) preempted[name] = now === "swapped" ? "swap" : "recompute"; // version 1 doesn't say it
       if (before === "swapped" && now === "running") resumed.add(name);
     }
     for (const name in preempted) {
-      this.mark(name, place, preempted[name]);
-      if (preempted[name] === "recompute" && this.lanes.has(name)) this.lanes.get(name).redo = this.lanes.get(name).high;
+      const how = preempted[name] === "swap" ? "swap" : "recompute", lane = this.lanes.get(name);
+      this.mark(name, place, how);
+      if (lane && how === "recompute") lane.redo = lane.high;
     }
     for (const name of resumed) this.mark(name, place, "resumed");
   }
@@ -116,7 +119,7 @@ class Past {
     this.lanes.get(name)?.marks.push({ kind, place, words });
   }
 
-  guess(lane, place, [guessed, right]) {
+  draft(lane, place, [guessed, right]) {
     if (!lane) return;
     lane.guessed += guessed;
     lane.right += right;
@@ -125,8 +128,9 @@ class Past {
 
   /** What a request did in a step. Chunks stay apart; all else is one span with what it was in the step before. */
   grow(lane, place, computed) {
-    if (!computed && !lane.state) return; // aborted before the step
-    const kind = this.kindOf(lane, computed), last = lane.spans.at(-1);
+    const last = lane.spans.at(-1);
+    if (!computed && !lane.state && last.kind !== "X") return; // aborted before the step
+    const kind = this.kindOf(lane, computed);
     if (computed) lane.high = Math.max(lane.high, computed.end);
     if (last.kind !== kind || kind === "P" || kind === "R") lane.spans.push({ kind, from: place, to: place + 1, start: computed?.start, tokens: computed?.tokens ?? 0 });
     else Object.assign(last, { to: place + 1, tokens: last.tokens + (computed?.tokens ?? 0) });
@@ -135,7 +139,7 @@ class Past {
   /** Rule 1: a step gives a request some tokens, and the phases are in the eye of who looks. */
   kindOf(lane, computed) {
     if (computed) return computed.start < lane.redo ? "R" : computed.start < lane.prompt ? "P" : "D";
-    if (lane.state === "running") return this.knowsTokens ? "I" : "X";
+    if (lane.state === "running" || !lane.state) return this.knowsTokens ? "I" : "X";
     return lane.state === "swapped" ? "S" : "W";
   }
 

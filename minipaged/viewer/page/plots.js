@@ -13,8 +13,8 @@ const PLOTS = [
   { name: "output tokens", lines: [["output", "speed"]], rests: true, say: (at, header, past) => (past.hasTimes ? `${at("speed", 1)} a second` : `${at("speed")} in the step`) },
   { name: "requests", lines: [["running", "in running"], ["waiting", "in waiting"], ["swapped out", "in swapped"]],
     say: (at) => `${at("in running")} running, ${at("in waiting")} waiting, ${at("in swapped")} swapped out` },
-  { name: "blocks on the CPU", lines: [["on the CPU", "swapped"]], limit: ({ num_cpu_blocks }) => num_cpu_blocks,
-    say: (at, { num_cpu_blocks }) => `${at("swapped")} of ${num_cpu_blocks}`, when: (past) => past.hasSwapped },
+  { name: "CPU pool", lines: [["on the CPU", "swapped"]], limit: ({ num_cpu_blocks }) => num_cpu_blocks,
+    say: (at, { num_cpu_blocks }) => `${at("swapped")} of ${num_cpu_blocks} blocks in use`, when: (past) => past.hasSwapped },
   { name: "tokens found", lines: [["found", "found"], ["asked for", "asked"]], say: (at) => `${at("found")} of ${at("asked")} asked for`, when: (past) => past.hasFound },
 ];
 
@@ -25,6 +25,7 @@ class Plots {
     const known = ({ lines }) => pasts.some(({ series }) => series[lines[0][1]].some((number) => number >= 0));
     this.plots = PLOTS.filter((plot) => known(plot) && (!plot.when || pasts.some(plot.when))).map((plot) => new Plot(plot, this));
     element.append(...this.plots.map((plot) => plot.element));
+    walkWords(element);
     axis.parts.push(this);
     this.draw();
   }
@@ -142,7 +143,7 @@ function addSeries(past) {
   const { series } = past;
   if (series.speed) return past;
   series["used+cached"] = series.used.map((used, place) => used + series.cached[place]);
-  past.window = past.end[past.length - 1] / WINDOW;
+  past.window = Math.max(...traces.map((trace) => trace.timeOf(trace.length - 1))) / WINDOW;
   let first = -1; // the last step that ended before the window
   series.speed = series.drawn.map((drawn, place) => {
     if (!past.hasTimes) return drawn - (series.drawn[place - 1] ?? 0);

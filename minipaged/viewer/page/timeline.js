@@ -34,9 +34,9 @@ class Timeline {
     this.cursor = make("div", "cursor");
     this.field = make("div", "field", "", this.band, this.svg, this.cursor);
     this.box = make("div", "lanes", "", this.corner, this.ticks, this.names, this.field);
-    this.tip = make("div", "tip");
-    this.tip.hidden = true;
-    this.element.append(this.bar(), this.box, this.tip);
+    this.told = make("div", "here");
+    this.told.hidden = true;
+    this.element.append(this.bar(), this.box, this.told);
     this.element.classList.add("timeline");
     this.groups = this.lanes.map(({ name }) => { const group = drawn("g", { class: "lane" }); paint(group, name); return group; });
     this.groups.forEach((group, i) => group.setAttribute("transform", `translate(0 ${i * LANE})`));
@@ -65,6 +65,7 @@ class Timeline {
     const entries = Object.entries({ ...KINDS, ...MARKS }).filter(([kind]) => occurs.has(kind));
     const legend = make("span", "legend", "", ...entries.map(([kind, what]) => this.entry(kind, what)));
     if (this.past.gaps.length) legend.append(make("span", "", "", make("i", "rests"), "no step"));
+    walkWords(legend);
     return legend;
   }
 
@@ -72,9 +73,9 @@ class Timeline {
     const isBar = kind in KINDS, d = isBar ? shape(1, 22) : shape(8, 3), group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
     if (hasPattern(kind)) group.append(patterned(kind, d));
     const picture = drawn("svg", { width: isBar ? 24 : 16, height: LANE, "aria-hidden": "true" }, group);
-    const entry = make("span", "", "", picture, make("span", "", hasLetter(kind) ? `${kind} ${word}` : word));
-    explain(entry, word);
-    return entry;
+    const words = make("span", "", hasLetter(kind) ? `${kind} ${word}` : word);
+    explain(words, word.split(":")[0]);
+    return make("span", "", "", picture, words);
   }
 
   // --- drawing ------------------------------------------------------------------------------------------------------------
@@ -110,12 +111,12 @@ class Timeline {
   drawAxis() {
     const { begin, end, gaps } = this.past, rest = bar(0, this.lanes.length * LANE), inTime = axis.mode === "time";
     this.rests.setAttribute("d", inTime ? gaps.map((place) => rest(end[place - 1] * this.scale, (begin[place] - end[place - 1]) * this.scale)).join("") : "");
-    if (this.told !== axis.mode) this.options.forEach((option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past)));
-    this.told = axis.mode;
+    if (this.labels !== axis.mode) this.options.forEach((option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past)));
+    this.labels = axis.mode;
     const fit = axis.ticks(this.past, this.width / 70).filter(([x]) => x * this.scale < this.width - 12);
     this.ticks.replaceChildren(...fit.map(([x, text]) => {
       const tick = make("span", "", text);
-      tick.style.setProperty("left", `${Math.max(8, x * this.scale)}px`);
+      tick.style.setProperty("left", `${Math.max(12, x * this.scale)}px`);
       return tick;
     }));
     for (const [mode, button] of Object.entries(this.modes)) button.setAttribute("aria-pressed", String(mode === axis.mode));
@@ -162,14 +163,14 @@ class Timeline {
       this.pointed = true;
       this.tell(this.laneAt(event), this.placeAt(event), event.clientX, event.clientY);
     });
-    this.field.addEventListener("pointerleave", () => { this.pointed = false; this.tip.hidden = true; });
+    this.field.addEventListener("pointerleave", () => { this.pointed = false; this.told.hidden = true; });
     this.names.addEventListener("click", (event) => {
       const i = this.options.indexOf(event.target.closest("li"));
       if (i >= 0) this.view.pick(this.lanes[i].name);
     });
     this.names.addEventListener("keydown", (event) => this.press(event));
     this.names.addEventListener("focus", () => this.choose(Math.max(0, this.chosen)));
-    this.names.addEventListener("blur", () => { this.tip.hidden = true; });
+    this.names.addEventListener("blur", () => { this.told.hidden = true; });
     this.box.addEventListener("scroll", () => {
       Object.assign(this, { left: this.box.scrollLeft, top: this.box.scrollTop });
       this.drawSeen();
@@ -191,6 +192,7 @@ class Timeline {
 
   press(event) {
     const moves = { ArrowUp: -1, ArrowDown: 1 };
+    if (event.key === "Escape") this.told.hidden = true;
     if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter")) return;
     event.preventDefault();
     if (event.key === "Enter") this.view.pick(this.lanes[this.chosen].name);
@@ -217,10 +219,10 @@ class Timeline {
   /** Beside a point of the window: what a request did at a step. */
   tell(i, place, x, y) {
     const around = this.element.getBoundingClientRect();
-    this.tip.hidden = false;
-    this.tip.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
-    const left = Math.min(x - around.left + 14, around.width - this.tip.offsetWidth);
-    this.tip.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
+    this.told.hidden = false;
+    this.told.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
+    const left = Math.min(x - around.left + 14, around.width - this.told.offsetWidth);
+    this.told.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
   }
 
   /** 0: all of it. What is under x, or else the cursor, stays where it is. */
