@@ -6,20 +6,20 @@ const bar = (top, high) => (x, wide) => `M${x} ${top}h${wide}v${high}h${-wide}z`
 const KINDS = { // letter -> what it is called, its shape from x on
   W: { word: "waiting", shape: (x, wide) => `M${x} 10h${wide}` },
   P: { word: "prefill", shape: bar(2, 16) },
-  D: { word: "decode", shape: bar(6, 8) },
+  D: { word: "decode", shape: bar(5, 10) },
   R: { word: "recompute", shape: bar(2, 16) },
   S: { word: "swapped out", shape: bar(5, 10) },
   I: { word: "running, without tokens in a step", shape: (x, wide) => `M${x} 10h${wide}` },
-  X: { word: "running", shape: bar(6, 8) },
+  X: { word: "running", shape: bar(5, 10) },
 };
 const MARKS = { // what happened at a moment
-  found: { word: "prefix found", shape: (x) => `M${x} 5l5 5l-5 5l-5 -5z` },
+  found: { word: "prefix hit", shape: (x) => `M${x} 5l5 5l-5 5l-5 -5z` },
   swap: { word: "preempted: swapped out", shape: (x) => `M${x - 5} 2h10l-5 9z` },
   resumed: { word: "swapped in again", shape: (x) => `M${x - 5} 18h10l-5 -9z` },
-  recompute: { word: "preempted: dropped, to be computed again", shape: (x) => `M${x - 4} 6l8 8m0 -8l-8 8` },
-  accepted: { word: "guesses accepted", shape: (x, right) => `M${x} 6v${-Math.min(5, 1 + right)}` },
-  end: { word: "ended", shape: (x) => `M${x} 3v14` },
-  error: { word: "an error", shape: (x) => `M${x} 3v9m0 2v3` },
+  recompute: { word: "preempted: recompute", shape: (x) => `M${x - 4} 6l8 8m0 -8l-8 8` },
+  accepted: { word: "drafts accepted", shape: (x, right) => `M${x} 5v${-Math.min(5, 1 + right)}` },
+  end: { word: "finished", shape: (x) => `M${x} 3v14` },
+  error: { word: "error", shape: (x) => `M${x} 3v9m0 2v3` },
 };
 const GOES_ON = new Set(["W", "S", "I"]); // also while the engine rests
 
@@ -44,11 +44,12 @@ function piecesOf(span, past) {
 function drawLane(lane, past, scale) {
   const shapes = {}, letters = [];
   for (const span of lane.spans) {
-    for (const [from, to] of piecesOf(span, past)) {
+    const pieces = piecesOf(span, past);
+    for (const [from, to] of pieces) {
       const x = rounded(from * scale), wide = rounded((to - from) * scale), chunk = span.kind === "P" || span.kind === "R";
       if (to <= from) continue;
       shapes[span.kind] = (shapes[span.kind] ?? "") + KINDS[span.kind].shape(x, Math.max(1, chunk && wide > 4 ? wide - 1.5 : wide));
-      letters.push(...letterOf(span, x, wide));
+      letters.push(...letterOf(span.kind, pieces.length > 1 ? 0 : span.tokens, x, wide));
     }
   }
   for (const { kind, place } of lane.marks) {
@@ -59,14 +60,18 @@ function drawLane(lane, past, scale) {
     shapes.accepted = (shapes.accepted ?? "") + MARKS.accepted.shape(rounded(scale * (axis.from(past, place) + axis.to(past, place)) / 2), right);
   }
   const order = [...Object.keys(KINDS), ...Object.keys(MARKS)].filter((kind) => shapes[kind]);
-  const striped = ["R", "S"].filter((kind) => shapes[kind]).map((kind) => drawn("path", { d: shapes[kind], class: "pattern", fill: `url(#pattern-${kind})` }));
-  return [...order.map((kind) => drawn("path", { d: shapes[kind], class: `kind-${kind}` })), ...striped, ...letters];
+  const over = order.filter(hasPattern).map((kind) => patterned(kind, shapes[kind]));
+  return [...order.map((kind) => drawn("path", { d: shapes[kind], class: `kind-${kind}` })), ...over, ...letters];
 }
 
+const hasPattern = (kind) => kind === "R" || kind === "S";
+const hasLetter = (kind) => "WPDRS".includes(kind);
+const patterned = (kind, d) => drawn("path", { d, class: `pattern-${kind}` });
+
 /** The letter of a bar, and how many tokens it was, where there is room. */
-function letterOf({ kind, tokens }, x, wide) {
+function letterOf(kind, tokens, x, wide) {
   const text = [tokens > 0 ? `${kind} ${tokens}` : kind, kind].find((one) => one.length * 6.2 + 6 < wide);
-  if (!text || kind === "I" || kind === "X") return [];
+  if (!text || !hasLetter(kind)) return [];
   const element = drawn("text", { x: rounded(x + wide / 2), y: 10, class: `letter letter-${kind}` });
   element.textContent = text;
   return [element];
@@ -95,7 +100,7 @@ function laneInWords(lane, past) {
     told.push(`${KINDS[kind].word}${what}, ${whenOf({ ...spans[first], to: spans[i].to }, past)}`);
   }
   const marks = lane.marks.filter(({ kind }) => kind !== "end").map(({ kind, words }) => words || MARKS[kind].word);
-  if (lane.guessed) marks.push(`${lane.right} of ${lane.guessed} guesses right`);
+  if (lane.guessed) marks.push(`${lane.right} of ${lane.guessed} drafts accepted`);
   return `${lane.name}: ${[...told, ...marks, endInWords(lane)].filter(Boolean).join("; ")}`;
 }
 
@@ -111,7 +116,7 @@ function stepInWords(lane, past, place) {
   if (span) told.push(spanInWords(span, lane, past));
   else told.push(place < lane.place ? "not there yet" : endInWords(lane));
   for (const mark of lane.marks) if (mark.place === place) told.push(mark.kind === "end" ? endInWords(lane) : mark.words || MARKS[mark.kind].word);
-  for (const one of lane.accepted) if (one.place === place) told.push(`${one.right} of ${one.guessed} guesses right`);
+  for (const one of lane.accepted) if (one.place === place) told.push(`${one.right} of ${one.guessed} drafts accepted`);
   return told;
 }
 

@@ -17,7 +17,7 @@ const NUMBERS = { // name -> its value in a state; of the pool, in blocks, where
 const STATES = ["running", "waiting", "swapped"]; // of requests: so many are in each, as series "in running", ...
 
 class Past {
-  /** series: by name, a number for each step (NaN: not known). lanes: of requests, by name, in the order they came. */
+  /** series: by name, a number for each step (NaN: not known). lanes: of requests, by name, in the order of their arrival. */
   constructor(trace) {
     this.trace = trace;
     this.length = trace.length;
@@ -34,6 +34,7 @@ class Past {
       for (const name in NUMBERS) this.series[name][place] = NUMBERS[name](state) ?? NaN;
       this.follow(line, place);
     });
+    this.lanes = new Map([...this.lanes].sort(([a], [b]) => inOrder(a, b)));
     const last = (name) => this.series[name][this.length - 1];
     this.hasSwapped = this.series.swapped.some((number) => number > 0);
     this.hasFound = last("asked") > 0;
@@ -54,10 +55,10 @@ class Past {
   follow(line, place) {
     const did = line.did ?? {}, changed = line.patch.requests ?? {}, computed = this.computedBy(did);
     for (const name of [...Object.keys({ ...line.arrived, ...changed }), ...computed.keys()]) this.laneOf(name, place, line);
-    for (const name in changed) this.change(this.lanes.get(name), changed[name], did, place);
-    for (const name in did.found) this.mark(name, place, "found", `${count(did.found[name], "token")} found: they need not be computed`);
+    this.change(changed, did, place);
+    for (const name in did.found) this.mark(name, place, "found", `prefix hit: ${count(did.found[name], "token")} found`);
     for (const name in did.errors) this.mark(requestOf(name), place, "error", `${name}: ${did.errors[name]}`);
-    for (const name in did.guessed) this.guess(this.lanes.get(requestOf(name)), place, did.guessed[name]);
+    for (const name in did.guessed) this.draft(this.lanes.get(requestOf(name)), place, did.guessed[name]);
     const numbers = { running: 0, waiting: 0, swapped: 0 };
     for (const [name, lane] of this.live) {
       this.grow(lane, place, computed.get(name));
@@ -67,14 +68,20 @@ class Past {
     for (const which of STATES) this.series[`in ${which}`][place] = numbers[which];
   }
 
-  /** What the sequences of each request computed together: from which position, tokens of their own, guesses. */
+  /** The first and the last of the lanes whose requests are there at a step. -1: none. */
+  liveAt(place) {
+    const there = [...this.lanes.values()].map((lane) => lane.place <= place && place < lane.spans.at(-1).to);
+    return { first: there.indexOf(true), last: there.lastIndexOf(true) };
+  }
+
+  /** What the sequences of each request computed together, accepted drafts included: from which position to which, and how many. */
   computedBy(did) {
     const all = new Map();
-    for (const [sequence, [start, own, guessed]] of Object.entries(did.computed ?? {})) {
-      const name = requestOf(sequence), one = all.get(name);
+    for (const [sequence, [start, own]] of Object.entries(did.computed ?? {})) {
+      const name = requestOf(sequence), one = all.get(name), tokens = own + (did.guessed?.[sequence]?.[1] ?? 0), end = start + tokens;
       if (name === "?") continue; // of no request that is known
-      if (!one) all.set(name, { start, end: start + own, own, guessed });
-      else Object.assign(one, { start: Math.min(one.start, start), end: Math.max(one.end, start + own), own: one.own + own, guessed: one.guessed + guessed });
+      if (!one) all.set(name, { start, end, tokens });
+      else Object.assign(one, { start: Math.min(one.start, start), end: Math.max(one.end, end), tokens: one.tokens + tokens });
     }
     return all;
   }
@@ -88,23 +95,31 @@ class Past {
     this.live.set(name, lane);
   }
 
-  /** A request's state changes; null: it is gone. */
-  change(lane, news, did, place) {
-    const before = lane.state;
-    lane.state = news === null ? null : news.state ?? before;
-    for (const part of ["id", "prompt", "output"]) lane[part] = news?.[part] ?? lane[part];
-    const back = before === "running" && lane.state === "swapped" ? "swap" : before === "running" && lane.state === "waiting" ? "recompute" : null;
-    const how = did.preempted?.[lane.name] ?? back;
-    if (how) this.mark(lane.name, place, how);
-    if (how === "recompute") lane.redo = lane.high;
-    if (did.resumed?.includes(lane.name) || (before === "swapped" && lane.state === "running")) this.mark(lane.name, place, "resumed");
+  /** States of requests change; null: it is gone. */
+  change(changed, did, place) {
+    const preempted = { ...did.preempted }, resumed = new Set(did.resumed);
+    for (const name in changed) {
+      const lane = this.lanes.get(name), news = changed[name], before = lane.state, now = news === null ? null : news.state ?? before;
+      lane.state = now;
+      for (const part of ["id", "prompt", "output"]) lane[part] = news?.[part] ?? lane[part];
+      if (before === "running" && now === "waiting") lane.redo = lane.high; // also after a step that failed
+      if (this.knowsTokens || before === now) continue;
+      if (before === "running" && now) preempted[name] = now === "swapped" ? "swap" : "recompute"; // version 1 doesn't say it
+      if (before === "swapped" && now === "running") resumed.add(name);
+    }
+    for (const name in preempted) {
+      const how = preempted[name] === "swap" ? "swap" : "recompute", lane = this.lanes.get(name);
+      this.mark(name, place, how);
+      if (lane && how === "recompute") lane.redo = lane.high;
+    }
+    for (const name of resumed) this.mark(name, place, "resumed");
   }
 
   mark(name, place, kind, words = "") {
     this.lanes.get(name)?.marks.push({ kind, place, words });
   }
 
-  guess(lane, place, [guessed, right]) {
+  draft(lane, place, [guessed, right]) {
     if (!lane) return;
     lane.guessed += guessed;
     lane.right += right;
@@ -113,17 +128,18 @@ class Past {
 
   /** What a request did in a step. Chunks stay apart; all else is one span with what it was in the step before. */
   grow(lane, place, computed) {
-    if (!computed && !lane.state) return; // aborted before the step
-    const kind = this.kindOf(lane, computed), last = lane.spans.at(-1);
+    const last = lane.spans.at(-1);
+    if (!computed && !lane.state && last.kind !== "X") return; // aborted before the step
+    const kind = this.kindOf(lane, computed);
     if (computed) lane.high = Math.max(lane.high, computed.end);
-    if (last.kind !== kind || kind === "P" || kind === "R") lane.spans.push({ kind, from: place, to: place + 1, start: computed?.start, tokens: computed?.own ?? 0 });
-    else Object.assign(last, { to: place + 1, tokens: last.tokens + (computed?.own ?? 0) });
+    if (last.kind !== kind || kind === "P" || kind === "R") lane.spans.push({ kind, from: place, to: place + 1, start: computed?.start, tokens: computed?.tokens ?? 0 });
+    else Object.assign(last, { to: place + 1, tokens: last.tokens + (computed?.tokens ?? 0) });
   }
 
   /** Rule 1: a step gives a request some tokens, and the phases are in the eye of who looks. */
   kindOf(lane, computed) {
     if (computed) return computed.start < lane.redo ? "R" : computed.start < lane.prompt ? "P" : "D";
-    if (lane.state === "running") return this.knowsTokens ? "I" : "X";
+    if (lane.state === "running" || !lane.state) return this.knowsTokens ? "I" : "X";
     return lane.state === "swapped" ? "S" : "W";
   }
 

@@ -5,7 +5,7 @@ const WINDOW = 20; // tokens a second are those of a twentieth of the run
 
 // A plot: its name, its lines (drawn in this order), its limit (a line, too), what is said of a step, and whether there is one.
 const PLOTS = [
-  { name: "blocks in use", lines: [["with cached ones", "used+cached"], ["in use", "used"], ["shared", "shared"]], limit: ({ num_blocks }) => num_blocks,
+  { name: "blocks in use", lines: [["in use", "used"], ["shared", "shared"], ["in use or cached", "used+cached"]], limit: ({ num_blocks }) => num_blocks,
     say: (at, { num_blocks }) => `${at("used")} of ${num_blocks}, ${at("shared")} shared, ${at("cached")} cached` },
   { name: "waste", lines: [["waste", "waste"]], limit: () => 100, say: (at) => `${at("waste", 1)} % of the slots in use` },
   { name: "tokens in the step", lines: [["tokens", "tokens"]], rests: true, limit: ({ settings }) => settings?.max_num_batched_tokens,
@@ -13,19 +13,19 @@ const PLOTS = [
   { name: "output tokens", lines: [["output", "speed"]], rests: true, say: (at, header, past) => (past.hasTimes ? `${at("speed", 1)} a second` : `${at("speed")} in the step`) },
   { name: "requests", lines: [["running", "in running"], ["waiting", "in waiting"], ["swapped out", "in swapped"]],
     say: (at) => `${at("in running")} running, ${at("in waiting")} waiting, ${at("in swapped")} swapped out` },
-  { name: "blocks on the CPU", lines: [["on the CPU", "swapped"]], limit: ({ num_cpu_blocks }) => num_cpu_blocks,
-    say: (at, { num_cpu_blocks }) => `${at("swapped")} of ${num_cpu_blocks}`, when: (past) => past.hasSwapped },
-  { name: "tokens found", lines: [["asked for", "asked"], ["found", "found"]], say: (at) => `${at("found")} of ${at("asked")} asked for`, when: (past) => past.hasFound },
+  { name: "CPU pool", lines: [["on the CPU", "swapped"]], limit: ({ num_cpu_blocks }) => num_cpu_blocks,
+    say: (at, { num_cpu_blocks }) => `${at("swapped")} of ${num_cpu_blocks} blocks in use`, when: (past) => past.hasSwapped },
+  { name: "tokens found", lines: [["found", "found"], ["asked for", "asked"]], say: (at) => `${at("found")} of ${at("asked")} asked for`, when: (past) => past.hasFound },
 ];
 
 class Plots {
   constructor(view, element, trace, go) {
-    const pasts = traces.map(pastOf);
+    const pasts = traces.map((one) => addSeries(pastOf(one)));
     Object.assign(this, { view, element, trace, go, past: pastOf(trace), at: -1 });
-    pasts.forEach(addSeries);
     const known = ({ lines }) => pasts.some(({ series }) => series[lines[0][1]].some((number) => number >= 0));
     this.plots = PLOTS.filter((plot) => known(plot) && (!plot.when || pasts.some(plot.when))).map((plot) => new Plot(plot, this));
     element.append(...this.plots.map((plot) => plot.element));
+    walkWords(element);
     axis.parts.push(this);
     this.draw();
   }
@@ -47,10 +47,10 @@ class Plots {
 class Plot {
   constructor(plot, { trace, past, go }) {
     Object.assign(this, plot, { trace, past });
-    const id = `line-${PLOTS.indexOf(plot)}`, name = make("b", "", this.title());
+    const name = make("b", "", this.title());
     explain(name, plot.name);
     this.value = make("span", "value");
-    this.svg = drawn("svg", { viewBox: `0 0 1000 ${HIGH}`, preserveAspectRatio: "none", height: HIGH, class: id, "aria-hidden": "true" });
+    this.svg = drawn("svg", { viewBox: `0 0 1000 ${HIGH}`, preserveAspectRatio: "none", height: HIGH, "aria-hidden": "true" });
     this.cursor = make("div", "cursor");
     this.top = make("span", "top small");
     this.field = make("div", "field", "", this.svg, this.top, this.cursor);
@@ -60,7 +60,7 @@ class Plot {
     draggable(this.field, (event) => go(this.placeAt(event)));
     this.field.addEventListener("pointermove", (event) => this.write(this.placeAt(event), true));
     this.field.addEventListener("pointerleave", () => this.write(this.at));
-    this.range = [smallest(past.series[plot.lines.at(-1)[1]]), largest([past], [plot.lines.at(-1)])];
+    this.range = [smallest(past.series[plot.lines[0][1]]), largest([past], plot.lines.slice(0, 1))];
     this.setScale();
   }
 
@@ -71,7 +71,7 @@ class Plot {
   /** What the lines are, each as it is drawn. */
   key() {
     return make("div", "key small", "", ...this.lines.map(([word], i) => make("span", "", "",
-      drawn("svg", { width: 18, height: 10, "aria-hidden": "true" }, drawn("path", { d: "M0 5h18v5h-18z", class: `area area-${i}` }), drawn("path", { d: "M0 5h18", class: `line line-${i}` })), word)));
+      drawn("svg", { width: 18, height: 10, "aria-hidden": "true" }, drawn("path", { d: "M0 5h18", class: `line line-${i}` })), word)));
   }
 
   /** From 0 to the most of any trace; the limit too, unless all would lie flat below it. */
@@ -91,9 +91,9 @@ class Plot {
     this.wide = 1000 / axis.end;
     const children = [];
     this.lines.forEach(([, name], i) => {
-      const [path, end] = this.path(this.past.series[name]);
-      if (!path) return;
-      children.push(drawn("path", { d: `${path}V${HIGH - 2}H0z`, class: `area area-${i}` }), drawn("path", { d: path, class: `line line-${i}` }));
+      const path = this.path(this.past.series[name]);
+      if (i === 0) children.push(drawn("path", { d: `${path}V${HIGH - 2}H0z`, class: "area" }));
+      children.push(drawn("path", { d: path, class: `line line-${i}` }));
     });
     if (this.bound) children.push(drawn("path", { d: `M0 ${this.y(this.bound)}H1000`, class: "line bound" }));
     this.svg.replaceChildren(...children, drawn("path", { d: `M0 ${HIGH - 2}H1000`, class: "ground" }));
@@ -111,7 +111,7 @@ class Plot {
       else if (number !== before) path += `H${from}V${this.y(number)}`;
       before = number;
     });
-    return [path && `${path}H${x(axis.to(past, numbers.length - 1))}`];
+    return path && `${path}H${x(axis.to(past, numbers.length - 1))}`;
   }
 
   placeAt(event) {
@@ -122,16 +122,18 @@ class Plot {
   /** The cursor goes to a step, and its value is written. */
   tell(place) {
     this.at = place;
-    const from = axis.from(this.past, place), to = axis.to(this.past, place);
+    const from = axis.from(this.past, place), to = axis.to(this.past, place), wide = `${(to - from) * this.wide / 10}%`;
     this.cursor.style.setProperty("left", `${from * this.wide / 10}%`);
-    this.cursor.style.setProperty("width", `${(to - from) * this.wide / 10}%`);
+    if (wide !== this.cursorWide) this.cursor.style.setProperty("width", this.cursorWide = wide);
     this.write(place);
   }
 
   write(place, pointed = false) {
     const at = (name, digits = 0) => { const number = this.past.series[name][place]; return Number.isNaN(number) ? "-" : number.toFixed(digits); };
     const text = this.say(at, this.trace.header, this.past);
-    this.value.textContent = pointed ? `step ${this.trace.lines[place].step}: ${text}` : text;
+    const value = pointed ? `step ${this.trace.lines[place].step}: ${text}` : text;
+    if (value === this.value.textContent) return;
+    this.value.textContent = value;
     this.field.setAttribute("aria-label", `${this.title()}, from ${this.range.map(shortly).join(" to ")}; now ${text}`);
   }
 }
@@ -139,9 +141,9 @@ class Plot {
 /** Numbers that are made of others. */
 function addSeries(past) {
   const { series } = past;
-  if (series.speed) return series;
+  if (series.speed) return past;
   series["used+cached"] = series.used.map((used, place) => used + series.cached[place]);
-  past.window = past.end[past.length - 1] / WINDOW;
+  past.window = Math.max(...traces.map((trace) => trace.timeOf(trace.length - 1))) / WINDOW;
   let first = -1; // the last step that ended before the window
   series.speed = series.drawn.map((drawn, place) => {
     if (!past.hasTimes) return drawn - (series.drawn[place - 1] ?? 0);
@@ -149,7 +151,7 @@ function addSeries(past) {
     const since = first < 0 ? 0 : past.end[first];
     return (drawn - (series.drawn[first] ?? 0)) / Math.max(1e-9, past.end[place] - since);
   });
-  return series;
+  return past;
 }
 
 const largest = (pasts, lines) => pasts.reduce((most, past) => lines.reduce((most, [, name]) => past.series[name].reduce((a, b) => (b > a ? b : a), most), most), 0);

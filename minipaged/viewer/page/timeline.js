@@ -6,8 +6,8 @@ const MOST_WIDE = 40000; // pixels: a browser draws no more of it than is seen, 
 class Timeline {
   /** go: called with the place of a step. */
   constructor(view, element, trace, go) {
-    Object.assign(this, { view, element, trace, go, past: pastOf(trace), zoom: 1, chosen: -1, width: 0, left: 0, key: "" });
-    this.lanes = [...this.past.lanes.values()].sort((a, b) => inOrder(a.name, b.name));
+    Object.assign(this, { view, element, trace, go, past: pastOf(trace), zoom: 1, chosen: -1, width: 0, left: 0, top: 0, key: "" });
+    this.lanes = [...this.past.lanes.values()];
     this.make();
     this.listen();
     axis.parts.push(this);
@@ -34,9 +34,9 @@ class Timeline {
     this.cursor = make("div", "cursor");
     this.field = make("div", "field", "", this.band, this.svg, this.cursor);
     this.box = make("div", "lanes", "", this.corner, this.ticks, this.names, this.field);
-    this.tip = make("div", "tip");
-    this.tip.hidden = true;
-    this.element.append(this.bar(), this.box, this.tip);
+    this.told = make("div", "here");
+    this.told.hidden = true;
+    this.element.append(this.bar(), this.box, this.told);
     this.element.classList.add("timeline");
     this.groups = this.lanes.map(({ name }) => { const group = drawn("g", { class: "lane" }); paint(group, name); return group; });
     this.groups.forEach((group, i) => group.setAttribute("transform", `translate(0 ${i * LANE})`));
@@ -49,23 +49,33 @@ class Timeline {
     const button = (text, title, press) => Object.assign(make("button", "", text), { type: "button", title, onclick: press });
     this.modes = { step: button("steps", "Each step is as wide as any other", () => axis.set("step")),
       time: button("seconds", "A step is as wide as it took long", () => axis.set("time")) };
-    this.modes.time.hidden = this.modes.step.hidden = !axis.hasTimes;
     const zooms = [button("−", "Less of it, smaller (Ctrl and wheel)", () => this.zoomBy(0.5)), button("+", "Larger (Ctrl and wheel)", () => this.zoomBy(2)),
       button("all", "All of it", () => this.zoomBy(0))];
     zooms.forEach((one, i) => one.setAttribute("aria-label", ["zoom out", "zoom in", "show all of the time"][i]));
     const group = (label, ...children) => { const one = make("span", "group", "", ...children); one.setAttribute("role", "group"); one.setAttribute("aria-label", label); return one; };
-    return make("div", "bar-of", "", group("left to right", ...Object.values(this.modes)), group("zoom", ...zooms), this.legend());
+    const modes = axis.hasTimes ? [group("left to right", ...Object.values(this.modes))] : [];
+    return make("div", "bar-of", "", ...modes, group("zoom", ...zooms), this.legend());
   }
 
+  /** Of what occurs. */
   legend() {
-    const occurs = new Set(this.lanes.flatMap((lane) => [...lane.spans.filter(({ from, to, kind }) => to > from || (kind === "W" && this.past.hasTimes)).map(({ kind }) => kind), ...lane.marks.map(({ kind }) => kind), lane.accepted.length ? "accepted" : "end"]));
-    return make("span", "legend", "", ...Object.entries({ ...KINDS, ...MARKS }).filter(([kind]) => occurs.has(kind)).map(([kind, { word, shape }]) => {
-      const wide = kind in KINDS, d = wide ? shape(1, 22) : shape(8, 3), group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
-      if (kind === "R" || kind === "S") group.append(drawn("path", { d, class: "pattern", fill: `url(#pattern-${kind})` }));
-      const entry = make("span", "", "", drawn("svg", { width: wide ? 24 : 16, height: LANE, "aria-hidden": "true" }, group), make("span", "", wide && kind !== "I" && kind !== "X" ? `${kind} ${word}` : word));
-      explain(entry, word);
-      return entry;
-    }));
+    const spans = this.lanes.flatMap((lane) => lane.spans.filter((span) => span.to > span.from || this.past.begin[span.from] > span.since));
+    const occurs = new Set(["end", ...spans.map(({ kind }) => kind), ...this.lanes.flatMap(({ marks }) => marks.map(({ kind }) => kind))]);
+    if (this.lanes.some(({ accepted }) => accepted.length)) occurs.add("accepted");
+    const entries = Object.entries({ ...KINDS, ...MARKS }).filter(([kind]) => occurs.has(kind));
+    const legend = make("span", "legend", "", ...entries.map(([kind, what]) => this.entry(kind, what)));
+    if (this.past.gaps.length) legend.append(make("span", "", "", make("i", "rests"), "no step"));
+    walkWords(legend);
+    return legend;
+  }
+
+  entry(kind, { word, shape }) {
+    const isBar = kind in KINDS, d = isBar ? shape(1, 22) : shape(8, 3), group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
+    if (hasPattern(kind)) group.append(patterned(kind, d));
+    const picture = drawn("svg", { width: isBar ? 24 : 16, height: LANE, "aria-hidden": "true" }, group);
+    const words = make("span", "", hasLetter(kind) ? `${kind} ${word}` : word);
+    explain(words, word.split(":")[0]);
+    return make("span", "", "", picture, words);
   }
 
   // --- drawing ------------------------------------------------------------------------------------------------------------
@@ -78,25 +88,35 @@ class Timeline {
     this.zoom = Math.min(this.zoom, this.most);
     const width = Math.floor(room * this.zoom), key = `${width}|${axis.mode}`;
     if (key === this.key) return;
-    Object.assign(this, { key, width, room, scale: width / axis.end });
+    Object.assign(this, { key, width, room, scale: width / axis.end, seen: this.box.clientHeight - this.ticks.offsetHeight }); // below the scale
     this.field.style.setProperty("width", `${width}px`);
     this.svg.setAttribute("width", width);
-    this.lanes.forEach((lane, i) => {
-      this.groups[i].replaceChildren(...drawLane(lane, this.past, this.scale));
-      this.options[i].setAttribute("aria-label", laneInWords(lane, this.past));
-    });
-    const high = this.lanes.length * LANE, { begin, end, gaps } = this.past;
-    this.rests.setAttribute("d", axis.mode === "step" ? "" : gaps.map((place) => bar(0, high)(end[place - 1] * this.scale, (begin[place] - end[place - 1]) * this.scale)).join(""));
     this.drawAxis();
+    this.drawSeen();
     this.at = null;
     if (this.view.moment) this.update(this.view.moment);
   }
 
+  /** The lanes that are in sight, if they are not drawn yet. */
+  drawSeen() {
+    const first = Math.floor(this.box.scrollTop / LANE) - 5, last = first + this.box.clientHeight / LANE + 10;
+    for (let i = Math.max(0, first); i <= last && i < this.lanes.length; i++) {
+      if (this.groups[i].key === this.key) continue;
+      this.groups[i].key = this.key;
+      this.groups[i].replaceChildren(...drawLane(this.lanes[i], this.past, this.scale));
+    }
+  }
+
+  /** The scale, where the engine rested, and what listeners hear of a lane. */
   drawAxis() {
+    const { begin, end, gaps } = this.past, rest = bar(0, this.lanes.length * LANE), inTime = axis.mode === "time";
+    this.rests.setAttribute("d", inTime ? gaps.map((place) => rest(end[place - 1] * this.scale, (begin[place] - end[place - 1]) * this.scale)).join("") : "");
+    if (this.labels !== axis.mode) this.options.forEach((option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past)));
+    this.labels = axis.mode;
     const fit = axis.ticks(this.past, this.width / 70).filter(([x]) => x * this.scale < this.width - 12);
     this.ticks.replaceChildren(...fit.map(([x, text]) => {
       const tick = make("span", "", text);
-      tick.style.setProperty("left", `${x * this.scale}px`);
+      tick.style.setProperty("left", `${Math.max(12, x * this.scale)}px`);
       return tick;
     }));
     for (const [mode, button] of Object.entries(this.modes)) button.setAttribute("aria-pressed", String(mode === axis.mode));
@@ -111,7 +131,15 @@ class Timeline {
     this.cursor.style.setProperty("width", `${Math.max(2, to - from)}px`);
     this.cursor.style.setProperty("translate", `${Math.min(from, to - 2)}px`);
     if (this.zoom > 1 && (to < this.left || to > this.left + this.room)) this.box.scrollLeft = to - this.room / 2;
+    this.follow(place);
     if (document.activeElement === this.names) this.tellChosen();
+  }
+
+  /** Where not all lanes are in sight, some of the requests that are there are; unless the reader is just looking at others. */
+  follow(place) {
+    const { first, last } = this.past.liveAt(place), top = this.top / LANE, seen = this.seen / LANE;
+    if (this.lanes.length <= seen || this.pointed || this.picked || first < 0) return;
+    if (last < top + 1 || first > top + seen - 1) this.box.scrollTop = first * LANE;
   }
 
   /** The request that is picked stands out. */
@@ -131,16 +159,22 @@ class Timeline {
 
   listen() {
     draggable(this.field, (event) => this.go(this.placeAt(event)));
-    this.field.addEventListener("pointermove", (event) => this.tell(this.laneAt(event), this.placeAt(event), event.clientX, event.clientY));
-    this.field.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+    this.field.addEventListener("pointermove", (event) => {
+      this.pointed = true;
+      this.tell(this.laneAt(event), this.placeAt(event), event.clientX, event.clientY);
+    });
+    this.field.addEventListener("pointerleave", () => { this.pointed = false; this.told.hidden = true; });
     this.names.addEventListener("click", (event) => {
       const i = this.options.indexOf(event.target.closest("li"));
       if (i >= 0) this.view.pick(this.lanes[i].name);
     });
     this.names.addEventListener("keydown", (event) => this.press(event));
     this.names.addEventListener("focus", () => this.choose(Math.max(0, this.chosen)));
-    this.names.addEventListener("blur", () => { this.tip.hidden = true; });
-    this.box.addEventListener("scroll", () => { this.left = this.box.scrollLeft; }, { passive: true });
+    this.names.addEventListener("blur", () => { this.told.hidden = true; });
+    this.box.addEventListener("scroll", () => {
+      Object.assign(this, { left: this.box.scrollLeft, top: this.box.scrollTop });
+      this.drawSeen();
+    }, { passive: true });
     this.box.addEventListener("wheel", (event) => {
       if (!event.ctrlKey) return;
       event.preventDefault();
@@ -158,6 +192,7 @@ class Timeline {
 
   press(event) {
     const moves = { ArrowUp: -1, ArrowDown: 1 };
+    if (event.key === "Escape") this.told.hidden = true;
     if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter")) return;
     event.preventDefault();
     if (event.key === "Enter") this.view.pick(this.lanes[this.chosen].name);
@@ -171,8 +206,8 @@ class Timeline {
     this.band.hidden = false;
     this.names.setAttribute("aria-activedescendant", this.options[i].id);
     this.band.style.setProperty("translate", `0 ${i * LANE}px`);
-    const top = i * LANE, seen = this.box.clientHeight - this.ticks.offsetHeight - LANE; // not behind the scale
-    if (top < this.box.scrollTop || top > this.box.scrollTop + seen) this.box.scrollTop = top - seen / 2;
+    const top = i * LANE;
+    if (top < this.box.scrollTop || top > this.box.scrollTop + this.seen - LANE) this.box.scrollTop = top - this.seen / 2;
     if (document.activeElement === this.names) this.tellChosen();
   }
 
@@ -184,10 +219,10 @@ class Timeline {
   /** Beside a point of the window: what a request did at a step. */
   tell(i, place, x, y) {
     const around = this.element.getBoundingClientRect();
-    this.tip.hidden = false;
-    this.tip.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
-    const left = Math.min(x - around.left + 14, around.width - this.tip.offsetWidth);
-    this.tip.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
+    this.told.hidden = false;
+    this.told.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
+    const left = Math.min(x - around.left + 14, around.width - this.told.offsetWidth);
+    this.told.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
   }
 
   /** 0: all of it. What is under x, or else the cursor, stays where it is. */
