@@ -92,11 +92,11 @@ def test_the_tree_is_what_the_memory_knows_at_every_step(recorded, opened, seed)
         links = [link for row in shown["rows"] for link in row]
         live = {link["block"]: link for link in links if "gone" not in link["kinds"]}
         kind = {which: {block for block, link in live.items() if which in link["kinds"]} for which in ("found", "held")}
-        gone = {link["block"] for link in links if "gone" in link["kinds"]}
+        gone = {link["block"]: parent_in(link["label"]) for link in links if "gone" in link["kinds"]}
         assert len(live) + len(gone) == len(links), "no block stands there twice"
         assert {block: parent_in(link["label"]) for block, link in live.items()} == run.known[place], (seed, place)
         before = run.known[place - 1] if place else {}
-        assert gone == run.evicted[place] & before.keys(), (seed, place)
+        assert gone == {block: before[block] for block in run.evicted[place] & before.keys()}, (seed, place)
         assert kind["found"] == run.found[place] & live.keys(), (seed, place)
         held = {block for _, _, blocks, swapped in run.truths[place]["tables"] if not swapped for block in blocks}
         assert kind["held"] == held & live.keys()
@@ -141,6 +141,23 @@ def test_texts_are_what_was_said_and_stand_in_their_blocks(recorded, opened, see
             assert mine or name in folded, (seed, place, name)
             seen += name not in folded
     assert seen > 10
+
+
+def test_the_same_words_in_other_blocks_are_not_shown_as_shared(opened):
+    """Two samples may say the same: what stands twice in memory stands twice in the picture."""
+    words, tables = [f" {i}" for i in range(12)], {"A1": [0, 1, 2], "A2": [0, 3, 4]}
+    usage = {"block_size": 4, "num_blocks": 8, "used": 5, "tokens_stored": 19, "cpu_total": 0}
+    state = {
+        "step": {"number": 1, "tokens": 2}, "usage": usage, "num_preemptions": 0, "cached": {}, "index": {},
+        "requests": {"A": {"id": "0", "state": "running", "prompt": 4, "output": 16, "sequences": 2}},
+        "tables": {name: {"tokens": 11, "blocks": blocks, "swapped": False} for name, blocks in tables.items()},
+    }  # fmt: skip
+    line = {"step": 1, "time": 1, "words": {name: {"keep": 0, "add": words} for name in tables}, "patch": state}
+    header = {"version": 2, "block_size": 4, "num_blocks": 8, "num_cpu_blocks": 0, "model": "none", "settings": {}}
+    page = opened({"title": "by hand", "header": header, "every": 1, "lines": [line]})
+    shown = page.evaluate(TEXTS, [0])[0][0]
+    numbers = [[page["number"] for page in stretch["pages"]] for stretch in shown]
+    assert numbers == [["0"], ["1", "2"], ["3", "4"]]
 
 
 def test_a_word_is_explained_to_mouse_keyboard_and_screen_readers(recorded, opened):
