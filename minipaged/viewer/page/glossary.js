@@ -121,7 +121,7 @@ const tip = {
 
   make() {
     if (this.element) return;
-    this.element = make("div", "tip");
+    this.element = make("div", "word-tip");
     this.element.setAttribute("role", "tooltip");
     this.element.hidden = true;
     this.element.addEventListener("pointerenter", () => clearTimeout(this.timer));

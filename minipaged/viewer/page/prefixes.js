@@ -4,24 +4,26 @@
 const MOST_RUNS = 80; // that are shown
 
 class Prefixes {
+  static number = 0; // of them on the page
+
   constructor(view, element) {
     Object.assign(this, { view, element, rows: new Map(), runs: [], before: null, at: "" });
     this.kind = make("span");
     this.told = make("span");
     this.list = make("div", "index");
-    this.list.id = `index-${element.id || "0"}`;
+    this.list.id = `index-${Prefixes.number++}`;
     this.list.tabIndex = 0;
     this.list.setAttribute("role", "tree");
     this.list.setAttribute("aria-label", "Blocks that can be found; arrow keys move");
     this.rest = make("p", "small");
     element.append(make("p", "small", "", this.kind, this.told), this.list, this.rest);
-    for (const kind of ["pointerover", "click"]) this.list.addEventListener(kind, (event) => this.point(event.target.closest("[data-block]")));
+    pointing(view, this.list, () => false);
     this.list.addEventListener("keydown", (event) => this.move(event));
   }
 
   update(moment) {
     const index = moment.state.index ?? {}, gone = this.goneAt(moment), found = foundIn(moment);
-    const fresh = this.freshAt(moment, index), held = holders(moment.state);
+    const fresh = this.freshAt(moment, index), held = heldIn(moment);
     this.hashes = moment.header?.settings?.prefix_cache === "hash";
     this.before = { ...index };
     this.runs = runsOf(itemsOf(index, gone), this.hashes);
@@ -98,7 +100,7 @@ class Prefixes {
     const rows = shown.map((run) => this.rowOf(run, textOf)), keys = new Set(shown.map((run) => run.items[0].key));
     for (const key of this.rows.keys()) if (!keys.has(key)) this.rows.delete(key);
     arrange(this.list, rows);
-    const here = shown.flatMap((run) => run.items).find((item) => item.here && (!this.at || item.key === this.at || item.block !== this.blockAt()));
+    const here = this.current(shown);
     if (here) this.list.setAttribute("aria-activedescendant", this.idOf(here.key));
     else this.list.removeAttribute("aria-activedescendant");
   }
@@ -113,33 +115,30 @@ class Prefixes {
     return `${this.list.id}-${key}`;
   }
 
-  blockAt() {
-    return Number(this.at.replace("x", ""));
-  }
-
-  point(element) {
-    if (!element || (element.dataset.key === this.at && element.classList.contains("here"))) return;
-    this.at = element.dataset.key;
-    this.view.look(Number(element.dataset.block));
+  /** Where the reader is: of a block that was evicted and holds something else by now, the item that the keys came to. */
+  current(shown) {
+    const here = shown.flatMap((run) => run.items).filter((item) => item.here);
+    return here.find((item) => item.key === this.at) ?? here[0];
   }
 
   /** Left and right along a path, to what a block follows and what follows it; up and down from row to row. */
   move(event) {
-    if (!this.runs.length || event.ctrlKey || event.altKey || event.metaKey) return;
-    const shown = this.runs.filter((run) => this.rows.has(run.items[0].key)), is = (item) => item.key === this.at && item.here;
-    const row = Math.max(0, shown.findIndex((run) => run.items.some(is))), { items } = shown[row], at = items.findIndex(is);
-    const to = (by) => shown[Math.max(0, Math.min(shown.length - 1, row + by))].items[0];
+    const shown = this.runs.filter((run) => this.rows.has(run.items[0].key)), item = this.current(shown);
+    if (!shown.length || event.ctrlKey || event.altKey || event.metaKey) return;
+    const row = shown.findIndex((run) => run.items.includes(item)), { items } = shown[Math.max(0, row)];
+    const to = (number) => shown[Math.max(0, Math.min(shown.length - 1, number))].items[0];
     const moves = {
-      ArrowLeft: () => items[at].parent, ArrowRight: () => items[at + 1] ?? items[at].children[0],
-      ArrowUp: () => to(-1), ArrowDown: () => to(1), Home: () => shown[0].items[0], End: () => shown.at(-1).items[0],
+      ArrowLeft: () => item.parent, ArrowRight: () => items[items.indexOf(item) + 1] ?? item.children[0],
+      ArrowUp: () => to(row - 1), ArrowDown: () => to(row + 1), Home: () => to(0), End: () => to(Infinity),
     };
     if (!(event.key in moves)) return;
     event.preventDefault();
     event.stopPropagation();
-    const item = (at < 0 ? items[0] : moves[event.key]()) ?? items[at];
-    this.at = item.key;
-    this.view.look(item.block);
-    document.getElementById(this.idOf(item.key))?.scrollIntoView({ block: "nearest" });
+    const there = item ? moves[event.key]() ?? item : items[0];
+    this.at = there.key;
+    this.view.kept = true;
+    this.view.look(there.block);
+    document.getElementById(this.idOf(there.key))?.scrollIntoView({ block: "nearest" });
   }
 }
 

@@ -15,7 +15,7 @@ class TextPart {
     this.body.tabIndex = 0;
     this.body.setAttribute("role", "region");
     this.body.setAttribute("aria-label", "Text; left and right go from block to block");
-    this.body.addEventListener("pointerover", (event) => this.look(event.target.closest("[data-block]")));
+    pointing(view, this.body, isOnCpu);
     this.body.addEventListener("keydown", (event) => this.move(event));
     element.append(this.told, this.body, this.legend());
   }
@@ -89,10 +89,6 @@ class TextPart {
     return stretch;
   }
 
-  look(element) {
-    if (element && !element.classList.contains("here")) this.view.look(Number(element.dataset.block), element.classList.contains("swapped"));
-  }
-
   move(event) {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key], all = [...this.body.querySelectorAll("[data-block]")];
     if (!by || !all.length || event.ctrlKey || event.altKey || event.metaKey) return;
@@ -100,10 +96,13 @@ class TextPart {
     event.stopPropagation();
     const same = all[this.at]?.classList.contains("here"), at = same ? this.at : all.findIndex((one) => one.classList.contains("here"));
     this.at = Math.max(0, Math.min(all.length - 1, at < 0 ? (by > 0 ? 0 : all.length - 1) : at + by));
-    this.view.look(Number(all[this.at].dataset.block), all[this.at].classList.contains("swapped"));
+    this.view.kept = true;
+    this.view.look(Number(all[this.at].dataset.block), isOnCpu(all[this.at]));
     this.body.querySelectorAll("[data-block]")[this.at]?.scrollIntoView({ block: "nearest" });
   }
 }
+
+const isOnCpu = (element) => element.classList.contains("swapped");
 
 function blockOfText({ number, at, here, shared, swapped, tokens, signs }) {
   const element = make("span", ["page", here && "here", shared && "shared", swapped && "swapped"].filter(Boolean).join(" "));

@@ -37,8 +37,8 @@ function drawnFrom(news, tokens) {
 }
 
 /** Stretches of text: what all sequences begin with, in whole blocks that are the same for all, and what each has on its own. */
-function stretchesOf(sequences, { state }) {
-  const size = state.usage.block_size, common = sequences.length > 1 ? alike(sequences, size) : 0, held = holders(state);
+function stretchesOf(sequences, moment) {
+  const size = moment.state.usage.block_size, common = sequences.length > 1 ? alike(sequences, size) : 0, held = heldIn(moment);
   const stretches = common ? [{ key: "", names: sequences.slice(0, 6).map((one) => one.name), from: 0, to: common, of: sequences[0] }] : [];
   if (common) stretches[0].words = `begin with the same ${count(common * size, "token")}${sequences.length > 6 ? ` (all ${sequences.length})` : ""}`;
   for (const one of sequences) {
