@@ -8,10 +8,8 @@ import pytest
 
 from minipaged.viewer import page as pages
 from minipaged.viewer.page import page_of, run_of
-from tests.browser import Tabs, api, chromium, needed
+from tests.browser import Tabs, chromium
 from tests.viewed import Recorded, beams_of, compare, happened, shown
-
-pytestmark = needed
 
 SEEDS = (1303, 521, 781, 30, 63, 1499, 1410, 1085, 416, 929)  # of schedules that have, together, all of this:
 SEEN = (
@@ -124,13 +122,13 @@ def test_texts_are_put_together_from_what_was_new(recorded, opened):
 
 MUTANTS = [  # (a part of the page, what stands there, what is wrong)
     ("common.js", "if (value === null) delete target[name];", "if (value === null) continue;"),
-    ("common.js", "Array.isArray(value)) target[name] = value;", "Array.isArray(value)) target[name] ??= value;"),
-    ("common.js", "merge(target[name] ?? {}, value)", "merge({}, value)"),
+    ("common.js", "else target[name] = value;", "else target[name] ??= value;"),
+    ("common.js", "merge(isObject(target[name]) ? target[name] : ", "merge(false ? target[name] : "),
     ("common.js", "table.tokens - place * size", "table.tokens - (place + 1) * size"),
     ("common.js", "if (Boolean(table.swapped) !== swapped) continue;", ""),
-    ("trace.js", "this.state = structuredClone(this.keyframes[keyframe]);", "this.state = this.keyframes[keyframe];"),
+    ("trace.js", "this.state = copied(this.keyframes[keyframe]);", "this.state = this.keyframes[keyframe];"),
     ("trace.js", "this.at = keyframe * KEYFRAME;", "this.at = keyframe * KEYFRAME + 1;"),
-    ("trace.js", "this.keyframes.push(structuredClone(this.state))", "this.keyframes.push(this.state)"),
+    ("trace.js", "this.keyframes.push(copied(this.state))", "this.keyframes.push(this.state)"),
     ("trace.js", "while (this.at < place)", "while (this.at < place - 1)"),
     ("trace.js", "place < this.at || place > this.at + KEYFRAME", "place > this.at + KEYFRAME"),
     ("player.js", "Math.min(this.now, trace.length - 1)", "Math.min(this.now + 1, trace.length - 1)"),
@@ -158,7 +156,7 @@ def test_a_page_that_shows_something_else_is_found_out(recorded, browser, tmp_pa
         try:
             for some in (order[at : at + 20] for at in range(0, most, 20)):
                 compare_all(shown(page, some), [[place] for place in some], [run])
-        except (AssertionError, api.Error):
+        except Exception:  # the page may have failed, too
             return False
         finally:
             page.context.close()
