@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-api = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright: pip install playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-WHY = f"pages are tested in a browser, one of {', '.join(NAMES)}, and none of them is here"
-needed = pytest.mark.skipif(BROWSER is None, reason=WHY)
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
+    """The browser; where there is none, whoever asks for it is skipped."""
+    api = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip(f"pages are tested in a browser, one of {', '.join(NAMES)}, and none of them is here")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--headless=new", "--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--headless=new", "--no-sandbox"])
         yield browser
         browser.close()
 

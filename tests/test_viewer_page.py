@@ -5,10 +5,8 @@ import re
 import pytest
 
 from minipaged.viewer.page import page_of, run_of
-from tests.browser import Tabs, chromium, needed
+from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
-
-pytestmark = needed
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ def _lines(steps: Iterable[TraceStep]) -> Iterator[Line]:
 def page_of(runs: list[Line]) -> str:
     """The page with its data. Nothing that stands in a trace can end the element that it is put in."""
     data = json.dumps({"runs": runs}, separators=(",", ":"), ensure_ascii=False)
+    data = data.encode("utf-8", "backslashreplace").decode()  # a half of a surrogate pair is written as JSON has it
     for sign in "<>&\u2028\u2029":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     return assemble((PARTS / "replay.html").read_text(encoding="utf-8")).replace("{{data}}", data, 1)

@@ -7,6 +7,7 @@ draws (page/). TRACE.md says what stands in it. It is made anew for every moment
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # a trace is read without PyTorch
     from minipaged.scheduling.scheduler import Scheduler
 
 MOST_BLOCKS = 4096  # of larger pools it isn't told which block is found after which
+
+NAME = re.compile(r"[A-Z]+[0-9]*|kept[0-9]+")  # of a request, a sequence, or what is kept for another engine
 
 State = dict[str, Any]
 
@@ -158,7 +161,9 @@ def _reasons(request: Request) -> str:
 
 
 def snapshot_of(state: State) -> Snapshot:
-    """What draw.py draws. KeyError or TypeError if it is no state."""
+    """What draw.py draws. KeyError or TypeError if it is no state; a reader may rely on names to be names."""
+    if wrong := [name for name in (*state["tables"], *state["requests"]) if not NAME.fullmatch(name)]:
+        raise KeyError(wrong[0])
     given = state["usage"]
     slots = given["used"] * given["block_size"]
     waste = 100 * (slots - given["tokens_stored"]) / slots if slots else 0.0

@@ -89,8 +89,10 @@ class TraceWriter:
         self._write({name: value for name, value in line.items() if value or name in ("step", "time", "patch")})
 
     def _write(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line, separators=(",", ":"), ensure_ascii=False)
+        text = text.encode("utf-8", "backslashreplace").decode()  # a half of a surrogate pair: as JSON has it
         try:
-            self._file.write(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n")
+            self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:
             raise TraceError(f"cannot write the trace {self._file.name}: {error}") from error

@@ -57,15 +57,20 @@ function chip(name) {
 
 // --- states -------------------------------------------------------------------------------------------------------------
 
-/** RFC 7386: the target becomes what the patch says. */
+/** RFC 7386: the target becomes what the patch says. Objects that it makes have nothing but what was put into them. */
 function merge(target, patch) {
   for (const [name, value] of Object.entries(patch)) {
     if (value === null) delete target[name];
-    else if (typeof value !== "object" || Array.isArray(value)) target[name] = value;
-    else target[name] = merge(target[name] ?? {}, value);
+    else if (isObject(value)) target[name] = merge(isObject(target[name]) ? target[name] : Object.create(null), value);
+    else target[name] = value;
   }
   return target;
 }
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+
+/** A state that further patches don't change. */
+const copied = (state) => merge(Object.create(null), state);
 
 /** For each block in use, of the pool or (swapped) of the CPU's: who holds it, as which of its blocks, slots filled. */
 function holders(state, swapped = false) {

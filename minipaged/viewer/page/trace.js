@@ -10,7 +10,7 @@ class Trace {
     this.keyframes = [];
     this.versions = this.lines.map(() => null); // of the texts, where something is new: by sequence
     this.at = -1;
-    this.state = {};
+    this.state = copied({});
     this.requests = new Map(); // by name: {id, place: where it came}
     this.readWords();
     for (let place = 0; place < this.length; place++) {
@@ -18,7 +18,7 @@ class Trace {
       for (const name of Object.keys({ ...this.lines[place].patch.requests, ...this.lines[place].arrived })) {
         if (!this.requests.has(name)) this.requests.set(name, { id: this.state.requests[name]?.id ?? "", place });
       }
-      if (place % KEYFRAME === 0) this.keyframes.push(structuredClone(this.state));
+      if (place % KEYFRAME === 0) this.keyframes.push(copied(this.state));
     }
     this.at = this.length - 1;
   }
@@ -27,7 +27,7 @@ class Trace {
   moment(place) {
     if (place < this.at || place > this.at + KEYFRAME) {
       const keyframe = Math.floor(place / KEYFRAME);
-      this.state = structuredClone(this.keyframes[keyframe]);
+      this.state = copied(this.keyframes[keyframe]);
       this.at = keyframe * KEYFRAME;
     }
     while (this.at < place) this.state = merge(this.state, this.lines[++this.at].patch);
