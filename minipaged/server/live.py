@@ -146,11 +146,8 @@ class LiveEye:
 
     def _follow(self, plan: StepPlan, output: StepOutput) -> None:
         self._eye.follow(plan, output)
-        did = self._eye.did(plan, output)
-        self._did = did_of_both(self._did, did)
+        self._did = did_of_both(self._did, self._eye.did(plan, output))
         self._events.extend(f"step {plan.step}: {told}" for told in self._eye.events)
-        if evicted := did.get("evicted"):
-            self._events.append(f"step {plan.step}: {len(evicted)} evicted, what they held can't be found any more")
         self._seconds = round(time.monotonic(), 3)
 
     def state(self) -> State:

@@ -60,10 +60,11 @@ def page_of(runs: list[Line]) -> str:
     return assemble((PARTS / "replay.html").read_text(encoding="utf-8")).replace("{{data}}", data, 1)
 
 
-def assemble(body: str) -> str:
-    """A page whose `{{name}}` lines have become the styles and scripts of these names."""
-    return re.sub(r"^\{\{([a-z_]+\.(?:css|js))\}\}$", lambda found: part(found[1]), body, flags=re.MULTILINE)
+def assemble(body: str, own: Path = PARTS) -> str:
+    """A page whose `{{name}}` lines have become the styles and scripts of these names, which stand in `own` or here."""
+    return re.sub(r"^\{\{([a-z_]+\.(?:css|js))\}\}$", lambda found: part(found[1], own), body, flags=re.MULTILINE)
 
 
-def part(name: str) -> str:
-    return (PARTS / name).read_text(encoding="utf-8").rstrip()
+def part(name: str, own: Path = PARTS) -> str:
+    path = own / name
+    return (path if path.is_file() else PARTS / name).read_text(encoding="utf-8").rstrip()

@@ -5,7 +5,7 @@ const view = new View($("run"), (name) => state.requests?.[requestOf(name)]?.pag
 const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: $(which), number: $(`num-${which}`) }]);
 const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(queues))];
 const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Legend(view, $("legend")), new Detail(view, $("detail")),
-  new Tables(view, $("tables")), new Moves(view, view.find(".moves"))];
+  new Tables(view, $("tables")), new Prefixes(view, view.find(".prefixes")), new Moves(view, view.find(".moves"))];
 const numbers = new Numbers(), bar = new Bar(), events = new Events(view, $("events")); // these are told of each state once
 
 /** As long as the page is seen. A hidden one would take a connection, of which a browser has six for a server. */
@@ -46,14 +46,16 @@ function show() {
   $("model").textContent = state.model;
   document.title = `${state.model} - minipaged`;
   nameTurns();
-  for (const id of ["pool", "legend", "detail", "page-tables"]) $(id).hidden = !state.shows_blocks;
+  for (const id of ["pool", "legend", "detail", "page-tables", "found"]) $(id).hidden = !state.shows_blocks;
   $("bar").hidden = state.shows_blocks;
   $("cpu-pool").hidden = !state.shows_blocks || !state.usage.swapped_out_blocks;
   if (view.picked && !state.requests[view.picked]) view.picked = "";
   view.parts = state.shows_blocks ? [...everywhere, ...ofBlocks] : everywhere;
   moved.push({ at: performance.now(), did: structuredClone(state.did) });
   showMoment(lately());
-  events.update({ state: { events: [...state.events].reverse() } });
+  const told = [...state.events].reverse();
+  if (told.join("\n") !== said) events.update({ state: { events: told } });
+  said = told.join("\n");
   numbers.update(state);
   if (!state.shows_blocks) bar.update(state);
   clearTimeout(rest);
@@ -65,6 +67,7 @@ function showMoment(did) {
 }
 
 const LINGER = 700; // milliseconds that a movement is seen: steps follow each other faster than eyes
+let said = null; // of events
 let moved = []; // {at, did}
 let rest = 0; // the timer after which nothing moves any more
 
@@ -96,5 +99,6 @@ function nameAnswer({ chip }, name) {
   paint(chip, name);
 }
 
-$("page-tables").open = matchMedia("(min-width: 861px)").matches; // on a phone they are asked for
+for (const element of view.root.querySelectorAll("[data-word]")) explain(element, element.dataset.word);
+$("page-tables").open = $("found").open = matchMedia("(min-width: 861px)").matches; // on a phone they are asked for
 follow();

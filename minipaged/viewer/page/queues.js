@@ -64,7 +64,7 @@ function blocksOf(state) {
 
 const EVENT_KINDS = [ // a word of an event -> its kind
   ["swapped out", "swapped out"], ["swapped in", "swapped in"], ["dropped", "dropped"], ["admitted", "admitted"],
-  ["copied on write", "copied"], ["evicted", "evicted"], ["finished", "finished"], ["guessed", "guessed"],
+  ["copied on write", "copied"], ["finished", "finished"], ["guessed", "guessed"],
 ];
 
 /** The trace's sentences, with a kind before each; and what only `did` knows. */
