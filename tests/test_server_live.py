@@ -17,6 +17,7 @@ from minipaged.server.app import create_app
 from minipaged.server.config import ServerConfig
 from minipaged.server.live import Live, LiveEye
 from minipaged.server.manners import House
+from minipaged.viewer.page import part
 from minipaged.viewer.state import merge_patch
 
 
@@ -309,6 +310,21 @@ def test_of_a_large_pool_it_is_not_told_which_block_is_whose(folder):
                 assert not {"copies", "freed", "evicted", "swap_in", "swap_out", "loading"} & {*state["did"]}
                 state = applied(state, data_of(await read(looker)))
             await asking
+
+    asyncio.run(go())
+
+
+def test_the_page_has_the_parts_that_replay_a_trace_and_asks_nobody_else(folder):
+    async def go():
+        async with living(folder) as (_, llm):
+            app = create_app(llm, ServerConfig())
+            [route] = [route for route in app.routes if getattr(route, "path", None) == "/"]
+            answer = route.endpoint()
+            text = answer.body.decode()
+            assert "{{" not in text and "src=" not in text
+            for name in ("blocks.css", "common.js", "pool.js", "tables.js", "moves.js", "queues.js"):
+                assert part(name) in text
+            assert "connect-src 'self'" in answer.headers["Content-Security-Policy"]
 
     asyncio.run(go())
 

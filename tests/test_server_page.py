@@ -153,7 +153,9 @@ def test_samples_share_the_blocks_of_their_prompt(tab, served):
     assert [name, "3"] in cells(page, "shared")
     until(lambda: {f"{name}{i}" for i in (1, 2, 3)} <= {label for label, _ in cells(page, "held:not(.shared)")})
     page.hover("#pool .cell.shared >> nth=0")
-    assert f"shared by 3: {name}1, {name}2, {name}3 (yours); 8 of 8 slots filled" in page.inner_text("#detail")
+    told = f"shared by 3: {name}1, {name}2, {name}3 (yours); 8 of 8 slots filled"
+    assert told in page.get_attribute("#pool .cell.here", "aria-label")
+    shows(page, "#detail", f"{name}3's block 0")
     page.click("label:has-text('go on with it') >> nth=2")
     until(lambda: page.is_hidden("#stop"))
     with page.expect_request("**/v1/chat/completions") as asked:
@@ -194,6 +196,74 @@ def test_foreign_text_stays_text(tab, served):
     assert page.text_content("#model") == "<i>tiny</i>" and "tiny" in page.title()
 
 
+LOOK = """() => {
+  const show = View.prototype.show, all = (selector) => [...document.querySelectorAll(selector)];
+  window.looks = [];
+  View.prototype.show = function (moment) {
+    show.call(this, moment);
+    const tables = all("#tables li[data-sequence]").map((row) => [row.dataset.sequence, row.querySelector(".small").textContent,
+      [...row.querySelectorAll(".entry")].map((entry) => Number(entry.textContent))]);
+    const of = (pool) => all(`${pool} .cell.held`).map((cell) => [Number(cell.dataset.block), cell.querySelector("i").textContent]);
+    window.looks.push({ state: structuredClone(moment.state), tables, pool: of("#pool"), cpu: of("#cpu"),
+      used: document.querySelector("[data-count=used]").textContent, running: document.querySelector("#num-running").textContent });
+  };
+}"""
+
+
+def as_it_is_drawn(state):
+    """What `LOOK` has to see of a state that the server told."""
+    tables, held = [], {False: {}, True: {}}
+    for name, table in state["tables"].items():
+        unit = "token" if table["tokens"] == 1 else "tokens"
+        words = f"{table['tokens']} {unit}{', on the CPU' if table['swapped'] else ''}"
+        tables.append([name, words, table["blocks"]])
+        for block in table["blocks"]:
+            held[table["swapped"]][block] = held[table["swapped"]].get(block, 0) + 1
+    pools = [sorted([block, "" if n == 1 else str(n)] for block, n in held[which].items()) for which in (False, True)]
+    running = [one for one in state["requests"].values() if one["state"] == "running"]
+    return sorted(tables), *pools, str(state["usage"]["used"]), str(len(running))
+
+
+def test_what_is_told_is_drawn_step_by_step_while_memory_is_short(tab, folder):
+    with contextlib.closing(Slow(folder, ServerConfig(), num_blocks=24, num_cpu_blocks=40)) as small:
+        small.slow = SLOW
+        pages = [tab(small.url), tab(small.url)]
+        pages[0].evaluate(LOOK)
+        for page, n in zip(pages, (1, 3), strict=True):
+            ask(page, "Tell me more", tokens=50, n=n)
+        pages[0].wait_for_selector("#cpu-pool:visible")
+        for page in pages:
+            until(lambda page=page: page.is_hidden("#stop"))
+        looks = pages[0].evaluate("looks")
+    for look in looks:
+        seen = (sorted(look["tables"]), sorted(look["pool"]), sorted(look["cpu"]), look["used"], look["running"])
+        assert seen == as_it_is_drawn(look["state"])
+    assert {len(look["tables"]) for look in looks} >= {0, 4} and any(look["cpu"] for look in looks)
+
+
+def test_what_moved_is_seen_for_a_moment(tab, served):
+    page = tab()
+    ask(page, "x" * 44, tokens=30, n=3)
+    page.wait_for_selector(".moves .arrow.copies", state="attached")
+    shows(page, "#events", "copied on write")
+    until(lambda: page.is_hidden("#stop"))
+    until(lambda: page.locator(".moves .arrow, #pool .written").count() == 0)
+
+
+def test_lines_lead_from_page_tables_to_blocks_where_there_is_room_and_a_phone_begins_with_the_chat(tab, served):
+    wide, phone = tab(viewport={"width": 1920, "height": 900}), tab(viewport={"width": 360, "height": 740})
+    ask(wide, "Hello", tokens=100)
+    wide.wait_for_selector(".moves .line", state="attached")
+    assert wide.locator(".moves .line").count() == wide.locator("#tables .entry").count()
+    phone.wait_for_selector("#pool .cell.held")
+    assert not phone.is_visible("#tables") and phone.locator(".moves .line").count() == 0
+    tops = {part: phone.eval_on_selector(part, "e => e.getBoundingClientRect().top") for part in ("#chat", "#engine", "#page-tables")}
+    assert tops["#chat"] < tops["#engine"] < tops["#page-tables"]
+    phone.click("#page-tables summary")
+    phone.wait_for_selector("#tables .entry")
+    wide.click("#stop")
+
+
 def test_what_the_server_says_no_to_is_said_in_words_and_the_text_is_not_lost(tab, served):
     page = tab()
     ask(page, "Hello", n=0)
@@ -217,7 +287,7 @@ def test_all_goes_by_keyboard(tab, served):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     columns = int(page.eval_on_selector("#pool", "pool => pool.style.getPropertyValue('--columns')"))
-    assert page.inner_text("#detail").startswith(f"Block {columns + 1}:")
+    assert page.inner_text("#detail").splitlines()[0] == f"Block {columns + 1}"
     assert page.get_attribute("#pool", "aria-activedescendant") == f"pool-{columns + 1}"
     page.focus("#running button")
     page.keyboard.press("Enter")

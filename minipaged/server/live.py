@@ -27,6 +27,7 @@ from minipaged.server.manners import House
 from minipaged.server.transport import EventStream, event
 from minipaged.viewer.state import MOST_BLOCKS, Eye, State, merge_patch
 from minipaged.viewer.thinning import did_of_both
+from minipaged.viewer.trace import header_of
 
 log = logging.getLogger("minipaged.server")
 
@@ -131,7 +132,10 @@ class LiveEye:
     def __init__(self, engine: LLMEngine, model: str):
         self._engine, self._eye = engine, Eye(engine, engine.totals.num_steps)
         self._shows_blocks = engine.memory.num_blocks <= MOST_BLOCKS
-        self._head = {"model": model, "max_model_len": engine.max_model_len, "shows_blocks": self._shows_blocks}
+        self._head = {
+            "model": model, "max_model_len": engine.max_model_len, "settings": header_of(engine)["settings"],
+            "shows_blocks": self._shows_blocks,
+        }  # fmt: skip
         self._events: deque[str] = deque(maxlen=NUM_EVENTS)
         self._did: State = {}
         self._seconds = 0.0

@@ -18,6 +18,7 @@ from minipaged.viewer.state import Eye, State, Watched, apply_patch, merge_patch
 from minipaged.viewer.words import Words
 
 if TYPE_CHECKING:  # reading a trace must not load PyTorch
+    from minipaged.engine import LLMEngine
     from minipaged.llm import LLM
     from minipaged.scheduling.plan import StepOutput, StepPlan
 
@@ -28,7 +29,7 @@ class TraceError(ValueError):
     """A file that is no trace, or a trace that could not be written; the message says where."""
 
 
-def header_of(llm: LLM) -> State:
+def header_of(llm: LLMEngine) -> State:
     """What is the same in all steps of a run."""
     scheduler, speculation = llm.scheduler, llm.scheduler.speculation
     return {

@@ -10,7 +10,10 @@ $("composer").onsubmit = (event) => { event.preventDefault(); send(); };
 $("say").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 };
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !$("ask-key").open) controller?.abort(); });
+document.addEventListener("keydown", (event) => {
+  const looks = event.defaultPrevented || event.target.closest(".pool, .tables, .index"); // there it ends the look at a block
+  if (event.key === "Escape" && !looks && !$("ask-key").open) controller?.abort();
+});
 $("stop").onclick = () => controller?.abort();
 $("new").onclick = () => { controller?.abort(); turns = []; $("turns").replaceChildren(welcome); $("say").focus(); };
 $("beams").onchange = () => {

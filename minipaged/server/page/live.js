@@ -1,12 +1,12 @@
 // --- the live state: one object, which patches keep up to date, and the parts that draw it ------------------------------
 
 let state = {};
-const view = new View($("run"), (name) => state.requests[requestOf(name)]?.page.startsWith(TAB) ?? false);
-const numbers = new Numbers(), bar = new Bar();
-const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(["running", "waiting", "swapped"].map((which) =>
-  [which, { list: $(which), number: $(`num-${which}`) }]))), new Events(view, $("events"))];
-const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Legend(view, $("legend")), new Detail(view, $("detail")), new Tables(view, $("tables")),
-  new Moves(view, view.find(".moves"))];
+const view = new View($("run"), (name) => state.requests?.[requestOf(name)]?.page.startsWith(TAB) ?? false);
+const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: $(which), number: $(`num-${which}`) }]);
+const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(queues))];
+const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Legend(view, $("legend")), new Detail(view, $("detail")),
+  new Tables(view, $("tables")), new Prefixes(view, view.find(".prefixes")), new Moves(view, view.find(".moves"))];
+const numbers = new Numbers(), bar = new Bar(), events = new Events(view, $("events")); // these are told of each state once
 
 /** As long as the page is seen. A hidden one would take a connection, of which a browser has six for a server. */
 async function follow() {
@@ -18,6 +18,8 @@ async function follow() {
     try {
       const response = await ask("/live", { signal: looking.signal });
       state = {};
+      moved = [];
+      clearTimeout(rest);
       numbers.forget();
       for await (const data of eventsOf(response)) {
         merge(state, JSON.parse(data));
@@ -44,13 +46,40 @@ function show() {
   $("model").textContent = state.model;
   document.title = `${state.model} - minipaged`;
   nameTurns();
-  for (const id of ["pool", "legend", "detail", "page-tables"]) $(id).hidden = !state.shows_blocks;
+  for (const id of ["pool", "legend", "detail", "page-tables", "found"]) $(id).hidden = !state.shows_blocks;
   $("bar").hidden = state.shows_blocks;
   $("cpu-pool").hidden = !state.shows_blocks || !state.usage.swapped_out_blocks;
   if (view.picked && !state.requests[view.picked]) view.picked = "";
-  view.parts = [...everywhere, ...(state.shows_blocks ? ofBlocks : [bar])];
+  view.parts = state.shows_blocks ? [...everywhere, ...ofBlocks] : everywhere;
+  moved.push({ at: performance.now(), did: structuredClone(state.did) });
+  showMoment(lately());
+  const told = [...state.events].reverse();
+  if (told.join("\n") !== said) events.update({ state: { events: told } });
+  said = told.join("\n");
   numbers.update(state);
-  view.show({ state, did: state.did, step: state.step.number, line: { events: state.events.toReversed() } });
+  if (!state.shows_blocks) bar.update(state);
+  clearTimeout(rest);
+  rest = setTimeout(() => showMoment({}), LINGER);
+}
+
+function showMoment(did) {
+  view.show({ state, did, step: state.step.number, header: state });
+}
+
+const LINGER = 700; // milliseconds that a movement is seen: steps follow each other faster than eyes
+let said = null; // of events
+let moved = []; // {at, did}
+let rest = 0; // the timer after which nothing moves any more
+
+/** What the steps did since the state before; and what moved a little earlier. */
+function lately() {
+  moved = moved.filter(({ at }) => performance.now() - at < LINGER);
+  const did = { ...state.did, found: Object.assign({}, ...moved.map((one) => one.did.found)) };
+  for (const kind of ["copies", "swap_out", "swap_in", "evicted"]) {
+    const all = moved.flatMap((one) => one.did[kind] ?? []);
+    if (all.length) did[kind] = all;
+  }
+  return did;
 }
 
 /** Requests of this tab get the names that they have in the pool. */
@@ -70,5 +99,6 @@ function nameAnswer({ chip }, name) {
   paint(chip, name);
 }
 
-$("page-tables").open = matchMedia("(min-width: 861px)").matches; // on a phone they are asked for
+for (const element of view.root.querySelectorAll("[data-word]")) explain(element, element.dataset.word);
+$("page-tables").open = $("found").open = matchMedia("(min-width: 861px)").matches; // on a phone they are asked for
 follow();

@@ -2,7 +2,6 @@
 
 const SECONDS = 60; // that the lines show
 
-/** No part of the view: it is told of each state once, not again when the reader looks elsewhere. */
 class Numbers {
   constructor() {
     this.recent = []; // {seconds, drawn} of the last two seconds of work
@@ -52,7 +51,7 @@ class Numbers {
 }
 
 class Bar {
-  update({ state: { usage } }) {
+  update({ usage }) {
     const parts = { shared: usage.shared, "held by one": usage.used - usage.shared, cached: usage.cached, free: usage.free - usage.cached };
     const bar = $("bar").firstElementChild;
     bar.replaceChildren(...Object.entries(parts).map(([word, blocks]) => {
