@@ -38,7 +38,8 @@ def traces_in(page, folder):
 @each_run
 def test_pages_are_made_of_todays_parts(run):
     page = FOLDER / f"{run.name}.html"
-    assert page_of(gallery.data_of(page)) == page.read_text(encoding="utf-8"), AGAIN
+    same = page_of(gallery.data_of(page)) == page.read_text(encoding="utf-8")
+    assert same, AGAIN  # what differs would fill pages
     assert page.stat().st_size < 300_000
 
 
@@ -157,6 +158,16 @@ def test_pictures(small, tmp_path):
     for name in ("fork", "fragments"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and int.from_bytes(picture[16:20]) == 1280 and len(picture) < 150_000
+
+
+@pytest.mark.skipif(not any(map(shutil.which, NAMES)), reason=f"pictures are made by one of {', '.join(NAMES)}")
+def test_there_is_no_picture_of_a_page_that_is_broken(tmp_path):
+    pytest.importorskip("playwright", reason="pictures are made with playwright: pip install playwright")
+    (tmp_path / "page.html").write_text("<script>nothing.at.all</script>")
+    says = pytest.raises(ValueError, match="page.html doesn't work: nothing is not defined")
+    with gallery_pictures.browser() as chromium, says:
+        gallery_pictures.picture(chromium, tmp_path / "page.html", 900)
+    assert not (tmp_path / "page.png").exists()
 
 
 def refused(arguments, capsys):

@@ -40,12 +40,12 @@ def make(folder: Path, pictures: bool, redraw: bool, progress: Progress) -> list
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "README.md"]
         files[0].write_text(index(), encoding="utf-8")
-        for number, (name, data) in enumerate(runs.items(), len(RUNS)):
-            progress(number, 2 * len(RUNS), f"gallery, {name}")
-            files.append(folder / f"{name}.html")
-            files[-1].write_text(page_of(data), encoding="utf-8")
+        for number, run in enumerate(RUNS, len(RUNS)):
+            progress(number, 2 * len(RUNS), f"gallery, {run.name}")
+            files.append(folder / f"{run.name}.html")
+            files[-1].write_text(page_of(runs[run.name]), encoding="utf-8")
             if pictures:
-                files.append(picture(chromium, files[-1]))
+                files.append(picture(chromium, files[-1], run.height))
     return files
 
 

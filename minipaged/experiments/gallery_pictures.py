@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-SIZE = {"width": 1280, "height": 900}
+WIDTH = 1280
 
 
 @contextmanager
@@ -29,15 +29,22 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def picture(chromium: Any, page: Path) -> Path:
-    """NAME.png beside the page, of the step at which it opens; of 256 colours, which takes a third of the bytes."""
+def picture(chromium: Any, page: Path, height: int) -> Path:
+    """NAME.png beside the page, of the step at which it opens; of 256 colours, which takes a third of the bytes.
+
+    ValueError if the page has an error.
+    """
     from PIL import Image
 
-    tab = chromium.new_page(viewport=SIZE, color_scheme="light", reduced_motion="reduce")
+    tab = chromium.new_page(viewport={"width": WIDTH, "height": height}, color_scheme="light", reduced_motion="reduce")
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(page.resolve().as_uri())
     tab.wait_for_timeout(300)
     shot = Image.open(io.BytesIO(tab.screenshot()))
     tab.close()
+    if errors:
+        raise ValueError(f"{page} doesn't work: {errors[0]}")
     path = page.with_suffix(".png")
     shot.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path

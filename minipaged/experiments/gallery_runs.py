@@ -33,6 +33,7 @@ class Run:
     options: of the engine. asks: what it is asked.
     jobs: if there are any, these are answered instead, from contiguous memory, each of which reserves just what it will
         need; and once more, beside it, from paged memory.
+    height: of its picture, in pixels: as far down the page as its lesson is seen.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     asks: Sequence[Ask] = ()
     jobs: Sequence[Job] = ()
+    height: int = 900
 
 
 def drawn(max_tokens: int, n: int = 1, seed: int = 1) -> SamplingParams:
@@ -129,6 +131,7 @@ RUNS = (
         "12_preemption", swapped,
         {"num_blocks": 16, "num_cpu_blocks": 16, "preemption": "swap", "prefix_cache": "none"},
         [Ask(text, drawn(48, n=2)) for text in ("Tell me a joke.", "Name three rivers.", "What is love?")],
+        height=1080,
     ),
     Run(
         "prefixes", "A tree of prefixes",
@@ -136,6 +139,7 @@ RUNS = (
         "14_radixattention", found,
         {"num_blocks": 24, "num_cpu_blocks": 0, "block_size": 8, "prefix_cache": "radix", "max_num_seqs": 2},
         [Ask(text, likeliest(12)) for text in BEGINNINGS],
+        height=1740,
     ),
     Run(
         "chunks", "A long prompt in pieces",
@@ -144,6 +148,7 @@ RUNS = (
         {"num_blocks": 24, "max_num_seqs": 4, "max_num_batched_tokens": 18, **ALONE},
         [Ask("Count from one to twenty.", likeliest(44)), Ask("Name the days of the week.", likeliest(44)),
          Ask(STORY, likeliest(24), after=8)],
+        height=1000,
     ),
     Run(
         "fragments", "Free, and of no use",
