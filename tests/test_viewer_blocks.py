@@ -3,9 +3,7 @@
 import pytest
 
 from minipaged.viewer.page import page_of
-from tests.browser import Tabs, chromium, needed
-
-pytestmark = needed
+from tests.browser import Tabs, chromium
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,8 @@ from collections import Counter
 import pytest
 
 from minipaged.viewer.page import page_of, run_of
-from tests.browser import Tabs, chromium, needed
+from tests.browser import Tabs, chromium
 from tests.viewed import Recorded, beamless, beams_of
-
-pytestmark = needed
 
 SEEDS = (1303, 521, 781, 30, 63, 416)  # together they have hashes and a tree, hits, evictions, beams and swaps
 INDEX = """(places) => places.map((place) => {

@@ -6,10 +6,8 @@ import pytest
 
 from minipaged.terminal.snapshot import request_of
 from minipaged.viewer.page import page_of, run_of
-from tests.browser import Tabs, chromium, needed
+from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
-
-pytestmark = needed
 
 SEEDS = (63, 1085, 1410)  # of schedules with chunks, drafts, and both ways to make way
 READ = """() => {

@@ -171,5 +171,5 @@ def test_a_page_that_shows_something_else_is_found_out(recorded, browser, tmp_pa
     assert survivors == []
 
 
-def broken_part(whole, name, right, wrong, asked):
-    return whole(asked).replace(right, wrong) if asked == name else whole(asked)
+def broken_part(whole, name, right, wrong, asked, own):
+    return whole(asked, own).replace(right, wrong) if asked == name else whole(asked, own)

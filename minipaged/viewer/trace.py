@@ -209,7 +209,8 @@ def _steps(where: str, lines: Iterator[Any], version: int) -> Iterator[TraceStep
 def _check(step: TraceStep) -> None:
     """TypeError or KeyError if something is not what it should be."""
     snapshot_of(step.state)
-    kinds = {"step": int, "time": (int, float, NoneType), "seconds": (int, float, NoneType), "events": list}
+    number = int, float, NoneType
+    kinds: dict[str, Any] = {"step": int, "time": number, "seconds": number, "events": list}
     for name, value in vars(step).items():
         if not isinstance(value, kinds.get(name, dict)):
             raise TypeError(f"{name} can't be {value!r:.40}")

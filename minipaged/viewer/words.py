@@ -47,7 +47,8 @@ class Words:
         before, live = self._told, self._live_now()
         names = {told.seq: name for name, told in before.items()}
         self._before = {told.seq.seq_id: told.length for told in before.values()}
-        self._told, news = {}, {}
+        self._told = {}
+        news: News = {}
         self._now = {seq.seq_id: seq for seq in [*names, *observer.ended, *live]}
         for seq in live:
             self._told[observer.names[seq.seq_id]] = Told(seq, len(seq))
