@@ -42,7 +42,8 @@ def record(settings: LiveSettings, page: Path, progress: Progress) -> list[Path]
             llm, random = load(settings), Random(settings.seed)
             prompts = [[random.randrange(llm.config.vocab_size) for _ in range(job.prompt)] for job in given]
             traces[name] = Path(folder, f"{name}.jsonl")
-            record_one(llm, name, given, prompts, settings.max_model_len, traces[name])
+            lesson = f"{LESSONS[name.split('-')[0]]} (Prompts are random tokens.)"
+            record_one(llm, name, given, prompts, settings.max_model_len, traces[name], lesson=lesson)
         return _write(traces, page)
 
 
