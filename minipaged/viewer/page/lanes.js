@@ -122,6 +122,7 @@ function stepInWords(lane, past, place) {
 
 function spanInWords(span, lane, past) {
   const { kind, start, tokens } = span, word = KINDS[kind].word, when = whenOf(span, past);
-  if (kind === "P" || kind === "R") return `${word}: ${count(tokens, "token")}, from ${start} on${lane.prompt ? `, of a prompt of ${lane.prompt}` : ""}`;
+  const prompt = lane.prompt ? `, of a prompt of ${lane.prompt}` : "";
+  if (kind === "P" || kind === "R") return `${word}: ${count(tokens, "token")}, from ${start} on${prompt}`;
   return tokens ? `${word}: ${count(tokens, "token")}, ${when}` : `${word}, ${when}`;
 }

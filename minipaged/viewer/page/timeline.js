@@ -49,10 +49,10 @@ class Timeline {
     const button = (text, title, press) => Object.assign(make("button", "", text), { type: "button", title, onclick: press });
     this.modes = { step: button("steps", "Each step is as wide as any other", () => axis.set("step")),
       time: button("seconds", "A step is as wide as it took long", () => axis.set("time")) };
-    const zooms = [button("−", "Less of it, smaller (Ctrl and wheel)", () => this.zoomBy(0.5)), button("+", "Larger (Ctrl and wheel)", () => this.zoomBy(2)),
-      button("all", "All of it", () => this.zoomBy(0))];
+    const zooms = [button("−", "Smaller (Ctrl and wheel)", () => this.zoomBy(0.5)),
+      button("+", "Larger (Ctrl and wheel)", () => this.zoomBy(2)), button("all", "All of it", () => this.zoomBy(0))];
     zooms.forEach((one, i) => one.setAttribute("aria-label", ["zoom out", "zoom in", "show all of the time"][i]));
-    const group = (label, ...children) => { const one = make("span", "group", "", ...children); one.setAttribute("role", "group"); one.setAttribute("aria-label", label); return one; };
+    const group = (ariaLabel, ...children) => Object.assign(make("span", "group", "", ...children), { role: "group", ariaLabel });
     const modes = axis.hasTimes ? [group("left to right", ...Object.values(this.modes))] : [];
     return make("div", "bar-of", "", ...modes, group("zoom", ...zooms), this.legend());
   }
@@ -70,7 +70,8 @@ class Timeline {
   }
 
   entry(kind, { word, shape }) {
-    const isBar = kind in KINDS, d = isBar ? shape(1, 22) : shape(8, 3), group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
+    const isBar = kind in KINDS, d = isBar ? shape(1, 22) : shape(8, 3);
+    const group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
     if (hasPattern(kind)) group.append(patterned(kind, d));
     const picture = drawn("svg", { width: isBar ? 24 : 16, height: LANE, "aria-hidden": "true" }, group);
     const words = make("span", "", hasLetter(kind) ? `${kind} ${word}` : word);
@@ -110,7 +111,8 @@ class Timeline {
   /** The scale, where the engine rested, and what listeners hear of a lane. */
   drawAxis() {
     const { begin, end, gaps } = this.past, rest = bar(0, this.lanes.length * LANE), inTime = axis.mode === "time";
-    this.rests.setAttribute("d", inTime ? gaps.map((place) => rest(end[place - 1] * this.scale, (begin[place] - end[place - 1]) * this.scale)).join("") : "");
+    const rests = gaps.map((place) => [end[place - 1], begin[place]].map((seconds) => seconds * this.scale));
+    this.rests.setAttribute("d", inTime ? rests.map(([from, to]) => rest(from, to - from)).join("") : "");
     if (this.labels !== axis.mode) this.options.forEach((option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past)));
     this.labels = axis.mode;
     const fit = axis.ticks(this.past, this.width / 70).filter(([x]) => x * this.scale < this.width - 12);
