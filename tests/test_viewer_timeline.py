@@ -10,6 +10,10 @@ from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
 
 SEEDS = (63, 1085, 1410)  # of schedules with chunks, drafts, and both ways to make way
+USAGE = {"block_size": 4, "num_blocks": 8, "free": 8, "used": 0, "shared": 0, "tokens_stored": 0,
+         "tokens_logical": 0, "blocks_saved_by_sharing": 0, "cpu_total": 0, "cpu_used": 0, "peak_used": 0,
+         "copies": 0, "swapped_out_blocks": 0, "swapped_in_blocks": 0}  # fmt: skip
+SIZES = {"block_size": 4, "num_blocks": 8, "num_cpu_blocks": 0}
 READ = """() => {
   const past = pastOf(traces[0]), lanes = [...past.lanes.values()];
   const kinds = lanes.map((lane) => [lane.name, lane.spans.flatMap(({ kind, from, to }) =>
@@ -102,17 +106,13 @@ def test_who_made_way_is_marked_where_it_did(opened, recorded):
 
 def test_a_recompute_is_no_prefill_and_ends_where_the_request_had_been(opened, tmp_path):
     """Eight tokens of a prompt of ten were computed; all is dropped, and comes back in chunks of five."""
-    usage = {"block_size": 4, "num_blocks": 8, "free": 8, "used": 0, "shared": 0, "tokens_stored": 0,
-             "tokens_logical": 0, "blocks_saved_by_sharing": 0, "cpu_total": 0, "cpu_used": 0, "peak_used": 0,
-             "copies": 0, "swapped_out_blocks": 0, "swapped_in_blocks": 0}  # fmt: skip
     step = {"number": 1, "sequences": 1, "tokens": 8}
-    first = {"step": step, "usage": usage, "num_preemptions": 0, "tables": {}, "cached": {}}
+    first = {"step": step, "usage": USAGE, "num_preemptions": 0, "tables": {}, "cached": {}}
     began = {"id": "a", "state": "running", "prompt": 10, "output": 0}
     states = [began, {"state": "waiting"}, {"state": "running"}, {}, {}]
     did = [{"computed": {"A": [0, 8, 0]}}, {"preempted": {"A": "recompute"}}, {"computed": {"A": [0, 5, 0]}},
            {"computed": {"A": [5, 4, 0]}}, {"computed": {"A": [9, 1, 0]}}]  # fmt: skip
-    sizes = {"block_size": 4, "num_blocks": 8, "num_cpu_blocks": 0}
-    lines = [{"format": "minipaged trace", "version": 2, "model": "m", **sizes}]
+    lines = [{"format": "minipaged trace", "version": 2, "model": "m", **SIZES}]
     for number, (state, done) in enumerate(zip(states, did, strict=True), 1):
         patch = {"requests": {"A": state}} | (first if number == 1 else {})
         lines.append({"step": number, "did": done, "patch": patch})
@@ -223,3 +223,24 @@ def test_nothing_stands_outside_of_the_page(opened, recorded, width):
     over = page.evaluate("""() => [...document.querySelectorAll(".timeline, .plot")].filter((one) =>
       one.getBoundingClientRect().right > one.closest(".panel").getBoundingClientRect().right).length""")
     assert over == 0
+
+
+def test_pointing_says_in_words_what_a_request_did_in_the_step(opened, recorded):
+    page = opened(recorded[1085].path)
+    page.mouse.move(*at_x(page, 0))
+    told = page.locator(".timeline .here")
+    assert told.is_visible() and told.locator("div").first.text_content().startswith("A in step 1")
+    page.mouse.move(5, 5)
+    assert not told.is_visible()
+
+
+def test_a_run_without_requests_has_an_empty_timeline(opened, tmp_path):
+    step = {"number": 1, "sequences": 0, "tokens": 0}
+    patch = {"step": step, "usage": USAGE, "num_preemptions": 0, "tables": {}, "cached": {}, "requests": {}}
+    lines = [{"format": "minipaged trace", "version": 2, "model": "m", **SIZES}, {"step": 1, "patch": patch}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = opened(tmp_path / "t.jsonl")
+    page.focus(".timeline [role=listbox]")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.evaluate("views[0].picked") == ""

@@ -28,6 +28,7 @@ class Timeline {
     this.names.append(...this.options);
     this.corner = make("div", "corner small");
     this.ticks = make("div", "ticks small");
+    this.ticks.ariaHidden = "true";
     this.svg = drawn("svg", { height: this.lanes.length * LANE, "aria-hidden": "true" });
     this.band = make("div", "band"); // behind the lane that is chosen
     this.band.hidden = true;
@@ -195,13 +196,14 @@ class Timeline {
   press(event) {
     const moves = { ArrowUp: -1, ArrowDown: 1 };
     if (event.key === "Escape") this.told.hidden = true;
-    if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter")) return;
+    if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter") || this.chosen < 0) return;
     event.preventDefault();
     if (event.key === "Enter") this.view.pick(this.lanes[this.chosen].name);
     else this.choose(Math.max(0, Math.min(this.lanes.length - 1, this.chosen + moves[event.key])));
   }
 
   choose(i) {
+    if (!this.options[i]) return; // nobody was there
     this.options[this.chosen]?.classList.remove("chosen");
     this.chosen = i;
     this.options[i].classList.add("chosen");
@@ -224,7 +226,8 @@ class Timeline {
     this.told.hidden = false;
     this.told.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
     const left = Math.min(x - around.left + 14, around.width - this.told.offsetWidth);
-    this.told.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
+    const below = y + 16 + this.told.offsetHeight < innerHeight - 60; // above the player
+    this.told.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + (below ? 16 : -12 - this.told.offsetHeight)}px`);
   }
 
   /** 0: all of it. What is under x, or else the cursor, stays where it is. */
