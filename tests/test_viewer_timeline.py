@@ -1,4 +1,4 @@
-"""The timeline and the plots of a run's page, in a real browser: what they draw is what was, and pointing goes there."""
+"""The timeline and the plots of a run's page, in a browser: what they draw is what was, and pointing goes there."""
 
 import json
 
@@ -10,14 +10,17 @@ from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
 
 SEEDS = (63, 1085, 1410)  # of schedules with chunks, drafts, and both ways to make way
+USAGE = {"block_size": 4, "num_blocks": 8, "free": 8, "used": 0, "shared": 0, "tokens_stored": 0,
+         "tokens_logical": 0, "blocks_saved_by_sharing": 0, "cpu_total": 0, "cpu_used": 0, "peak_used": 0,
+         "copies": 0, "swapped_out_blocks": 0, "swapped_in_blocks": 0}  # fmt: skip
+SIZES = {"block_size": 4, "num_blocks": 8, "num_cpu_blocks": 0}
 READ = """() => {
   const past = pastOf(traces[0]), lanes = [...past.lanes.values()];
   const kinds = lanes.map((lane) => [lane.name, lane.spans.flatMap(({ kind, from, to }) =>
     Array.from({ length: to - from }, (_, i) => [from + i, kind]))]);
-  const tokens = lanes.map((lane) => [lane.name, lane.spans.reduce((sum, span) => sum + (span.tokens ?? 0), 0)]);
   const marks = lanes.map((lane) => [lane.name, lane.marks.map(({ kind, place }) => [place, kind])]);
-  const numbers = Object.entries(past.series).map(([name, all]) => [name, [...all].map((one) => (Number.isNaN(one) ? null : one))]);
-  return { kinds, tokens, marks, numbers: Object.fromEntries(numbers) };
+  const numbers = Object.entries(past.series).map(([name, all]) => [name, [...all]]);
+  return { kinds, marks, numbers: Object.fromEntries(numbers) };
 }"""
 
 
@@ -80,8 +83,8 @@ def test_a_lane_says_in_which_queue_a_request_was_at_every_step(opened, recorded
 def test_numbers_of_the_plots_are_those_of_the_memory(opened, recorded, seed):
     run = recorded[seed]
     numbers = opened(run.path).evaluate(READ)["numbers"]
-    for name, count in (("used", "used"), ("shared", "shared"), ("cached", "cached"), ("found", "found"), ("tokens", "tokens")):
-        assert numbers[name] == [int(truth["counts"][count]) for truth in run.truths], name
+    for name in ("used", "shared", "cached", "found", "tokens"):
+        assert numbers[name] == [int(truth["counts"][name]) for truth in run.truths], name
     for which in ("running", "waiting", "swapped"):
         assert numbers[f"in {which}"] == [len(truth["queues"][which]) for truth in run.truths], which
 
@@ -89,25 +92,27 @@ def test_numbers_of_the_plots_are_those_of_the_memory(opened, recorded, seed):
 def test_who_made_way_is_marked_where_it_did(opened, recorded):
     seen = set()
     for run in recorded.values():
-        marks = {(name, place, kind) for name, all_of_it in opened(run.path).evaluate(READ)["marks"] for place, kind in all_of_it}
+        told = opened(run.path).evaluate(READ)["marks"]
+        marks = {(name, place, kind) for name, own in told for place, kind in own}
         lines = [json.loads(line).get("did", {}) for line in run.path.read_text().splitlines()[1:]]
-        made = {(name, place, how) for place, did in enumerate(lines) for name, how in did.get("preempted", {}).items()}
-        back = {(name, place, "resumed") for place, did in enumerate(lines) for name in did.get("resumed", ())}
-        assert {mark for mark in marks if mark[2] in ("swap", "recompute", "resumed")} == made | back
+        happened = set()
+        for place, did in enumerate(lines):
+            happened |= {(name, place, how) for name, how in did.get("preempted", {}).items()}
+            happened |= {(name, place, "resumed") for name in did.get("resumed", ())}
+        assert {mark for mark in marks if mark[2] in ("swap", "recompute", "resumed")} == happened
         seen |= {kind for *_, kind in marks}
     assert seen >= {"swap", "recompute", "resumed", "end"}
 
 
 def test_a_recompute_is_no_prefill_and_ends_where_the_request_had_been(opened, tmp_path):
     """Eight tokens of a prompt of ten were computed; all is dropped, and comes back in chunks of five."""
-    usage = {"block_size": 4, "num_blocks": 8, "free": 8, "used": 0, "shared": 0, "tokens_stored": 0, "tokens_logical": 0,
-             "blocks_saved_by_sharing": 0, "cpu_total": 0, "cpu_used": 0, "peak_used": 0, "copies": 0,
-             "swapped_out_blocks": 0, "swapped_in_blocks": 0}  # fmt: skip
-    first = {"step": {"number": 1, "sequences": 1, "tokens": 8}, "usage": usage, "num_preemptions": 0, "tables": {}, "cached": {}}
-    states = [{"id": "a", "state": "running", "prompt": 10, "output": 0}, {"state": "waiting"}, {"state": "running"}, {}, {}]
+    step = {"number": 1, "sequences": 1, "tokens": 8}
+    first = {"step": step, "usage": USAGE, "num_preemptions": 0, "tables": {}, "cached": {}}
+    began = {"id": "a", "state": "running", "prompt": 10, "output": 0}
+    states = [began, {"state": "waiting"}, {"state": "running"}, {}, {}]
     did = [{"computed": {"A": [0, 8, 0]}}, {"preempted": {"A": "recompute"}}, {"computed": {"A": [0, 5, 0]}},
            {"computed": {"A": [5, 4, 0]}}, {"computed": {"A": [9, 1, 0]}}]  # fmt: skip
-    lines = [{"format": "minipaged trace", "version": 2, "block_size": 4, "num_blocks": 8, "num_cpu_blocks": 0, "model": "m"}]
+    lines = [{"format": "minipaged trace", "version": 2, "model": "m", **SIZES}]
     for number, (state, done) in enumerate(zip(states, did, strict=True), 1):
         patch = {"requests": {"A": state}} | (first if number == 1 else {})
         lines.append({"step": number, "did": done, "patch": patch})
@@ -166,13 +171,13 @@ def test_lanes_are_chosen_and_picked_by_keyboard_while_arrows_move_in_time(opene
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     assert page.evaluate("player.now") == 1
-    chosen = page.evaluate("document.getElementById(document.activeElement.getAttribute('aria-activedescendant')).textContent")
-    assert chosen == "B" and page.is_visible(".timeline .here")
+    chosen = page.get_attribute(".timeline [role=listbox]", "aria-activedescendant")
+    assert page.text_content(f"#{chosen}") == "B" and page.is_visible(".timeline .here")
     page.keyboard.press("Enter")
-    assert page.evaluate("views[0].picked") == "B"
-    assert page.get_attribute(".timeline [role=option] >> nth=1", "aria-selected") == "true"
+    selected = ".timeline [aria-selected=true]"
+    assert page.evaluate("views[0].picked") == "B" and page.text_content(selected) == "B"
     page.keyboard.press("Escape")
-    assert page.evaluate("views[0].picked") == "" and page.get_attribute(".timeline [role=option] >> nth=1", "aria-selected") == "false"
+    assert page.evaluate("views[0].picked") == "" and page.locator(selected).count() == 0
 
 
 def test_zoom_keeps_what_is_under_the_pointer(opened, recorded):
@@ -194,9 +199,12 @@ def test_two_runs_have_the_same_scales(opened, recorded):
     page = opened(recorded[63].path, recorded[1085].path)
     page.select_option("#mode", "time")
     assert page.evaluate("axis.mode") == "time"
-    assert page.evaluate("new Set(views.map((view) => view.parts.find((part) => part instanceof Timeline).scale)).size") == 1
-    tops = page.evaluate("views.map((view) => [...view.root.querySelectorAll('.plot .top')].map((top) => top.textContent))")
-    assert tops[0] == tops[1] and len(tops[0]) >= 5
+    one, other = (page.locator(".run").nth(number) for number in (0, 1))
+    assert one.locator(".ticks span").all_text_contents()[1] == other.locator(".ticks span").all_text_contents()[1]
+    scales = page.evaluate("views.map((view) => view.parts.find((part) => part instanceof Timeline).scale)")
+    assert scales[0] == scales[1]
+    tops = one.locator(".plot .top").all_text_contents()
+    assert tops == other.locator(".plot .top").all_text_contents() and len(tops) >= 5
 
 
 def test_a_trace_without_times_is_drawn_in_steps(opened, recorded, tmp_path):
@@ -215,3 +223,24 @@ def test_nothing_stands_outside_of_the_page(opened, recorded, width):
     over = page.evaluate("""() => [...document.querySelectorAll(".timeline, .plot")].filter((one) =>
       one.getBoundingClientRect().right > one.closest(".panel").getBoundingClientRect().right).length""")
     assert over == 0
+
+
+def test_pointing_says_in_words_what_a_request_did_in_the_step(opened, recorded):
+    page = opened(recorded[1085].path)
+    page.mouse.move(*at_x(page, 0))
+    told = page.locator(".timeline .here")
+    assert told.is_visible() and told.locator("div").first.text_content().startswith("A in step 1")
+    page.mouse.move(5, 5)
+    assert not told.is_visible()
+
+
+def test_a_run_without_requests_has_an_empty_timeline(opened, tmp_path):
+    step = {"number": 1, "sequences": 0, "tokens": 0}
+    patch = {"step": step, "usage": USAGE, "num_preemptions": 0, "tables": {}, "cached": {}, "requests": {}}
+    lines = [{"format": "minipaged trace", "version": 2, "model": "m", **SIZES}, {"step": 1, "patch": patch}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = opened(tmp_path / "t.jsonl")
+    page.focus(".timeline [role=listbox]")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.evaluate("views[0].picked") == ""

@@ -44,11 +44,12 @@ class Axis {
     this.followed = inTime;
   }
 
-  /** Marks for a scale: [where, what is written there], at most so many. */
+  /** Marks for a trace's scale: [where, what is written there]; at most so many for the longest of the traces. */
   ticks(past, most) {
-    const { trace } = past, inTime = this.mode === "time";
+    const { trace } = past, inTime = this.mode === "time", stepsOf = ({ lines }) => lines.at(-1).step - lines[0].step;
     const first = inTime ? 0 : trace.lines[0].step, last = inTime ? past.end[past.length - 1] : trace.lines.at(-1).step;
-    const every = Math.max(inTime ? 0 : 1, roundUp((last - first) / Math.max(1, most)));
+    const longest = inTime ? this.end : Math.max(...traces.map(stepsOf));
+    const every = Math.max(inTime ? 0 : 1, roundUp(longest / Math.max(1, most)));
     const digits = Math.max(0, Math.ceil(-Math.log10(every) - 1e-9));
     const numbers = Array.from({ length: Math.floor(last / every) + 1 }, (_, i) => i * every).filter((number) => number >= first);
     return numbers.map((number) => [inTime ? number : trace.placeOf(number) + 0.5, number.toFixed(digits)]);

@@ -16,7 +16,7 @@ const MARKS = { // what happened at a moment
   found: { word: "prefix hit", shape: (x) => `M${x} 5l5 5l-5 5l-5 -5z` },
   swap: { word: "preempted: swapped out", shape: (x) => `M${x - 5} 2h10l-5 9z` },
   resumed: { word: "swapped in again", shape: (x) => `M${x - 5} 18h10l-5 -9z` },
-  recompute: { word: "preempted: recompute", shape: (x) => `M${x - 4} 6l8 8m0 -8l-8 8` },
+  recompute: { word: "preempted: recompute", shape: (x) => `M${x - 5} 7l2 -2 3 3 3 -3 2 2 -3 3 3 3 -2 2 -3 -3 -3 3 -2 -2 3 -3z` },
   accepted: { word: "drafts accepted", shape: (x, right) => `M${x} 5v${-Math.min(5, 1 + right)}` },
   end: { word: "finished", shape: (x) => `M${x} 3v14` },
   error: { word: "error", shape: (x) => `M${x} 3v9m0 2v3` },
@@ -122,6 +122,7 @@ function stepInWords(lane, past, place) {
 
 function spanInWords(span, lane, past) {
   const { kind, start, tokens } = span, word = KINDS[kind].word, when = whenOf(span, past);
-  if (kind === "P" || kind === "R") return `${word}: ${count(tokens, "token")}, from ${start} on${lane.prompt ? `, of a prompt of ${lane.prompt}` : ""}`;
+  const prompt = lane.prompt ? `, of a prompt of ${lane.prompt}` : "";
+  if (kind === "P" || kind === "R") return `${word}: ${count(tokens, "token")}, from ${start} on${prompt}`;
   return tokens ? `${word}: ${count(tokens, "token")}, ${when}` : `${word}, ${when}`;
 }

@@ -74,7 +74,7 @@ class Past {
     return { first: there.indexOf(true), last: there.lastIndexOf(true) };
   }
 
-  /** What the sequences of each request computed together, accepted drafts included: from which position to which, and how many. */
+  /** What the sequences of each request computed together, accepted drafts too: from which position to which, how many. */
   computedBy(did) {
     const all = new Map();
     for (const [sequence, [start, own]] of Object.entries(did.computed ?? {})) {
@@ -132,8 +132,9 @@ class Past {
     if (!computed && !lane.state && last.kind !== "X") return; // aborted before the step
     const kind = this.kindOf(lane, computed);
     if (computed) lane.high = Math.max(lane.high, computed.end);
-    if (last.kind !== kind || kind === "P" || kind === "R") lane.spans.push({ kind, from: place, to: place + 1, start: computed?.start, tokens: computed?.tokens ?? 0 });
-    else Object.assign(last, { to: place + 1, tokens: last.tokens + (computed?.tokens ?? 0) });
+    const tokens = computed?.tokens ?? 0, chunk = kind === "P" || kind === "R";
+    if (last.kind === kind && !chunk) Object.assign(last, { to: place + 1, tokens: last.tokens + tokens });
+    else lane.spans.push({ kind, from: place, to: place + 1, start: computed?.start, tokens });
   }
 
   /** Rule 1: a step gives a request some tokens, and the phases are in the eye of who looks. */

@@ -3,19 +3,23 @@
 const HIGH = 56; // pixels of a plot
 const WINDOW = 20; // tokens a second are those of a twentieth of the run
 
-// A plot: its name, its lines (drawn in this order), its limit (a line, too), what is said of a step, and whether there is one.
+// A plot: its name, its lines, its limit (a line, too, if it isn't far above), and what is said of a step (at: a number there).
+// rests: 0 while the engine rests. when: whether there is one; else wherever its first number is known.
 const PLOTS = [
-  { name: "blocks in use", lines: [["in use", "used"], ["shared", "shared"], ["in use or cached", "used+cached"]], limit: ({ num_blocks }) => num_blocks,
+  { name: "blocks in use", lines: [["in use", "used"], ["shared", "shared"], ["in use or cached", "used+cached"]],
+    limit: ({ num_blocks }) => num_blocks,
     say: (at, { num_blocks }) => `${at("used")} of ${num_blocks}, ${at("shared")} shared, ${at("cached")} cached` },
   { name: "waste", lines: [["waste", "waste"]], limit: () => 100, say: (at) => `${at("waste", 1)} % of the slots in use` },
   { name: "tokens in the step", lines: [["tokens", "tokens"]], rests: true, limit: ({ settings }) => settings?.max_num_batched_tokens,
     say: (at, { settings }) => at("tokens") + (settings?.max_num_batched_tokens ? ` of at most ${settings.max_num_batched_tokens}` : "") },
-  { name: "output tokens", lines: [["output", "speed"]], rests: true, say: (at, header, past) => (past.hasTimes ? `${at("speed", 1)} a second` : `${at("speed")} in the step`) },
+  { name: "output tokens", lines: [["output", "speed"]], rests: true,
+    say: (at, header, past) => (past.hasTimes ? `${at("speed", 1)} a second` : `${at("speed")} in the step`) },
   { name: "requests", lines: [["running", "in running"], ["waiting", "in waiting"], ["swapped out", "in swapped"]],
     say: (at) => `${at("in running")} running, ${at("in waiting")} waiting, ${at("in swapped")} swapped out` },
-  { name: "CPU pool", lines: [["on the CPU", "swapped"]], limit: ({ num_cpu_blocks }) => num_cpu_blocks,
+  { name: "CPU pool", lines: [["in use", "swapped"]], limit: ({ num_cpu_blocks }) => num_cpu_blocks,
     say: (at, { num_cpu_blocks }) => `${at("swapped")} of ${num_cpu_blocks} blocks in use`, when: (past) => past.hasSwapped },
-  { name: "tokens found", lines: [["found", "found"], ["asked for", "asked"]], say: (at) => `${at("found")} of ${at("asked")} asked for`, when: (past) => past.hasFound },
+  { name: "tokens found", lines: [["found", "found"], ["asked for", "asked"]],
+    say: (at) => `${at("found")} of ${at("asked")} asked for`, when: (past) => past.hasFound },
 ];
 
 class Plots {
@@ -70,16 +74,16 @@ class Plot {
 
   /** What the lines are, each as it is drawn. */
   key() {
-    return make("div", "key small", "", ...this.lines.map(([word], i) => make("span", "", "",
-      drawn("svg", { width: 18, height: 10, "aria-hidden": "true" }, drawn("path", { d: "M0 5h18", class: `line line-${i}` })), word)));
+    const sample = (i) => drawn("svg", { width: 18, height: 10, "aria-hidden": "true" }, drawn("path", { d: "M0 5h18", class: `line line-${i}` }));
+    return make("div", "key small", "", ...this.lines.map(([word], i) => make("span", "", "", sample(i), word)));
   }
 
   /** From 0 to the most of any trace; the limit too, unless all would lie flat below it. */
   setScale() {
-    const pasts = traces.map(pastOf), most = largest(pasts, this.lines), limits = traces.map(({ header }) => this.limit?.(header) ?? 0);
-    const limit = Math.max(...limits);
-    this.scale = Math.max(1, limit && limit <= 4 * most ? limit : most);
-    this.bound = limits[traces.indexOf(this.trace)] <= this.scale ? limits[traces.indexOf(this.trace)] : 0;
+    const highest = largest(traces.map(pastOf), this.lines), limits = traces.map(({ header }) => this.limit?.(header) ?? 0);
+    const limit = Math.max(...limits), own = limits[traces.indexOf(this.trace)];
+    this.scale = Math.max(1, limit && limit <= 4 * highest ? limit : highest);
+    this.bound = own <= this.scale ? own : 0;
     this.top.textContent = shortly(this.scale);
   }
 
@@ -154,6 +158,7 @@ function addSeries(past) {
   return past;
 }
 
-const largest = (pasts, lines) => pasts.reduce((most, past) => lines.reduce((most, [, name]) => past.series[name].reduce((a, b) => (b > a ? b : a), most), most), 0);
+const larger = (a, b) => (b > a ? b : a); // what is not known is passed over
+const largest = (pasts, lines) => pasts.flatMap(({ series }) => lines.map(([, name]) => series[name].reduce(larger, 0))).reduce(larger, 0);
 const smallest = (numbers) => numbers.reduce((a, b) => (b < a ? b : a), Infinity);
 const shortly = (number) => number.toLocaleString("en", { maximumFractionDigits: number < 100 ? 1 : 0 });

@@ -28,6 +28,7 @@ class Timeline {
     this.names.append(...this.options);
     this.corner = make("div", "corner small");
     this.ticks = make("div", "ticks small");
+    this.ticks.ariaHidden = "true";
     this.svg = drawn("svg", { height: this.lanes.length * LANE, "aria-hidden": "true" });
     this.band = make("div", "band"); // behind the lane that is chosen
     this.band.hidden = true;
@@ -49,10 +50,10 @@ class Timeline {
     const button = (text, title, press) => Object.assign(make("button", "", text), { type: "button", title, onclick: press });
     this.modes = { step: button("steps", "Each step is as wide as any other", () => axis.set("step")),
       time: button("seconds", "A step is as wide as it took long", () => axis.set("time")) };
-    const zooms = [button("−", "Less of it, smaller (Ctrl and wheel)", () => this.zoomBy(0.5)), button("+", "Larger (Ctrl and wheel)", () => this.zoomBy(2)),
-      button("all", "All of it", () => this.zoomBy(0))];
+    const zooms = [button("−", "Smaller (Ctrl and wheel)", () => this.zoomBy(0.5)),
+      button("+", "Larger (Ctrl and wheel)", () => this.zoomBy(2)), button("all", "All of it", () => this.zoomBy(0))];
     zooms.forEach((one, i) => one.setAttribute("aria-label", ["zoom out", "zoom in", "show all of the time"][i]));
-    const group = (label, ...children) => { const one = make("span", "group", "", ...children); one.setAttribute("role", "group"); one.setAttribute("aria-label", label); return one; };
+    const group = (ariaLabel, ...children) => Object.assign(make("span", "group", "", ...children), { role: "group", ariaLabel });
     const modes = axis.hasTimes ? [group("left to right", ...Object.values(this.modes))] : [];
     return make("div", "bar-of", "", ...modes, group("zoom", ...zooms), this.legend());
   }
@@ -70,7 +71,8 @@ class Timeline {
   }
 
   entry(kind, { word, shape }) {
-    const isBar = kind in KINDS, d = isBar ? shape(1, 22) : shape(8, 3), group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
+    const isBar = kind in KINDS, d = isBar ? shape(1, 22) : shape(8, 3);
+    const group = drawn("g", { class: "lane" }, drawn("path", { d, class: `kind-${kind}` }));
     if (hasPattern(kind)) group.append(patterned(kind, d));
     const picture = drawn("svg", { width: isBar ? 24 : 16, height: LANE, "aria-hidden": "true" }, group);
     const words = make("span", "", hasLetter(kind) ? `${kind} ${word}` : word);
@@ -110,7 +112,8 @@ class Timeline {
   /** The scale, where the engine rested, and what listeners hear of a lane. */
   drawAxis() {
     const { begin, end, gaps } = this.past, rest = bar(0, this.lanes.length * LANE), inTime = axis.mode === "time";
-    this.rests.setAttribute("d", inTime ? gaps.map((place) => rest(end[place - 1] * this.scale, (begin[place] - end[place - 1]) * this.scale)).join("") : "");
+    const rests = gaps.map((place) => [end[place - 1], begin[place]].map((seconds) => seconds * this.scale));
+    this.rests.setAttribute("d", inTime ? rests.map(([from, to]) => rest(from, to - from)).join("") : "");
     if (this.labels !== axis.mode) this.options.forEach((option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past)));
     this.labels = axis.mode;
     const fit = axis.ticks(this.past, this.width / 70).filter(([x]) => x * this.scale < this.width - 12);
@@ -193,13 +196,14 @@ class Timeline {
   press(event) {
     const moves = { ArrowUp: -1, ArrowDown: 1 };
     if (event.key === "Escape") this.told.hidden = true;
-    if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter")) return;
+    if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter") || this.chosen < 0) return;
     event.preventDefault();
     if (event.key === "Enter") this.view.pick(this.lanes[this.chosen].name);
     else this.choose(Math.max(0, Math.min(this.lanes.length - 1, this.chosen + moves[event.key])));
   }
 
   choose(i) {
+    if (!this.options[i]) return; // nobody was there
     this.options[this.chosen]?.classList.remove("chosen");
     this.chosen = i;
     this.options[i].classList.add("chosen");
@@ -222,7 +226,8 @@ class Timeline {
     this.told.hidden = false;
     this.told.replaceChildren(...stepInWords(this.lanes[i], this.past, place).map((text) => make("div", "", text)));
     const left = Math.min(x - around.left + 14, around.width - this.told.offsetWidth);
-    this.told.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + 16}px`);
+    const below = y + 16 + this.told.offsetHeight < innerHeight - 60; // above the player
+    this.told.style.setProperty("translate", `${Math.max(0, left)}px ${y - around.top + (below ? 16 : -12 - this.told.offsetHeight)}px`);
   }
 
   /** 0: all of it. What is under x, or else the cursor, stays where it is. */
