@@ -124,7 +124,6 @@ const tip = {
     this.element = make("div", "word-tip");
     this.element.setAttribute("role", "tooltip");
     this.element.hidden = true;
-    this.element.addEventListener("pointerenter", () => clearTimeout(this.timer));
     this.element.addEventListener("pointerleave", () => this.leave());
     document.body.append(this.element);
     document.addEventListener("keydown", (event) => this.close(event), true);
