@@ -102,6 +102,27 @@ def test_the_tree_is_what_the_memory_knows_at_every_step(recorded, opened, seed)
         assert ("Nothing can be found" in shown["told"] or "is off" in shown["told"]) == (not links)
 
 
+def test_without_a_trace_it_is_the_same(recorded, opened):
+    """A page that only ever hears of states, as the server's does, remembers the one before; and looking changes nothing."""
+    run = recorded[SEEDS[0]]
+    page = page_for(opened, run)
+    kinds = """() => {
+      const element = make("div"), live = new Prefixes(views[0], element), told = [];
+      const read = (root) => [...root.querySelectorAll(".link")].map((link) => `${link.dataset.key} ${link.className}`).sort().join();
+      for (let place = 0; place < traces[0].length; place++) {
+        player.go(place);
+        const { state, did } = views[0].moment, moment = { state: structuredClone(state), did };
+        live.update(moment);
+        live.update(moment);
+        told.push([read(element), read(views[0].find(".prefixes"))]);
+      }
+      return told;
+    }"""
+    told = page.evaluate(kinds)
+    told = told[1:]  # before the first, it knows of none
+    assert [one for one, _ in told] == [other for _, other in told] and any("gone" in one for one, _ in told)
+
+
 def parent_in(label):
     return int(label.split("follows block ")[1].split(",")[0]) if "follows block" in label else None
 

@@ -7,7 +7,7 @@ class Prefixes {
   static number = 0; // of them on the page
 
   constructor(view, element) {
-    Object.assign(this, { view, element, rows: new Map(), runs: [], before: null, at: "" });
+    Object.assign(this, { view, element, rows: new Map(), runs: [], at: "" });
     this.kind = make("span");
     this.told = make("span");
     this.list = make("div", "index");
@@ -22,10 +22,11 @@ class Prefixes {
   }
 
   update(moment) {
-    const index = moment.state.index ?? {}, gone = this.goneAt(moment), found = foundIn(moment);
+    const index = moment.state.index ?? {};
+    if (moment !== this.moment) Object.assign(this, { moment, before: this.now ?? index, now: { ...index } });
+    const gone = this.goneAt(moment), found = foundIn(moment);
     const fresh = this.freshAt(moment, index), held = heldIn(moment);
     this.hashes = moment.header?.settings?.prefix_cache === "hash";
-    this.before = { ...index };
     this.runs = runsOf(itemsOf(index, gone), this.hashes);
     for (const { items } of this.runs) for (const item of items) this.markItem(item, { found, fresh, held });
     this.tell(moment, gone, found, fresh);
@@ -40,13 +41,12 @@ class Prefixes {
   /** What the step evicted: block -> what it followed. What came and went between two steps of a thinned trace isn't there. */
   goneAt({ did, trace, place }) {
     if (trace) this.past ??= indexPastOf(trace);
-    const followed = (block) => (trace ? lastOf(this.past.get(block), place - 1)?.parent : this.before?.[block]) ?? null;
+    const followed = (block) => (trace ? lastOf(this.past.get(block), place - 1)?.parent : this.before[block]) ?? null;
     return new Map((did?.evicted ?? []).map((block) => [block, followed(block)]).filter(([, parent]) => parent !== null));
   }
 
   freshAt({ line }, index) {
-    const known = line ? null : this.before ?? index;
-    const fresh = line ? Object.entries(line.patch?.index ?? {}) : Object.entries(index).filter(([block, parent]) => known[block] !== parent);
+    const fresh = Object.entries(line ? line.patch?.index ?? {} : index).filter(([block, parent]) => line || this.before[block] !== parent);
     return new Set(fresh.filter(([, parent]) => parent !== null).map(([block]) => Number(block)));
   }
 
