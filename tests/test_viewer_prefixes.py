@@ -103,12 +103,13 @@ def test_the_tree_is_what_the_memory_knows_at_every_step(recorded, opened, seed)
 
 
 def test_without_a_trace_it_is_the_same(recorded, opened):
-    """A page that only ever hears of states, as the server's does, remembers the one before; and looking changes nothing."""
+    """A page that only hears of states, as the server's does, remembers the one before; and looking changes nothing."""
     run = recorded[SEEDS[0]]
     page = page_for(opened, run)
     kinds = """() => {
       const element = make("div"), live = new Prefixes(views[0], element), told = [];
-      const read = (root) => [...root.querySelectorAll(".link")].map((link) => `${link.dataset.key} ${link.className}`).sort().join();
+      const look = (link) => `${link.dataset.key} ${link.className}`;
+      const read = (root) => [...root.querySelectorAll(".link")].map(look).sort().join();
       for (let place = 0; place < traces[0].length; place++) {
         player.go(place);
         const { state, did } = views[0].moment, moment = { state: structuredClone(state), did };

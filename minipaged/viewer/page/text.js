@@ -62,7 +62,7 @@ class TextPart {
     const { here } = this.view, children = [], kept = new Map();
     let left = 0;
     for (const block of [...blocks, null]) {
-      if (block?.folded) left += block.tokens.length;
+      if (block?.folded) left += block.folded;
       else if (left) children.push(stretch.fold(left, children.length)), left = 0;
       if (!block || block.folded) continue;
       block.here = block.number >= 0 && here?.block === block.number && here.swapped === block.swapped;

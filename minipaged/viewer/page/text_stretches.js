@@ -64,14 +64,17 @@ function inNumbers({ tokens, prompt, computed, table, ended, guessed }) {
   return `${count(tokens.length, "token")}${answer}${where}${guesses}`;
 }
 
-/** {at, number: of the block of the pool or -1, tokens, signs, folded}: of a long text only what is near its ends and what is computed. */
+/** {at, number: of the block of the pool or -1, tokens, signs}; of a long text far from its ends and from what is computed: {folded: tokens}. */
 function textBlocksOf({ from, to, of }, size, held) {
   const blocks = [], around = Math.floor(Math.min(of.computed, of.tokens.length) / size), swapped = Boolean(of.table?.swapped);
   for (let at = from; at < to; at++) {
+    if (to - from > 24 && at >= from + NEAR.first && at < to - NEAR.last && Math.abs(at - around) > NEAR.around) {
+      blocks.push({ folded: Math.min(size, of.tokens.length - at * size) });
+      continue;
+    }
     const tokens = of.tokens.slice(at * size, (at + 1) * size), number = of.table?.blocks[at] ?? -1;
-    const folded = to - from > 24 && at >= from + NEAR.first && at < to - NEAR.last && Math.abs(at - around) > NEAR.around;
-    const signs = folded ? [] : tokens.map((_, i) => signOf(of, at * size + i));
-    blocks.push({ at, number, swapped, tokens, signs, folded, shared: !swapped && held.get(number)?.names.length > 1 });
+    const signs = tokens.map((_, i) => signOf(of, at * size + i));
+    blocks.push({ at, number, swapped, tokens, signs, shared: !swapped && held.get(number)?.names.length > 1 });
   }
   return blocks;
 }
