@@ -32,7 +32,7 @@ class Moves {
     this.measure();
     Object.assign(this, { shapes: [], labels: [], animations: [] });
     const did = this.moment.did ?? {};
-    this.picture.classList.toggle("busy", ["copies", "swap_out", "swap_in", "evicted", "found"].some((kind) => kind in did));
+    this.picture.classList.toggle("busy", ["copies", "swap_out", "swap_in", "evicted", "found"].some((kind) => Object.keys(did[kind] ?? {}).length));
     this.picture.classList.toggle("thin", ["copies", "swap_out", "swap_in"].some((kind) => did[kind]?.length > 6));
     this.lines();
     this.found();
