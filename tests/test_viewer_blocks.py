@@ -78,8 +78,8 @@ def test_what_is_reserved_loading_freed_or_cached_looks_like_itself(opened):
     assert page.locator(".tables li[data-sequence=A] .fill").inner_text() == "2 blocks reserved"
     assert page.locator(".tables li[data-sequence=B] .fill").inner_text() == "4/16"
     shown = page.eval_on_selector_all(".legend > span", "signs => signs.map((sign) => sign.lastChild.textContent)")
-    told = ("reserved for A, empty", "on its way from another engine", "free, can still be found", "emptied in this step")
-    assert set(told) < set(shown)
+    assert {"reserved for A, empty", "on its way from another engine"} < set(shown)
+    assert {"free, can still be found", "emptied in this step"} < set(shown)
     assert not {"shared by 3", "wrong guesses, taken back"} & set(shown), "only what occurs"
 
 
@@ -103,6 +103,16 @@ def test_a_block_is_told_about_where_one_points(opened):
     page.click(".pool.gpu .cell[data-block='9']")
     page.hover("h1")
     assert page.locator(".cell.here, .entry.here").count() == 0
+
+
+def test_tokens_that_would_turn_the_page_around_are_named(opened):
+    run = moment({"A": (4, [0])}, cached={"5": 1}, index={"5": -1})
+    run["lines"][0] |= {"words": {"A": {"keep": 0, "add": ["<b>", "\u202e", "\n", ""]}}, "texts": {"5": "<i>\u202e"}}
+    page = opened(run)
+    told = page.eval_on_selector_all(".slots-told li", "slots => slots.slice(0, 4).map((slot) => slot.textContent)")
+    assert told == ["<b>", "\u2039202e\u203a", "\u21b5", "\u2205"]
+    page.hover(".cell[data-block='5']")
+    assert page.inner_text(".quoted") == "<i>\u2039202e\u203a"
 
 
 def test_keys_move_over_tables_and_pool(opened):
