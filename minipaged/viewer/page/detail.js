@@ -11,7 +11,9 @@ class Detail {
     const there = this.view.here ?? this.newest(moment), key = `${there?.block} ${there?.swapped} ${this.view.picked}`;
     if (this.moment === moment && this.key === key) return;
     Object.assign(this, { moment, key });
-    this.element.replaceChildren(...(there ? this.lines(moment, there) : []), ...(this.view.here ? [] : [make("p", "small", HINT)]));
+    const lines = there ? this.lines(moment, there) : [], other = there ? "another" : "a";
+    if (!this.view.here) lines.push(make("p", "small", `Point at ${other} block, or move with the arrow keys. A click keeps it here.`));
+    this.element.replaceChildren(...lines);
   }
 
   /** Where nobody points: the block that was written last, by the request that was picked, or by the first. */
@@ -72,8 +74,6 @@ class Detail {
     return line;
   }
 }
-
-const HINT = "Point at another block, or move with the arrow keys. A click keeps it here.";
 
 /** A token in a box. */
 function visible(word) {
