@@ -41,10 +41,10 @@ def moment(tables, num_blocks=24, block_size=16, did=None, num_cpu_blocks=0, **s
         "tables": {name: {"tokens": tokens, "blocks": blocks, "swapped": any(swapped)}
                    for name, (tokens, blocks, *swapped) in tables.items()}, **state,
     }  # fmt: skip
-    header = {"version": 2, "model": "m", "block_size": block_size, "num_blocks": num_blocks, "num_cpu_blocks": num_cpu_blocks}
+    sizes = {"block_size": block_size, "num_blocks": num_blocks, "num_cpu_blocks": num_cpu_blocks}
     words = {name: {"keep": 0, "add": [f" {name}{i}" for i in range(tokens)]} for name, (tokens, *_) in tables.items()}
     line = {"step": 1, "time": 0.5, "patch": whole, "did": did or {}, "words": words, "events": []}
-    return {"title": "made up", "header": header, "every": 1, "lines": [line]}
+    return {"title": "made up", "header": {"version": 2, "model": "m", **sizes}, "every": 1, "lines": [line]}
 
 
 def label(page, block, pool="gpu"):
@@ -57,12 +57,14 @@ def kinds(page, block):
 
 def test_a_cell_says_and_shows_how_many_slots_are_filled(opened):
     """Of B two slots are new and one was a wrong guess."""
-    page = opened(moment({"A": (37, [0, 1, 2]), "B": (20, [3, 4])}, did={"computed": {"A": [36, 1, 0], "B": [18, 1, 2]}}))
+    computed = {"A": [36, 1, 0], "B": [18, 1, 2]}
+    page = opened(moment({"A": (37, [0, 1, 2]), "B": (20, [3, 4])}, did={"computed": computed}))
     assert label(page, 1) == "Block 1: held by A; 16 of 16 slots filled"
     assert label(page, 2) == "Block 2: held by A; 5 of 16 slots filled; 1 of them in this step"
-    assert label(page, 4) == "Block 4: held by B; 4 of 16 slots filled; 2 of them in this step; 1 slot with wrong guesses taken back"
+    back = "1 slot with wrong guesses taken back"
+    assert label(page, 4) == f"Block 4: held by B; 4 of 16 slots filled; 2 of them in this step; {back}"
     assert kinds(page, 1) == {"held"} and kinds(page, 4) == {"held", "half", "written", "back"}
-    strip = page.eval_on_selector(".pool.gpu .cell[data-block='4'] u", "slots => slots.style.getPropertyValue('--strip')")
+    strip = page.eval_on_selector(".cell[data-block='4'] u", "slots => slots.style.getPropertyValue('--strip')")
     assert [float(part.split("%")[0].split()[-1]) for part in strip.split(",")[1:-1]] == [12.5, 25, 25, 31.25], strip
     assert strip.index("--of") < strip.index("--fresh") < strip.index("transparent") < strip.index("--hole")
 
@@ -76,7 +78,8 @@ def test_what_is_reserved_loading_freed_or_cached_looks_like_itself(opened):
     assert page.locator(".tables li[data-sequence=A] .fill").inner_text() == "2 blocks reserved"
     assert page.locator(".tables li[data-sequence=B] .fill").inner_text() == "4/16"
     shown = page.eval_on_selector_all(".legend > span", "signs => signs.map((sign) => sign.lastChild.textContent)")
-    assert {"reserved for A, empty", "on its way from another engine", "free, can still be found", "emptied in this step"} < set(shown)
+    assert {"reserved for A, empty", "on its way from another engine"} < set(shown)
+    assert {"free, can still be found", "emptied in this step"} < set(shown)
     assert not {"shared by 3", "wrong guesses, taken back"} & set(shown), "only what occurs"
 
 
@@ -86,12 +89,12 @@ def test_a_block_is_told_about_where_one_points(opened):
     told = page.inner_text(".detail")
     assert told.startswith("Block 4: held by A1; 4 of 16 slots filled") and "what follows block 3" in told
     assert "position 19 \u2192 logical block 1, offset 3 \u2192 physical block 4 \u2192 slot 67" in told
-    assert page.eval_on_selector_all(".slots-told li", "slots => slots.slice(0, 5).map((slot) => slot.textContent)") == [
-        "\u00b7A116", "\u00b7A117", "\u00b7A118", "\u00b7A119", "",
-    ]  # fmt: skip
+    tokens = page.eval_on_selector_all(".slots-told li", "slots => slots.slice(0, 5).map((slot) => slot.textContent)")
+    assert tokens == ["\u00b7A116", "\u00b7A117", "\u00b7A118", "\u00b7A119", ""]
     assert page.locator(".entry.here").all_inner_texts() == ["4"]
     page.hover(".tables li[data-sequence=A2] .entry >> nth=0")
-    assert page.inner_text(".detail").startswith("Block 3: shared by 2: A1, A2") and kinds(page, 3) == {"held", "shared", "here"}
+    assert page.inner_text(".detail").startswith("Block 3: shared by 2: A1, A2")
+    assert kinds(page, 3) == {"held", "shared", "here"}
     page.click(".tables li[data-sequence=A2] .entry >> nth=1")
     page.hover("h1")
     page.hover(".pool.gpu .cell[data-block='9']")
@@ -102,11 +105,23 @@ def test_a_block_is_told_about_where_one_points(opened):
     assert page.locator(".cell.here, .entry.here").count() == 0
 
 
+def test_tokens_that_would_turn_the_page_around_are_named(opened):
+    run = moment({"A": (4, [0])}, cached={"5": 1}, index={"5": -1})
+    run["lines"][0] |= {"words": {"A": {"keep": 0, "add": ["<b>", "\u202e", "\n", ""]}}, "texts": {"5": "<i>\u202e"}}
+    page = opened(run)
+    told = page.eval_on_selector_all(".slots-told li", "slots => slots.slice(0, 4).map((slot) => slot.textContent)")
+    assert told == ["<b>", "\u2039202e\u203a", "\u21b5", "\u2205"]
+    page.hover(".cell[data-block='5']")
+    assert page.inner_text(".quoted") == "<i>\u2039202e\u203a"
+
+
 def test_keys_move_over_tables_and_pool(opened):
     page = opened(moment({"A": (40, [0, 1, 2]), "B": (20, [5, 6])}))
     assert page.locator(".tables [tabindex='0']").count() == 1, "one stop of Tab"
     page.focus(".tables [tabindex='0']")
-    for key, there in (("ArrowRight", "0"), ("ArrowRight", "1"), ("End", "2"), ("ArrowDown", "6"), ("Home", "B"), ("ArrowUp", "A")):
+    for key, there in (
+        ("ArrowRight", "0"), ("ArrowRight", "1"), ("End", "2"), ("ArrowDown", "6"), ("Home", "B"), ("ArrowUp", "A"),
+    ):  # fmt: skip
         page.keyboard.press(key)
         assert page.evaluate("document.activeElement.textContent") == there, key
         if there.isdigit():
@@ -123,7 +138,8 @@ def test_keys_move_over_tables_and_pool(opened):
 
 
 def test_a_large_pool_and_a_long_table_are_drawn_in_part_and_say_so(opened):
-    page = opened(moment({"A": (16 * 900, [*range(100, 1000)]), "B1": (32, [3000, 3001]), "B2": (30, [3000, 3002])}, num_blocks=6000))
+    tables = {"A": (16 * 900, [*range(100, 1000)]), "B1": (32, [3000, 3001]), "B2": (30, [3000, 3002])}
+    page = opened(moment(tables, num_blocks=6000))
     assert page.locator(".pool.gpu .cell").count() == 2000
     assert "Each cell stands for 3 blocks" in page.inner_text(".memory")
     assert label(page, 99) == "Blocks 99 to 101: 2 held by A; 32 of 48 slots filled"
@@ -136,7 +152,8 @@ def test_a_large_pool_and_a_long_table_are_drawn_in_part_and_say_so(opened):
     assert page.locator(".entry.here").all_inner_texts() == ["3000", "3000"]
 
 
-MOVED = {"copies": [[3, 4]], "swap_out": [[8, 0], [9, 1]], "evicted": [8], "found": {"A": 16}, "guessed": {"A": [4, 3, 1]}}
+MOVED = {"copies": [[3, 4]], "swap_out": [[8, 0], [9, 1]], "evicted": [8], "found": {"A": 16},
+         "guessed": {"A": [4, 3, 1]}}  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [1280, 760])
@@ -158,7 +175,9 @@ def test_movements_are_drawn_and_lines_where_the_tables_stand_beside_the_pool(op
 def test_it_fits_every_screen(opened):
     tables = {f"{name}{i}": (150, [*range(10)]) for name in "ABCDEFGH" for i in (1, 2)}
     for width in (360, 768, 2560):
-        page = opened(moment(tables, did=MOVED, num_blocks=300, num_cpu_blocks=40), viewport={"width": width, "height": 800})
+        run = moment(tables, did=MOVED, num_blocks=300, num_cpu_blocks=40)
+        page = opened(run, viewport={"width": width, "height": 800})
         page.wait_for_timeout(100)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.eval_on_selector_all(".panel", "panels => panels.every((panel) => panel.scrollWidth <= panel.clientWidth)")
+        within = "panels => panels.every((panel) => panel.scrollWidth <= panel.clientWidth)"
+        assert page.eval_on_selector_all(".panel", within)

@@ -11,12 +11,15 @@ class Detail {
     const there = this.view.here ?? this.newest(moment), key = `${there?.block} ${there?.swapped} ${this.view.picked}`;
     if (this.moment === moment && this.key === key) return;
     Object.assign(this, { moment, key });
-    this.element.replaceChildren(...(there ? this.lines(moment, there) : []), ...(this.view.here ? [] : [make("p", "small", HINT)]));
+    const lines = there ? this.lines(moment, there) : [], other = there ? "another" : "a";
+    if (!this.view.here) lines.push(make("p", "small", `Point at ${other} block, or move with the arrow keys. A click keeps it here.`));
+    this.element.replaceChildren(...lines);
   }
 
   /** Where nobody points: the block that was written last, by the request that was picked, or by the first. */
   newest({ state, did }) {
-    const names = Object.keys(did?.computed ?? state.tables).filter((name) => state.tables[name]?.tokens && !state.tables[name].swapped).sort(inOrder);
+    const isThere = (name) => state.tables[name]?.tokens && !state.tables[name].swapped;
+    const names = Object.keys(did?.computed ?? state.tables).filter(isThere).sort(inOrder);
     const table = state.tables[names.find((name) => requestOf(name) === this.view.picked) ?? names[0]];
     return table ? { block: table.blocks[Math.floor((table.tokens - 1) / state.usage.block_size)], swapped: false } : null;
   }
@@ -26,10 +29,11 @@ class Detail {
     if (held) {
       lines.push(this.slots(moment, held, writtenIn(moment, swapped).get(block)), this.way(moment, block, swapped, held));
     } else if (moment.textOf?.(block) && !swapped && block in (moment.state.cached ?? {})) {
-      lines.push(make("p", "quoted", moment.textOf(block)));
+      lines.push(make("p", "quoted", readable(moment.textOf(block))));
     }
     const index = swapped ? undefined : moment.state.index?.[block];
-    if (index !== undefined) lines.push(make("p", "small", index < 0 ? "In the prefix cache, as the beginning of a prompt." : `In the prefix cache, as what follows block ${index}.`));
+    const as = index < 0 ? "the beginning of a prompt" : `what follows block ${index}`;
+    if (index !== undefined) lines.push(make("p", "small", `In the prefix cache, as ${as}.`));
     return lines;
   }
 
@@ -49,7 +53,8 @@ class Detail {
     paint(list, names[0]);
     for (let slot = 0; slot < Math.min(size, 64); slot++) {
       const isNew = written && slot >= written.from && slot < written.to, wrong = isNew && slot >= filled;
-      const box = make("li", wrong ? "wrong" : slot >= filled ? "empty" : isNew ? "filled fresh" : "filled", slot < filled ? visible(words[slot]) : "");
+      const kind = wrong ? "wrong" : slot >= filled ? "empty" : isNew ? "filled fresh" : "filled";
+      const box = make("li", kind, slot < filled ? visible(words[slot]) : "");
       box.title = `slot ${slot}: ${wrong ? "a wrong guess, taken back" : slot >= filled ? "empty" : isNew ? "computed in this step" : "filled"}`;
       list.append(box);
     }
@@ -59,18 +64,18 @@ class Detail {
   /** Of the newest token in it, for all that have it at the same place in their tables: the split of an address. */
   way({ state }, block, swapped, { names, places, filled }) {
     const size = state.usage.block_size, i = Math.max(0, names.findIndex((name) => requestOf(name) === this.view.picked));
-    const all = names.filter((_, other) => places[other] === places[i]), more = all.length > MOST_HOLDERS ? ` and ${all.length - MOST_HOLDERS} more` : "";
-    const position = places[i] * size + filled - 1, offset = filled - 1, line = make("p", "way small"), where = `${swapped ? "CPU" : "physical"} block ${block}`;
+    const all = names.filter((_, other) => places[other] === places[i]), shown = all.slice(0, MOST_HOLDERS).flatMap((name) => [chip(name), " "]);
+    const position = places[i] * size + filled - 1, offset = filled - 1, where = `${swapped ? "CPU" : "physical"} block ${block}`;
     const steps = filled ? [`position ${position}`, `logical block ${places[i]}, offset ${offset}`, where, `slot ${block * size + offset}`]
       : [`logical block ${places[i]}`, where];
-    line.append(...all.slice(0, MOST_HOLDERS).flatMap((name) => [chip(name), " "]), more, ...steps.flatMap((step, place) => [place ? " \u2192 " : " ", make("span", "nowrap", step)]));
-    line.title = `logical block = position / ${size}, offset = position % ${size}; the page table has the physical block; slot = block * ${size} + offset`;
+    if (all.length > MOST_HOLDERS) shown.push(`and ${all.length - MOST_HOLDERS} more `);
+    const line = make("p", "way small", "", ...shown, ...steps.flatMap((step, at) => [at ? " \u2192 " : "", make("span", "nowrap", step)]));
+    line.title = `logical block = position / ${size}, offset = position % ${size}; slot = physical block * ${size} + offset`;
     return line;
   }
 }
 
-const HINT = "Point at another block, or move with the arrow keys. A click keeps it here.";
-
+/** A token in a box. */
 function visible(word) {
-  return word === undefined ? "" : word.replaceAll("\n", "\u21b5").replace(/^ /, "\u00b7") || "\u2205";
+  return word === undefined ? "" : readable(word).replace(/^ /, "\u00b7") || "\u2205";
 }

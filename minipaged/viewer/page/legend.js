@@ -9,7 +9,6 @@ const SIGNS = { // class of a cell -> [its other classes, label, number of holde
   back: ["held half back", "A", "", "wrong guesses, taken back", "back"],
   reserved: ["held half reserved", "A", "", "reserved for A, empty", "empty"],
   loading: ["held half loading", "\u2193A", "", "on its way from another engine", "empty"],
-  mine: ["held mine", "A", "", "yours", "full"],
   cached: ["cached", ":", "", "free, can still be found", ""],
   freed: ["freed", "\u00d7", "", "emptied in this step", ""],
   free: ["", "", "", "free", ""],

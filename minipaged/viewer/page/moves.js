@@ -2,6 +2,8 @@
 
 const MOST_LINES = 80; // more are only drawn for what was picked or pointed at
 const MOST_ARROWS = 16; // of a kind
+const MOVING = ["copies", "swap_out", "swap_in", "evicted", "found"];
+const SHORT = { duration: 350, easing: "ease-out" };
 const ANIMATED = 150; // milliseconds: if steps follow each other faster, nothing is animated
 
 class Moves {
@@ -32,8 +34,9 @@ class Moves {
     this.measure();
     Object.assign(this, { shapes: [], labels: [], animations: [] });
     const did = this.moment.did ?? {};
-    this.picture.classList.toggle("busy", ["copies", "swap_out", "swap_in", "evicted", "found"].some((kind) => kind in did));
-    this.picture.classList.toggle("thin", ["copies", "swap_out", "swap_in"].some((kind) => did[kind]?.length > 6));
+    const most = Math.max(...MOVING.map((kind) => Object.keys(did[kind] ?? {}).length));
+    this.picture.classList.toggle("busy", this.view.picked !== "" || most > 0); // lines are fainter
+    this.picture.classList.toggle("thin", most > 6); // and so are arrows
     this.lines();
     this.found();
     this.arrows("copies", "copied on write", false, false);
@@ -115,11 +118,12 @@ class Moves {
 
   arrow(one, other, kind) {
     const { d, head } = curve(one, other);
-    const under = drawn("path", { class: "move under", d }), path = drawn("path", { class: `move arrow ${kind}`, d, pathLength: 1 });
+    const under = drawn("path", { class: "move under", d });
+    const path = drawn("path", { class: `move arrow ${kind}`, d, pathLength: 1 });
     const tip = drawn("path", { class: `move arrow ${kind}`, d: head });
     this.shapes.push(under, path, tip);
     this.animations.push(() => {
-      path.animate([{ strokeDasharray: "1", strokeDashoffset: 1 }, { strokeDasharray: "1", strokeDashoffset: 0 }], { duration: 350, easing: "ease-out" });
+      path.animate([{ strokeDasharray: "1", strokeDashoffset: 1 }, { strokeDasharray: "1", strokeDashoffset: 0 }], SHORT);
       tip.animate([{ opacity: 0 }, { opacity: 0, offset: 0.8 }, { opacity: 1 }], 400);
     });
   }
@@ -132,9 +136,10 @@ class Moves {
   }
 
   ring(cell, more = "") {
-    const shape = drawn("rect", { class: `move ring ${more}`, x: cell.x - 1, y: cell.y - 1, width: cell.width + 2, height: cell.height + 2, rx: 6 });
+    const place = { x: cell.x - 1, y: cell.y - 1, width: cell.width + 2, height: cell.height + 2 };
+    const shape = drawn("rect", { class: `move ring ${more}`, ...place, rx: 6 });
     this.shapes.push(shape);
-    this.animations.push(() => shape.animate([{ opacity: 0, transform: "scale(1.6)" }, { opacity: 1, transform: "scale(1)" }], { duration: 350, easing: "ease-out" }));
+    this.animations.push(() => shape.animate([{ opacity: 0, transform: "scale(1.6)" }, { opacity: 1, transform: "scale(1)" }], SHORT));
     shape.style.setProperty("transform-box", "fill-box");
     shape.style.setProperty("transform-origin", "center");
   }
@@ -154,11 +159,13 @@ class Moves {
   /** What they held is gone. */
   evicted() {
     const blocks = this.moment.did?.evicted ?? [], cells = blocks.slice(0, MOST_ARROWS).map((block) => this.cellOf(block)).filter(Boolean);
+    const few = cells.length <= 4;
     for (const cell of cells) {
       this.ring(cell, "evicted");
-      if (cells.length <= 4) this.arrow({ ...cell, x: cell.centre, width: 0, centre: cell.centre + 4 }, point(cell.right + 10, cell.y - 12), "evicted");
+      if (few) this.arrow(point(cell.centre + 4, cell.middle), point(cell.right + 10, cell.y - 12), "evicted");
     }
-    if (cells.length) this.label({ x: cells[0].centre, y: cells[0].y - (cells.length <= 4 ? 18 : 5) }, blocks.length > 1 ? `${blocks.length} evicted` : "evicted");
+    const words = blocks.length > 1 ? `${blocks.length} evicted` : "evicted";
+    if (cells.length) this.label({ x: cells[0].centre, y: cells[0].y - (few ? 18 : 5) }, words);
   }
 
   /** At the newest token of each sequence that had guesses: how many were right, and how many slots were taken back. */
@@ -180,7 +187,8 @@ function inSight(box, seen) {
 /** A bow from the middle of one box to the edge of another: {d, head, top: where a label goes}. */
 function curve(one, other) {
   const dx = other.centre - one.centre, dy = other.middle - one.middle, far = Math.hypot(dx, dy) || 1, bow = Math.min(60, 12 + far * 0.18);
-  const sign = dx < 0 ? 1 : -1, control = { x: (one.centre + other.centre) / 2 - sign * dy / far * bow, y: (one.middle + other.middle) / 2 + sign * dx / far * bow };
+  const aside = (dx < 0 ? 1 : -1) * bow / far, middle = { x: (one.centre + other.centre) / 2, y: (one.middle + other.middle) / 2 };
+  const control = { x: middle.x - dy * aside, y: middle.y + dx * aside };
   const angle = Math.atan2(other.middle - control.y, other.centre - control.x), short = Math.min(other.width, other.height) / 2;
   const end = { x: other.centre - Math.cos(angle) * short, y: other.middle - Math.sin(angle) * short };
   const side = (turn) => `${end.x - 9 * Math.cos(angle + turn)} ${end.y - 9 * Math.sin(angle + turn)}`;

@@ -56,7 +56,8 @@ class Pool {
     const filled = inUse.reduce((sum, one) => sum + one.filled, 0) / blocks.length;
     const kept = !inUse.length && blocks.some((block) => block in cached), wasFreed = blocks.some((block) => freed.has(block));
     const key = `${names}|${inUse.length}|${mostHeld}|${filled}|${kept}|${wasFreed}`;
-    return { block: first, blocks, key, names, places: [], filled, used: inUse.length, mostHeld, cached: kept, freed: wasFreed, mine: names.some(this.view.isMine) };
+    const mine = names.some(this.view.isMine);
+    return { block: first, blocks, key, names, places: [], filled, used: inUse.length, mostHeld, cached: kept, freed: wasFreed, mine };
   }
 
   make(number, size) {
@@ -96,8 +97,8 @@ class Pool {
     const { element, names, filled, written } = cell, requests = [...new Set(names.map(requestOf))];
     const most = cell.mostHeld ?? names.length, back = written && written.to > filled;
     const classes = {
-      held: names.length, half: names.length && filled < this.size, shared: most > 1, several: requests.length > 1, cached: cell.cached, freed: cell.freed,
-      reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
+      held: names.length, half: names.length && filled < this.size, shared: most > 1, several: requests.length > 1,
+      cached: cell.cached, freed: cell.freed, reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
       mine: cell.mine, picked: requests.includes(this.view.picked), here: cell.here,
     };
     const hue = names.length === 1 ? names[0] : requests[0] ?? "";
@@ -126,7 +127,7 @@ class Pool {
     const who = names.length === 1 ? `held by ${names[0]}` : `shared by ${names.length}: ${names.join(", ")}`;
     const words = [`${what} ${block}: ${who}${cell.mine ? " (yours)" : ""}`, `${filled} of ${this.size} slots filled`];
     if (loading) words.push("on its way from another engine");
-    const kept = written ? Math.min(written.to, filled) - written.from : 0, back = written ? written.to - Math.max(filled, written.from) : 0;
+    const { from, to } = written ?? { from: 0, to: 0 }, kept = Math.min(to, filled) - from, back = to - Math.max(filled, from);
     if (kept > 0) words.push(`${kept} of them in this step`);
     if (back > 0) words.push(`${count(back, "slot")} with wrong guesses taken back`);
     return words.join("; ");
@@ -134,7 +135,8 @@ class Pool {
 
   severalInWords({ block, blocks, names, used, filled, cached }) {
     const requests = [...new Set(names.map(requestOf))].sort(inOrder), more = requests.length > 8 ? `, and ${requests.length - 8} more` : "";
-    const held = used ? `${used} held by ${requests.slice(0, 8).join(", ")}${more}; ${Math.round(filled * blocks.length)} of ${blocks.length * this.size} slots filled`
+    const slots = `${Math.round(filled * blocks.length)} of ${blocks.length * this.size} slots filled`;
+    const held = used ? `${used} held by ${requests.slice(0, 8).join(", ")}${more}; ${slots}`
       : `free${cached ? ", but what some hold can still be found" : ""}`;
     return `${this.swapped ? "CPU blocks" : "Blocks"} ${block} to ${blocks.at(-1)}: ${held}`;
   }
@@ -163,7 +165,8 @@ function rowsOf(size) {
 function strip(size, filled, slots) {
   const at = (slot) => `${100 * slot / size}%`, from = slots ? Math.min(slots.from, filled) : filled;
   const to = slots ? Math.min(slots.to, filled) : filled, back = Math.max(filled, slots?.to ?? 0);
-  return `linear-gradient(90deg, var(--of) ${at(from)}, var(--fresh) 0 ${at(to)}, var(--of) 0 ${at(filled)}, transparent 0 ${at(back)}, var(--hole) 0)`;
+  const full = `var(--of) ${at(from)}, var(--fresh) 0 ${at(to)}, var(--of) 0 ${at(filled)}`;
+  return `linear-gradient(90deg, ${full}, transparent 0 ${at(back)}, var(--hole) 0)`;
 }
 
 /** Who points at a block is told about it; a click keeps it, until the next one. */

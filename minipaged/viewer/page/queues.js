@@ -64,9 +64,9 @@ function blocksOf(state) {
   return blocks;
 }
 
-const EVENT_KINDS = [ // a word of an event -> its kind
-  ["swapped out", "swapped out"], ["swapped in", "swapped in"], ["dropped", "dropped"], ["admitted", "admitted"],
-  ["copied on write", "copied"], ["finished", "finished"], ["guessed", "guessed"],
+const EVENT_KINDS = [ // words of an event -> its kind, in words of the glossary
+  ["swapped out", "swapped out"], ["swapped in", "swapped in"], ["dropped", "recompute"], ["admitted", "admitted"],
+  ["copied on write", "copied on write"], ["finished", "finished"], ["guessed", "drafts"],
 ];
 
 /** The trace's sentences, with a kind before each; and what only `did` knows. */
@@ -100,7 +100,7 @@ class Events {
     const key = `${kind} ${this.used.get(kind) ?? 0}`;
     this.used.set(kind, (this.used.get(kind) ?? 0) + 1);
     if (!this.badges.has(key)) {
-      this.badges.set(key, make("span", `kind ${kind.replace(" ", "-")}`, kind));
+      this.badges.set(key, make("span", `kind ${kind.replaceAll(" ", "-")}`, kind));
       explain(this.badges.get(key), kind);
     }
     return this.badges.get(key);

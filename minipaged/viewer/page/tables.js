@@ -36,7 +36,8 @@ class Tables {
       row.entries[i] ??= { element: make("span"), key: "" };
       if (place < 0) return this.drawGap(row.entries[i], table.blocks.length - FIRST_ENTRIES - LAST_ENTRIES);
       const block = table.blocks[place], filled = Math.max(0, Math.min(size, table.tokens - place * size));
-      this.drawEntry(row.entries[i], { block, place, filled, size, holders: held.get(block).names.length, here: here?.block === block && here.swapped === swapped });
+      const isHere = here?.block === block && here.swapped === swapped;
+      this.drawEntry(row.entries[i], { block, place, filled, size, holders: held.get(block).names.length, here: isHere });
     });
     this.drawFill(row, table, size);
     const elements = [...row.entries.map((entry) => entry.element), row.fill], before = row.blocks.children;
@@ -53,7 +54,8 @@ class Tables {
     write(element, String(block));
     element.dataset.block = block;
     element.setAttribute("role", "gridcell");
-    element.setAttribute("aria-label", `logical block ${place}: block ${block}${holders > 1 ? `, shared by ${holders}` : ""}, ${filled} of ${size} slots`);
+    const shared = holders > 1 ? `, shared by ${holders}` : "";
+    element.setAttribute("aria-label", `logical block ${place}: block ${block}${shared}, ${filled} of ${size} slots`);
     if (!element.hasAttribute("tabindex")) element.tabIndex = -1;
     element.style.setProperty("--full", `${100 * filled / size}%`);
   }
