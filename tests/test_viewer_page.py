@@ -3,8 +3,11 @@
 import re
 
 import pytest
+from tiny_model import make_folder
 
+from minipaged import LLM, SamplingParams
 from minipaged.viewer.page import page_of, run_of
+from minipaged.viewer.trace import TraceWriter
 from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
 
@@ -384,16 +387,100 @@ def test_a_request_stands_out_in_both_runs(opened):
         assert page.text_content("#found") == f"C: {number} of 2" and picked(page) == "C"
 
 
-# --- the window -----------------------------------------------------------------------------------------------------
+# --- the window -------------------------------------------------------------------------------------------------------
+
+FITS = """() => {
+  const clipped = (element) => {
+    for (let one = element.parentElement; one && one !== document.body; one = one.parentElement) {
+      const { overflowX, clipPath } = getComputedStyle(one);
+      if (overflowX !== "visible" || clipPath !== "none") return true;
+    }
+    return false;
+  };
+  const wrong = [], { clientWidth: wide, scrollWidth } = document.documentElement;
+  if (scrollWidth > wide) wrong.push("the page scrolls to the side");
+  for (const element of document.querySelectorAll("body *:not(.unseen, template, script, option)")) {
+    const { left, right, width, height, bottom } = element.getBoundingClientRect();
+    if (!width || !height) continue;
+    const who = `${element.tagName}.${element.getAttribute("class")} ${element.id} ${element.textContent.slice(0, 30)}`;
+    if ((right > wide + 1 || left < -1) && !clipped(element)) wrong.push(`outside: ${who}`);
+    if (element.matches("button, select, input") && (height < 24 || width < 24)) wrong.push(`too small: ${who}`);
+    if (element.matches("#controls *") && bottom > innerHeight + 1) wrong.push(`not to be reached: ${who}`);
+    if (element.closest(".cell, li[title]") || !element.matches("h2, h3, p, button, dt, dd, li, select")) continue;
+    if (element.scrollWidth > element.clientWidth + 1 && element.clientWidth) wrong.push(`cut: ${who}`);
+  }
+  return wrong;
+}"""
 
 
-def test_the_pool_has_as_many_columns_as_fit(opened):
-    page = opened()
-    columns = "getComputedStyle(document.querySelector('.pool.gpu')).gridTemplateColumns.split(' ').length"
-    seen = []
-    for width in (1600, 700, 360):
-        page.set_viewport_size({"width": width, "height": 800})
-        page.wait_for_timeout(100)
-        seen.append(page.evaluate(columns))
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert seen[1] > seen[2] >= 4 and all(number % 4 == 0 for number in seen)
+@pytest.mark.parametrize("names", [("long",), ("short", "long")])
+def test_it_fits_into_any_window(opened, names):
+    """Of the tokens in slots only the beginning is seen: the text below has them whole."""
+    page, columns = opened(*names, link="#step=20&request=E"), []
+    for width in (360, 560, 768, 1000, 1280, 1920, 2560):
+        page.set_viewport_size({"width": width, "height": 740})
+        page.wait_for_timeout(150)
+        assert page.evaluate(FITS) == [], width
+        columns.append(page.evaluate("views[0].parts.find((part) => part instanceof Pool).columns"))
+    assert min(columns) >= 4 and len(set(columns)) > 1 and all(number % 4 == 0 for number in columns)
+
+
+def test_who_wants_no_motion_gets_none(opened):
+    page = opened("long", reduced_motion="reduce")
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")
+        moving = page.evaluate("document.getAnimations().filter((one) => one.playState === 'running').length")
+        assert moving == 0
+
+
+def test_what_stands_below_stays_where_it_is(opened):
+    page = opened("long")
+
+    def tops():
+        for number in (0, 15, 30, 45, 67):
+            page.evaluate(f"player.go({number})")
+            page.wait_for_timeout(100)
+            yield page.evaluate("document.querySelector('.timeline').getBoundingClientRect().top + scrollY")
+
+    first = [*tops()]
+    assert first == sorted(first) and len({*tops()}) == 1, "panels only grow"
+    page.set_viewport_size({"width": 1600, "height": 800})
+    page.wait_for_timeout(200)
+    assert next(tops()) < first[-1], "and begin anew in another window"
+
+
+def test_a_click_in_the_timeline_goes_there_and_a_drag_follows(opened):
+    page = opened("long")
+    page.evaluate("document.querySelector('.timeline .field').scrollIntoView({ block: 'center' })")
+    box = page.locator(".timeline .field").bounding_box()
+
+    def at(part):
+        return box["x"] + part * box["width"], box["y"] + box["height"] / 2
+
+    page.mouse.click(*at(0.5))
+    assert place(page) == pytest.approx(34, abs=1)
+    page.mouse.down()
+    page.mouse.move(*at(0.25), steps=3)
+    assert place(page) == pytest.approx(17, abs=1)
+    page.mouse.up()
+    page.mouse.move(*at(0.9))
+    assert place(page) == pytest.approx(17, abs=1), "it was let go"
+    page.keyboard.press("ArrowRight")
+    assert link(page) == f"#step={place(page) + 1}"
+
+
+def test_a_page_is_not_large(tmp_path):
+    """Of a run with as many sequences as in the README's example. What a step costs is what changed in it."""
+    folder = make_folder(tmp_path / "model")
+    llm = LLM(str(folder), num_blocks=20)
+    for number, prompt in enumerate(
+        ("What is the capital of France?", "One sentence about the sea.", "Why is it blue?")
+    ):
+        llm.add_request(prompt, SamplingParams(n=3, max_tokens=64, seed=number, ignore_eos=True))
+    with open(tmp_path / "run.jsonl", "w", encoding="utf-8") as file:
+        llm.observers.append(TraceWriter.of(llm, file))
+        while llm.has_unfinished_requests:
+            llm.step()
+    run = run_of(tmp_path / "run.jsonl")
+    whole, without = len(page_of([run]).encode()), len(page_of([{**run, "lines": []}]).encode())
+    assert without < 300_000 and (whole - without) / len(run["lines"]) < 1500, "3 MB are enough for 1,800 such steps"

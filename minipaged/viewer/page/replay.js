@@ -22,7 +22,29 @@ function newView(trace, number) {
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];
   view.onpick = pick;
+  steady([...root.querySelectorAll(".memory, .page-tables, .did, .queues")]);
   return view;
+}
+
+/** Panels grow and don't shrink, until they get another width: so what stands below them can be pointed at. */
+function steady(panels) {
+  const grow = (panel, high) => panel.style.setProperty("min-height", `${panel.high = Math.ceil(high)}px`);
+  const again = () => {
+    for (const panel of panels) panel.style.removeProperty("min-height");
+    const heights = panels.map((panel) => panel.getBoundingClientRect().height);
+    panels.forEach((panel, i) => grow(panel, heights[i]));
+  };
+  let frame;
+  const observer = new ResizeObserver((entries) => {
+    for (const { target, borderBoxSize: [{ blockSize, inlineSize }] } of entries) {
+      if (target.wide !== inlineSize) {
+        cancelAnimationFrame(frame);
+        frame = requestAnimationFrame(again);
+      } else if (blockSize > target.high) grow(target, blockSize);
+      target.wide = inlineSize;
+    }
+  });
+  for (const panel of panels) observer.observe(panel);
 }
 
 /** What is the same in all steps. */
