@@ -94,6 +94,7 @@ def test_a_block_is_told_about_where_one_points(opened):
     assert page.locator(".entry.here").all_inner_texts() == ["4"]
     page.hover(".tables li[data-sequence=A2] .entry >> nth=0")
     assert page.inner_text(".detail").startswith("Block 3: shared by 2: A1, A2")
+    assert "A1's block 0" in page.inner_text(".detail") and "A2's block 0" in page.inner_text(".detail")
     assert kinds(page, 3) == {"held", "shared", "here"}
     page.click(".tables li[data-sequence=A2] .entry >> nth=1")
     page.hover("h1")

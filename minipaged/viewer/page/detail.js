@@ -61,15 +61,16 @@ class Detail {
     return list;
   }
 
-  /** Of the newest token in it, for all that have it at the same place in their tables: the split of an address. */
+  /** Whose block it is, as which of theirs; and of its newest token, for one of them, the split of an address. */
   way({ state }, block, swapped, { names, places, filled }) {
     const size = state.usage.block_size, i = Math.max(0, names.findIndex((name) => requestOf(name) === this.view.picked));
-    const all = names.filter((_, other) => places[other] === places[i]), shown = all.slice(0, MOST_HOLDERS).flatMap((name) => [chip(name), " "]);
-    const position = places[i] * size + filled - 1, offset = filled - 1, where = `${swapped ? "CPU" : "physical"} block ${block}`;
-    const steps = filled ? [`position ${position}`, `logical block ${places[i]}, offset ${offset}`, where, `slot ${block * size + offset}`]
-      : [`logical block ${places[i]}`, where];
-    if (all.length > MOST_HOLDERS) shown.push(`and ${all.length - MOST_HOLDERS} more `);
-    const line = make("p", "way small", "", ...shown, ...steps.flatMap((step, at) => [at ? " \u2192 " : "", make("span", "nowrap", step)]));
+    const shown = names.slice(0, MOST_HOLDERS).map((name, at) => make("span", "holder", "", chip(name), `'s block ${places[at]}`));
+    if (names.length > MOST_HOLDERS) shown.push(`and ${names.length - MOST_HOLDERS} more`);
+    const line = make("p", "way small", "", ...shown);
+    if (!filled) return line;
+    const offset = filled - 1, where = `${swapped ? "CPU" : "physical"} block ${block}`;
+    const steps = [`position ${places[i] * size + offset}`, `logical block ${places[i]}, offset ${offset}`, where, `slot ${block * size + offset}`];
+    line.append(...steps.flatMap((step, at) => [at ? " \u2192 " : "", make("span", "nowrap", step)]));
     line.title = `logical block = position / ${size}, offset = position % ${size}; slot = physical block * ${size} + offset`;
     return line;
   }
