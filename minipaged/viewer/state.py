@@ -52,6 +52,7 @@ class Eye:
         self._came: list[Request]
         self._there, self._came = self.observer.came, []
         self.known, self.evicted = self._known_blocks(), list[int]()
+        self._last: int | None = None  # step
         self._num_evicted = engine.memory.usage().evicted
 
     def follow(self, plan: StepPlan, output: StepOutput) -> None:
@@ -92,11 +93,12 @@ class Eye:
     def _evictions(self, plan: StepPlan) -> list[int]:
         """Of the blocks that lost what they held, those that could be found until then, and were taken for others.
 
-        After a step that was broken off, or a reset, all have lost it: then the numbers don't agree.
+        After a reset, or a step that was broken off, all have lost it.
         """
         before, self._num_evicted = self._num_evicted, self._engine.memory.usage().evicted
-        gone = [block for block in plan.freed if block in self.known] if self._num_evicted > before else []
-        return gone if len(gone) == self._num_evicted - before else []
+        last, self._last = self._last, plan.step
+        broken_off = last is not None and plan.step != last + 1
+        return [block for block in plan.freed if block in self.known and self._num_evicted > before and not broken_off]
 
     def _known_blocks(self) -> dict[int, int | None]:
         memory = self._engine.memory
