@@ -1,8 +1,10 @@
 """The trace of a run: what was written is what was, and can be drawn again."""
 
+import inspect
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,14 @@ import pytest
 from rich.console import Console
 from tiny_model import make_folder
 
+import minipaged.viewer
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.generate import main as generate
 from minipaged.terminal.draw import picture
 from minipaged.terminal.snapshot import request_of
 from minipaged.trace import main
 from minipaged.viewer.page import page_of, run_of
+from minipaged.viewer.state import Eye
 from minipaged.viewer.thinning import condensed, thinned
 from minipaged.viewer.trace import TraceError, TraceWriter, read_lines, read_trace
 
@@ -374,3 +378,51 @@ def test_a_bar_says_how_far_it_is(traced, monkeypatch, tmp_path):
         monkeypatch.setattr("minipaged.trace.Console", lambda console=console, **_: console)
         assert main([str(traced[0]), "--html", str(tmp_path / "p")]) == 0
         assert ("reading" in console.file.getvalue()) == terminal
+
+
+# --- the format, as TRACE.md tells it -----------------------------------------------------------------------------
+
+TELLS = Path(minipaged.viewer.__file__).with_name("TRACE.md").read_text(encoding="utf-8")
+BY_NAME = {"requests", "tables", "cached", "index", "arrived", "words", "texts", "computed", "found", "preempted",
+           "finished", "guessed", "loading", "errors"}  # fmt: skip
+
+
+def keys(value, inside=""):
+    """All names of fields, but not those of sequences and blocks."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if inside not in BY_NAME:
+                yield name
+            yield from keys(inner, "" if inside in BY_NAME else name)
+
+
+def test_all_that_is_written_is_documented(traced):
+    prose = re.sub("```.*?```", "", TELLS, flags=re.DOTALL)
+    documented = set(re.findall(r"`(\w+)`", prose)) | {"from", "keep", "add"}
+    lines = traced[0].read_text().splitlines()
+    written = {key for line in lines for key in keys(json.loads(line))}
+    assert len(written) > 60 and written - documented == set()
+    observed = inspect.getsource(Eye.did)
+    assert set(re.findall(r'^ +"(\w+)": ', observed, re.MULTILINE)) - documented == set()
+
+
+def test_the_example_is_what_is_written(model, tmp_path):
+    """The same run with another model: the same keys and moves, if not the same words."""
+    example = [json.loads(line) for line in TELLS.split("```json\n")[1].split("```")[0].splitlines()]
+    path = tmp_path / "t"
+    llm = LLM(model, num_blocks=8, block_size=4)
+    llm.add_request([5, 6, 7, 8, 9, 10], SamplingParams(n=2, seed=1, max_tokens=4, ignore_eos=True, temperature=9.0))
+    with open(path, "w") as file:
+        llm.observers.append(TraceWriter.of(llm, file))
+        while llm.has_unfinished_requests:
+            llm.step()
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [shape(line) for line in written] == [shape(line) for line in example]
+    assert [line["patch"] for line in written[1:]] == [line["patch"] for line in example[1:]]
+    assert [line["did"] for line in written[1:]] == [line["did"] for line in example[1:]]
+    assert [*read_lines(iter(TELLS.split("```json\n")[1].split("```")[0].splitlines()), "TRACE.md")[1]]
+
+
+def shape(value):
+    """The names of all fields, in their order."""
+    return {name: shape(inner) for name, inner in value.items()} if isinstance(value, dict) else type(value).__name__
