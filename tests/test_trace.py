@@ -221,7 +221,7 @@ def test_hostile_text_stays_text(tmp_path):
     bad.write_text("\n".join([json.dumps(header), *lines[1:]]))
     page = tmp_path / "page.html"
     assert main([str(bad), "--html", str(page), "--perfetto", str(tmp_path / "out.json")]) == 0
-    assert data_in(page)["runs"][0]["title"] == evil.replace("\ud800", "?")
+    assert data_in(page)["runs"][0]["title"] == evil
     assert page.read_text().count("</script>") == page_of([]).count("</script>")
 
 
