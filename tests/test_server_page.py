@@ -289,6 +289,9 @@ def test_all_goes_by_keyboard(tab, served):
     columns = int(page.eval_on_selector("#pool", "pool => pool.style.getPropertyValue('--columns')"))
     assert page.inner_text("#detail").startswith(f"Block {columns + 1}:")
     assert page.get_attribute("#pool", "aria-activedescendant") == f"pool-{columns + 1}"
+    page.keyboard.press("Escape")
+    shows(page, "#detail", "Point at a block")
+    assert page.is_visible("#stop"), "it ended the look at a block, and not the answer"
     page.focus("#running button")
     page.keyboard.press("Enter")
     page.wait_for_selector("#pool.picking .cell.picked")
