@@ -6,6 +6,7 @@ const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: 
 const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(queues))];
 const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Legend(view, $("legend")), new Detail(view, $("detail")),
   new Tables(view, $("tables")), new Prefixes(view, view.find(".prefixes")), new Moves(view, view.find(".moves"))];
+const folded = { "page-tables": Tables, found: Prefixes }; // what isn't open isn't drawn
 const numbers = new Numbers(), bar = new Bar(), events = new Events(view, $("events")); // these are told of each state once
 
 /** As long as the page is seen. A hidden one would take a connection, of which a browser has six for a server. */
@@ -50,7 +51,6 @@ function show() {
   $("bar").hidden = state.shows_blocks;
   $("cpu-pool").hidden = !state.shows_blocks || !state.usage.swapped_out_blocks;
   if (view.picked && !state.requests[view.picked]) view.picked = "";
-  view.parts = state.shows_blocks ? [...everywhere, ...ofBlocks] : everywhere;
   moved.push({ at: performance.now(), did: structuredClone(state.did) });
   showMoment(lately());
   const told = [...state.events].reverse();
@@ -63,6 +63,8 @@ function show() {
 }
 
 function showMoment(did) {
+  const closed = Object.entries(folded).filter(([id]) => !$(id).open).map(([, kind]) => kind);
+  view.parts = [...everywhere, ...(state.shows_blocks ? ofBlocks.filter((part) => !closed.includes(part.constructor)) : [])];
   view.show({ state, did, step: state.step.number, header: state });
 }
 
@@ -74,7 +76,8 @@ let rest = 0; // the timer after which nothing moves any more
 /** What the steps did since the state before; and what moved a little earlier. */
 function lately() {
   moved = moved.filter(({ at }) => performance.now() - at < LINGER);
-  const did = { ...state.did, found: Object.assign({}, ...moved.map((one) => one.did.found)) };
+  const did = { ...state.did }, found = Object.assign({}, ...moved.map((one) => one.did.found));
+  if (Object.keys(found).length) did.found = found;
   for (const kind of ["copies", "swap_out", "swap_in", "evicted"]) {
     const all = moved.flatMap((one) => one.did[kind] ?? []);
     if (all.length) did[kind] = all;
@@ -101,4 +104,5 @@ function nameAnswer({ chip }, name) {
 
 for (const element of view.root.querySelectorAll("[data-word]")) explain(element, element.dataset.word);
 $("page-tables").open = $("found").open = matchMedia("(min-width: 861px)").matches; // on a phone they are asked for
+for (const id of Object.keys(folded)) $(id).ontoggle = () => { if (state.requests) showMoment({}); };
 follow();

@@ -5,7 +5,6 @@ const SIGNS = { // class of a cell -> [its other classes, label, number of holde
   written: ["held half written", "A", "", "written in this step", "written"],
   shared: ["held shared", "A", "3", "shared by 3", "full"],
   several: ["held shared several", "AB", "2", "shared by two requests", "full"],
-  mine: ["held mine", "A", "", "yours", "full"],
   back: ["held half back", "A", "", "wrong guesses, taken back", "back"],
   reserved: ["held half reserved", "A", "", "reserved for A, empty", "empty"],
   loading: ["held half loading", "\u2193A", "", "on its way from another engine", "empty"],
