@@ -3,20 +3,14 @@
 import contextlib
 import json
 import logging
-import shutil
-import time
 
 import pytest
 from served import Slow
 from tiny_model import make_folder
 
 from minipaged.server.config import ServerConfig
+from tests.browser import Tabs, chromium, until
 
-api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright: pip install playwright")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-WHY = f"the page is tested in a browser, one of {', '.join(NAMES)}, and none of them is here"
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=WHY)
 SLOW = 0.03  # seconds that a step takes at least
 
 
@@ -47,41 +41,23 @@ def served(everything):
 
 @pytest.fixture(scope="module")
 def browser():
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--headless=new", "--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def tab(browser, served):
     """Opens tabs. At the end: nothing went wrong in any of them, and none asked anybody but its server."""
-    contexts, wrong = [], []
+    tabs = Tabs(browser)
 
     def open_one(url=served.url, **options):
-        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(20000)
-        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: None if asked.url.startswith((url, "data:")) else wrong.append(asked.url))
-        page.goto(url)
+        page = tabs.open(url, **options)
         page.wait_for_selector("#status.on, dialog[open]")
         return page
 
-    open_one.wrong = wrong
+    open_one.wrong = tabs.wrong
     yield open_one
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def until(what, seconds=10):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it doesn't come true"
-        time.sleep(0.02)
-    return found
+    tabs.close()
 
 
 def ask(page, text, tokens=60, **fields):
