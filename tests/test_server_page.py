@@ -222,7 +222,7 @@ def test_what_moved_is_seen_for_a_moment(tab, served):
     page.wait_for_selector(".moves .arrow.copies", state="attached")
     shows(page, "#events", "copied on write")
     until(lambda: page.is_hidden("#stop"))
-    until(lambda: page.locator(".moves .arrow, #pool .written").count() == 0)
+    until(lambda: page.locator(".moves .arrow, #pool .freed").count() == 0)
 
 
 def test_lines_lead_from_page_tables_to_blocks_where_there_is_room_and_a_phone_begins_with_the_chat(tab, served):
@@ -266,7 +266,7 @@ def test_all_goes_by_keyboard(tab, served):
     assert page.inner_text("#detail").startswith(f"Block {columns + 1}:")
     assert page.get_attribute("#pool", "aria-activedescendant") == f"pool-{columns + 1}"
     page.keyboard.press("Escape")
-    shows(page, "#detail", "Point at a block")
+    until(lambda: page.locator("#pool .here").count() == 0)
     assert page.is_visible("#stop"), "it ended the look at a block, and not the answer"
     page.focus("#running button")
     page.keyboard.press("Enter")
