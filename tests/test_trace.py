@@ -23,6 +23,7 @@ from minipaged.viewer.page import page_of, run_of
 from minipaged.viewer.state import Eye
 from minipaged.viewer.thinning import condensed, thinned
 from minipaged.viewer.trace import TraceError, TraceWriter, read_lines, read_trace
+from minipaged.viewer.words import read_on
 
 OLD = Path(__file__).parent / "data" / "trace_version_1.jsonl"
 
@@ -88,6 +89,26 @@ def test_the_trace_tells_all_that_moved(traced):
             [writer] = [s for s in plan.sequences if target in s.block_table]
             name, move = words.split()
             assert move == f"{source}->{target}" and request_of(name) == "ABCDE"[int(writer.request_id)]
+
+
+def test_pieces_of_a_character_are_one_with_the_last_of_them(model, tmp_path):
+    """Tokens are bytes here: of four, three say nothing, wherever steps cut; what a block holds is read as a whole."""
+    data = "I \U0001f600, \u00e9!".encode()
+    prompt = [sorted(set(data)).index(byte) for byte in data]
+
+    def decode(tokens):
+        return bytes((sorted(set(data)) + [120] * 96)[token] for token in tokens).decode("utf-8", "replace")
+
+    for chunk in (1, 3, 64):
+        path, words, texts = tmp_path / f"{chunk}.jsonl", {}, {}
+        llm = LLM(model, num_blocks=16, block_size=8, max_num_seqs=1, max_num_batched_tokens=chunk)
+        with llm, open(path, "w") as file:
+            llm.observers.append(TraceWriter(llm, file, {"model": model}, decode))
+            llm.generate({"prompt_token_ids": prompt}, SamplingParams(max_tokens=3))
+        for step in read_trace(path)[1]:
+            words, texts = read_on(words, step.words), texts | step.texts
+        assert words["A"][:6] == ["I", " ", *"\ufffd\ufffd\ufffd", "\U0001f600"] and texts["0"] == "I \U0001f600, "
+        assert words["A"][8:11] == ["\ufffd", "\u00e9", "!"]
 
 
 def test_it_is_drawn_again(traced, model, capsys):

@@ -50,7 +50,7 @@ class TracedRun(Run):
     def __init__(self, given: Scenario, verbose: bool = False, transfers: Any = None):
         super().__init__(given, verbose, transfers)
         self.file = io.StringIO()
-        self.writer = TraceWriter(self, self.file, {"model": "recall"}, decode)
+        self.writer = TraceWriter(self, self.file, {"model": "recall"}, lambda tokens: "".join(map(decode, tokens)))
         self.truths: list[Truth] = []
         self.added: list[Request] = []
         self.told: set[Request] = set()

@@ -27,7 +27,7 @@ class Recorded(Run):
         self._output: StepOutput | None = None
         with open(path, "w", encoding="utf-8") as file:
             header = {"model": "recall", "block_bytes": 1, "max_model_len": 100, "settings": {}, **header}
-            self._writer = TraceWriter(self, file, header, word, seconds=lambda: 0.25, clock=lambda: self.now)  # type: ignore[arg-type]
+            self._writer = TraceWriter(self, file, header, text, seconds=lambda: 0.25, clock=lambda: self.now)  # type: ignore[arg-type]
             self.run()
 
     def add(self, request: Request) -> None:
@@ -44,6 +44,10 @@ class Recorded(Run):
         if not fails:
             self._writer(self.plans[-1], outputs[-1])
             self.truths.append(truth(self, self.plans[-1]))
+
+
+def text(tokens: list[int]) -> str:
+    return "".join(map(word, tokens))
 
 
 def word(token: int) -> str:

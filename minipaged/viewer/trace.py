@@ -53,12 +53,12 @@ class TraceWriter:
     """Writes a line after each step: an observer of the engine.
 
     header: what is the same in all steps; for an LLM see `header_of`.
-    decode: the text of one token; None: the trace has no texts.
+    decode: the text of tokens; None: the trace has no texts.
     seconds: how long the last step took; None: as long as has passed since the one before.
     """
 
     def __init__(
-        self, engine: Watched, file: IO[str], header: State, decode: Callable[[int], str] | None = None,
+        self, engine: Watched, file: IO[str], header: State, decode: Callable[[list[int]], str] | None = None,
         seconds: Callable[[], float] | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self._engine, self._file, self._clock, self._seconds = engine, file, clock, seconds
@@ -74,7 +74,7 @@ class TraceWriter:
     def of(cls, llm: LLM, file: IO[str], **header: Any) -> TraceWriter:
         """Of a whole engine, with texts. header: what it should say besides."""
         decode = partial(llm.tokenizer.decode, skip_special_tokens=False)
-        return cls(llm, file, {**header_of(llm), **header}, lambda token: decode([token]), _Spent(llm))
+        return cls(llm, file, {**header_of(llm), **header}, decode, _Spent(llm))
 
     def __call__(self, plan: StepPlan, output: StepOutput) -> None:
         now = self._clock() - self._began

@@ -30,11 +30,14 @@ class Told(NamedTuple):
     def output(self) -> list[int]:
         return self.seq.output_token_ids[: self.length - len(self.seq.prompt_token_ids)]
 
+MOST_PIECES = 4  # tokens, of one character: bytes at the least
+NOTHING = "\ufffd"  # what decoders say of bytes that are no character
+
 
 class Words:
-    """What all sequences say. decode: one token's text."""
+    """What all sequences say. decode: the text of tokens."""
 
-    def __init__(self, engine: Watched, decode: Callable[[int], str]):
+    def __init__(self, engine: Watched, decode: Callable[[list[int]], str]):
         self._engine, self._decode = engine, decode
         self._texts: dict[int, str] = {}
         self._told: dict[str, Told] = {}
@@ -61,7 +64,9 @@ class Words:
     def _tell(self, name: str, seq: Sequence, before: dict[str, Told], news: News) -> None:
         source, keep = _origin(name, seq, before)
         if source != name or keep < max(len(seq), before[name].length):
-            add = [self._text(token) for token in seq.tokens(keep, len(seq) - keep)]
+            context = min(keep, MOST_PIECES - 1)
+            tokens = seq.tokens(keep - context, len(seq) - keep + context)
+            add = [self._text(tokens, place) for place in range(context, len(tokens))]
             news[name] = {**({"from": source} if source not in (name, None) else {}), "keep": keep, "add": add}
 
     def blocks(self, plan: StepPlan, output: StepOutput, known: dict[int, int | None]) -> dict[str, str]:
@@ -79,7 +84,7 @@ class Words:
             for place, block in enumerate(table[: len(tokens) // size]):
                 if block in new:
                     new.discard(block)
-                    told[str(block)] = "".join(map(self._text, tokens[place * size : (place + 1) * size]))
+                    told[str(block)] = self._decode(tokens[place * size : (place + 1) * size])
         return told
 
     def _computed(self, seq_id: int, output: StepOutput) -> list[int]:
@@ -104,9 +109,14 @@ class Words:
             if not memory.is_swapped(seq_id):
                 yield seq_id, memory.block_table(seq_id)
 
-    def _text(self, token: int) -> str:
+    def _text(self, tokens: list[int], place: int) -> str:
+        """Of one token. Where tokens are pieces of a character, the last one says it, and the others are NOTHING."""
+        token = tokens[place]
         if token not in self._texts:
-            self._texts[token] = self._decode(token)
+            self._texts[token] = self._decode([token])
+        for first in range(place - 1, max(-1, place - MOST_PIECES), -1) if NOTHING in self._texts[token] else ():
+            if NOTHING not in (text := self._decode(tokens[first : place + 1])):
+                return text
         return self._texts[token]
 
 
