@@ -12,7 +12,7 @@ function make(tag, className = "", text = "", ...children) {
 }
 
 /** The text of an element, touched only if it is another one. */
-function write(element, text) {
+function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
@@ -32,21 +32,34 @@ function arrange(element, children) {
   children.forEach((child, i) => { if (before[i] !== child) element.insertBefore(child, before[i] ?? null); });
 }
 
-const setText = (element, text) => { if (element.textContent !== text) element.textContent = text; };
-
 const grouped = (number) => (number < 1000 ? String(number) : number.toLocaleString("en"));
 const count = (number, word) => `${grouped(number)} ${word}${number === 1 ? "" : "s"}`;
 
 // --- names and colours: A, B, ... AA are requests, A1, A2 sequences of one -------------------------------------------
 
-const requestOf = (name) => name.replace(/\d+$/, "");
-const arrivalOf = (name) => [...requestOf(name)].reduce((sum, letter) => 26 * sum + letter.charCodeAt(0) - 64, 0);
-const inOrder = (a, b) => arrivalOf(a) - arrivalOf(b) || Number(a.slice(requestOf(a).length)) - Number(b.slice(requestOf(b).length));
+const NAMES = new Map(); // that were taken apart: all parts ask for them, many times in a step
+
+/** {request: its name, arrival: 1, 2, ..., number: of the sequence, or 0}. */
+function partsOf(name) {
+  if (!NAMES.has(name)) {
+    const request = name.replace(/\d+$/, ""), arrival = [...request].reduce((sum, letter) => 26 * sum + letter.charCodeAt(0) - 64, 0);
+    NAMES.set(name, { request, arrival, number: Number(name.slice(request.length)) });
+  }
+  return NAMES.get(name);
+}
+
+const requestOf = (name) => partsOf(name).request;
+
+function inOrder(one, other) {
+  const a = partsOf(one), b = partsOf(other);
+  return a.arrival - b.arrival || a.number - b.number;
+}
 
 /** Neighbours differ: the golden angle. Sequences of a request have its hue, and steps of lightness. */
 function paint(element, name) {
-  element.style.setProperty("--hue", Math.round(arrivalOf(name) * 137.5 + 60) % 360);
-  element.style.setProperty("--step", (Number(name.slice(requestOf(name).length) || 1) - 1) % 4);
+  const { arrival, number } = partsOf(name);
+  element.style.setProperty("--hue", Math.round(arrival * 137.5 + 60) % 360);
+  element.style.setProperty("--step", Math.max(0, number - 1) % 4);
 }
 
 function chip(name) {

@@ -32,9 +32,6 @@ class Counts {
   }
 
   update({ state }) {
-    for (const [name, [, value]] of Object.entries(COUNTS)) {
-      const text = String(value(state));
-      if (this.values[name].textContent !== text) this.values[name].textContent = text;
-    }
+    for (const [name, [, value]] of Object.entries(COUNTS)) setText(this.values[name], String(value(state)));
   }
 }

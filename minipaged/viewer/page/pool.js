@@ -105,8 +105,8 @@ class Pool {
     if (names.length && cell.hue !== hue) paint(element, cell.hue = hue);
     const className = ["cell", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
     if (element.className !== className) element.className = className;
-    write(cell.label, this.labelOf(cell, requests));
-    write(cell.holders, most > 1 ? String(most) : "");
+    setText(cell.label, this.labelOf(cell, requests));
+    setText(cell.holders, most > 1 ? String(most) : "");
     cell.slots.style.setProperty("--strip", names.length ? strip(this.size, filled, written) : "none");
     element.setAttribute("aria-label", this.inWords(cell));
     element.setAttribute("aria-selected", String(Boolean(cell.here)));

@@ -14,7 +14,7 @@ class Queues {
     for (const name of this.rows.keys()) if (!state.requests[name]) this.rows.delete(name);
     this.blocks = blocksOf(state);
     for (const [which, { list, number }] of Object.entries(this.lists)) {
-      write(number, String(names[which].length));
+      setText(number, String(names[which].length));
       const shown = names[which].slice(0, MOST_ROWS).map((name) => this.rowOf(name, state));
       if (names[which].length > MOST_ROWS) shown.push(make("li", "small", `and ${names[which].length - MOST_ROWS} more`));
       if (!shown.length) shown.push(make("li", "small", "nobody"));
@@ -29,7 +29,7 @@ class Queues {
     const several = request.sequences > 1 ? ` in ${request.sequences}` : "", blocks = this.blocks.get(name)?.size;
     const tokens = request.prompt ? [`${request.prompt} + ${request.output} tokens${several}`] : []; // version 1 doesn't know
     const text = [...tokens, ...(blocks ? [count(blocks, "block")] : [])].join(", ");
-    write(words, text);
+    setText(words, text);
     const full = request.most ? `${Math.min(100, 100 * request.output / request.most / Math.max(1, request.sequences)).toFixed(1)}%` : "0%";
     if (far.full !== full) far.style.setProperty("--full", far.full = full);
     const picked = String(this.view.picked === name);

@@ -26,7 +26,7 @@ class Tables {
   updateRow(name, table, moment) {
     if (!this.rows.has(name)) this.rows.set(name, this.newRow(name));
     const row = this.rows.get(name), swapped = Boolean(table.swapped), { picked, here } = this.view, held = heldIn(moment, swapped);
-    write(row.count, count(table.tokens, "token") + (swapped ? ", on the CPU" : ""));
+    setText(row.count, count(table.tokens, "token") + (swapped ? ", on the CPU" : ""));
     if (row.element.dataset.count !== String(table.blocks.length)) row.element.dataset.count = table.blocks.length;
     row.element.classList.toggle("swapped", swapped);
     row.element.classList.toggle("picked", picked === requestOf(name));
@@ -51,7 +51,7 @@ class Tables {
     Object.assign(entry, { key, block });
     const className = `entry${holders > 1 ? " shared" : ""}${filled ? "" : " reserved"}${here ? " here" : ""}`;
     if (element.className !== className) element.className = className;
-    write(element, String(block));
+    setText(element, String(block));
     element.dataset.block = block;
     element.setAttribute("role", "gridcell");
     const shared = holders > 1 ? `, shared by ${holders}` : "";
@@ -69,7 +69,7 @@ class Tables {
   /** How many slots of the last block are filled; or how many blocks are only reserved. */
   drawFill(row, { tokens, blocks }, size) {
     const empty = blocks.length - Math.ceil(tokens / size), rest = tokens % size;
-    write(row.fill, empty > 0 ? `${count(empty, "block")} reserved` : rest ? `${rest}/${size}` : "");
+    setText(row.fill, empty > 0 ? `${count(empty, "block")} reserved` : rest ? `${rest}/${size}` : "");
   }
 
   newRow(name) {
