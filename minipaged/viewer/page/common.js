@@ -16,6 +16,9 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Keys with these are the browser's, and not the page's. */
+const isForBrowser = (event) => event.ctrlKey || event.altKey || event.metaKey;
+
 /** An element of SVG. */
 function drawn(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);

@@ -97,7 +97,7 @@ function walkWords(element) {
   words().forEach((word, number) => { word.tabIndex = number ? -1 : 0; });
   element.addEventListener("keydown", (event) => {
     const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key], all = words(), at = all.indexOf(event.target);
-    if (!by || at < 0 || event.ctrlKey || event.altKey || event.metaKey) return;
+    if (!by || at < 0 || isForBrowser(event)) return;
     event.preventDefault();
     all[(at + by + all.length) % all.length].focus();
   });

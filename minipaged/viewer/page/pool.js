@@ -143,13 +143,12 @@ class Pool {
 
   move(event) {
     const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.columns, ArrowDown: this.columns, Home: -Infinity, End: Infinity };
-    if (!(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
+    if (!(event.key in moves) || isForBrowser(event)) return;
     event.preventDefault();
     event.stopPropagation();
     const { here } = this.view, from = here?.swapped === this.swapped ? Math.floor(here.block / this.each) + moves[event.key] : 0;
     const cell = this.cells[Math.max(0, Math.min(this.cells.length - 1, from))];
-    this.view.kept = true;
-    this.view.look(cell.block, this.swapped);
+    this.view.keep(cell.block, this.swapped);
     cell.element.scrollIntoView({ block: "nearest" });
   }
 }

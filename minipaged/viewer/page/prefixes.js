@@ -124,7 +124,7 @@ class Prefixes {
   /** Left and right along a path, to what a block follows and what follows it; up and down from row to row. */
   move(event) {
     const shown = this.runs.filter((run) => this.rows.has(run.items[0].key)), item = this.current(shown);
-    if (!shown.length || event.ctrlKey || event.altKey || event.metaKey) return;
+    if (!shown.length || isForBrowser(event)) return;
     const row = shown.findIndex((run) => run.items.includes(item)), { items } = shown[Math.max(0, row)];
     const to = (number) => shown[Math.max(0, Math.min(shown.length - 1, number))].items[0];
     const moves = {
@@ -136,8 +136,7 @@ class Prefixes {
     event.stopPropagation();
     const there = item ? moves[event.key]() ?? item : items[0];
     this.at = there.key;
-    this.view.kept = true;
-    this.view.look(there.block);
+    this.view.keep(there.block);
     document.getElementById(this.idOf(there.key))?.scrollIntoView({ block: "nearest" });
   }
 }

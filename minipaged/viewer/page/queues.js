@@ -18,8 +18,7 @@ class Queues {
       const shown = names[which].slice(0, MOST_ROWS).map((name) => this.rowOf(name, state));
       if (names[which].length > MOST_ROWS) shown.push(make("li", "small", `and ${names[which].length - MOST_ROWS} more`));
       if (!shown.length) shown.push(make("li", "small", "nobody"));
-      const before = [...list.children];
-      if (before.length !== shown.length || before.some((row, i) => row !== shown[i])) list.replaceChildren(...shown);
+      arrange(list, shown);
     }
   }
 

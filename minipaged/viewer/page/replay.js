@@ -135,7 +135,7 @@ const SLIDES = /^(Arrow|Page|Home|End)/; // keys that a slider has for itself
 document.addEventListener("keydown", (event) => {
   const busy = event.target.closest("input, select, textarea") && event.key !== "Escape" && !(event.target.type === "range" && !SLIDES.test(event.key));
   const pressed = event.key === " " && event.target.closest("button, summary");
-  if (event.defaultPrevented || busy || pressed || event.ctrlKey || event.altKey || event.metaKey || !(event.key in KEYS)) return;
+  if (event.defaultPrevented || busy || pressed || isForBrowser(event) || !(event.key in KEYS)) return;
   event.preventDefault();
   KEYS[event.key]();
 });

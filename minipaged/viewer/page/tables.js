@@ -7,7 +7,7 @@ class Tables {
     Object.assign(this, { view, list, rows: new Map(), stop: null });
     list.setAttribute("role", "grid");
     list.setAttribute("aria-label", "Page tables: a row for each sequence; arrow keys move");
-    pointing(view, list, (entry) => entry.closest("li").classList.contains("swapped"));
+    pointing(view, list, inSwapped);
     list.addEventListener("keydown", (event) => this.move(event));
     list.addEventListener("focusin", ({ target }) => this.stopAt(target));
     list.addEventListener("click", ({ target }) => { const name = target.closest(".chip")?.textContent; if (name) view.pick(requestOf(name)); });
@@ -17,9 +17,9 @@ class Tables {
     const { state } = moment, names = Object.keys(state.tables).sort(inOrder);
     for (const name of this.rows.keys()) if (!state.tables[name]) this.rows.delete(name);
     names.forEach((name) => this.updateRow(name, state.tables[name], moment));
-    const rows = names.map((name) => this.rows.get(name).element), before = this.list.children;
+    const rows = names.map((name) => this.rows.get(name).element);
     if (!rows.length) rows.push(this.nobody ??= make("li", "small", "No sequence has blocks."));
-    if (before.length !== rows.length || rows.some((row, i) => row !== before[i])) this.list.replaceChildren(...rows);
+    arrange(this.list, rows);
     if (!this.stop?.isConnected) this.stopAt(this.list.querySelector(".chip"));
   }
 
@@ -40,8 +40,7 @@ class Tables {
       this.drawEntry(row.entries[i], { block, place, filled, size, holders: held.get(block).names.length, here: isHere });
     });
     this.drawFill(row, table, size);
-    const elements = [...row.entries.map((entry) => entry.element), row.fill], before = row.blocks.children;
-    if (before.length !== elements.length || elements.some((element, i) => element !== before[i])) row.blocks.replaceChildren(...elements);
+    arrange(row.blocks, [...row.entries.map((entry) => entry.element), row.fill]);
   }
 
   drawEntry(entry, { block, place, filled, size, holders, here }) {
@@ -92,14 +91,11 @@ class Tables {
     if (this.stop) this.stop.tabIndex = -1;
     this.stop = element;
     element.tabIndex = 0;
-    if (element.matches(":focus-visible") && element.dataset.block) {
-      this.view.kept = true;
-      this.view.look(Number(element.dataset.block), element.closest("li").classList.contains("swapped"));
-    }
+    if (element.matches(":focus-visible") && element.dataset.block) this.view.keep(Number(element.dataset.block), inSwapped(element));
   }
 
   move(event) {
-    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    if (isForBrowser(event)) return;
     const cellsOf = (row) => [...(row?.querySelectorAll(".chip, .entry") ?? [])];
     const row = event.target.closest("li"), cells = cellsOf(row), at = cells.indexOf(event.target);
     if (at < 0) return;
@@ -113,6 +109,8 @@ class Tables {
     there?.focus();
   }
 }
+
+const inSwapped = (entry) => entry.closest("li").classList.contains("swapped");
 
 /** Which entries of a table are shown; -1: a gap. */
 function placesOf(length) {

@@ -91,13 +91,12 @@ class TextPart {
 
   move(event) {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key], all = [...this.body.querySelectorAll("[data-block]")];
-    if (!by || !all.length || event.ctrlKey || event.altKey || event.metaKey) return;
+    if (!by || !all.length || isForBrowser(event)) return;
     event.preventDefault();
     event.stopPropagation();
     const same = all[this.at]?.classList.contains("here"), at = same ? this.at : all.findIndex((one) => one.classList.contains("here"));
     this.at = Math.max(0, Math.min(all.length - 1, at < 0 ? (by > 0 ? 0 : all.length - 1) : at + by));
-    this.view.kept = true;
-    this.view.look(Number(all[this.at].dataset.block), isOnCpu(all[this.at]));
+    this.view.keep(Number(all[this.at].dataset.block), isOnCpu(all[this.at]));
     this.body.querySelectorAll("[data-block]")[this.at]?.scrollIntoView({ block: "nearest" });
   }
 }

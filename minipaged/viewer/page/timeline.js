@@ -196,7 +196,7 @@ class Timeline {
   press(event) {
     const moves = { ArrowUp: -1, ArrowDown: 1 };
     if (event.key === "Escape") this.told.hidden = true;
-    if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in moves || event.key === "Enter") || this.chosen < 0) return;
+    if (isForBrowser(event) || !(event.key in moves || event.key === "Enter") || this.chosen < 0) return;
     event.preventDefault();
     if (event.key === "Enter") this.view.pick(this.lanes[this.chosen].name);
     else this.choose(Math.max(0, Math.min(this.lanes.length - 1, this.chosen + moves[event.key])));

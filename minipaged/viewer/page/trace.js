@@ -8,7 +8,6 @@ class Trace {
     Object.assign(this, run);
     this.length = this.lines.length;
     this.keyframes = [];
-    this.versions = this.lines.map(() => null); // of the texts, where something is new: by sequence
     this.at = -1;
     this.state = copied({});
     this.requests = new Map(); // by name: {id, place: where it came}

@@ -28,13 +28,20 @@ class View {
   /** A request stands out, or ("") none does. */
   pick(name) {
     this.picked = this.picked === name ? "" : name;
-    this.kept = false; // it stays so, wherever the pointer is
+    this.kept = false;
     this.onpick(this.picked);
     this.refresh();
   }
 
+  /** A block is told about, or (null) none is. */
   look(block, swapped = false) {
     this.here = block === null ? null : { block, swapped };
     this.refresh();
+  }
+
+  /** The same, until somebody asks for another one. */
+  keep(block, swapped = false) {
+    this.kept = true;
+    this.look(block, swapped);
   }
 }
