@@ -130,6 +130,15 @@ function writtenIn(moment, swapped = false) {
   }
 }
 
+/** What the step found of requests that it admitted: [request, how many tokens, their blocks: the first ones of a page table]. */
+function foundIn({ state, did }) {
+  const inPool = Object.keys(did?.found ?? {}).length ? Object.keys(state.tables).filter((name) => !state.tables[name].swapped).sort(inOrder) : [];
+  return Object.entries(did?.found ?? {}).map(([request, tokens]) => {
+    const table = state.tables[inPool.find((name) => requestOf(name) === request)];
+    return [request, tokens, table?.blocks.slice(0, Math.floor(tokens / state.usage.block_size)) ?? []];
+  });
+}
+
 /** Empty slots of the blocks in use, in percent. */
 function wasteOf(usage) {
   const slots = usage.used * usage.block_size;

@@ -146,11 +146,8 @@ class Moves {
 
   /** Blocks that a prompt found there, and need not be computed. */
   found() {
-    const { did, state } = this.moment, size = state.usage.block_size;
-    for (const [request, tokens] of Object.entries(did?.found ?? {})) {
-      const name = Object.keys(state.tables).filter((one) => requestOf(one) === request).sort(inOrder)[0];
-      if (!name || state.tables[name].swapped) continue;
-      const cells = state.tables[name].blocks.slice(0, Math.ceil(tokens / size)).map((block) => this.cellOf(block)).filter(Boolean);
+    for (const [request, tokens, blocks] of foundIn(this.moment)) {
+      const cells = blocks.map((block) => this.cellOf(block)).filter(Boolean);
       for (const cell of cells) this.ring(cell);
       if (cells.length) this.label({ x: cells[0].centre, y: cells[0].y - 5 }, `${request} found ${count(tokens, "token")}`);
     }

@@ -30,16 +30,13 @@ function runsOf(items, chains) {
   return runs;
 }
 
-/** Which blocks the step found, and for whom: the first ones of a page table. */
-function foundIn({ state, did }) {
-  const found = new Map(), size = state.usage.block_size;
-  for (const [request, tokens] of Object.entries(did?.found ?? {})) {
-    const name = Object.keys(state.tables).sort(inOrder).find((one) => requestOf(one) === request && !state.tables[one].swapped);
-    for (const block of state.tables[name]?.blocks.slice(0, Math.floor(tokens / size)) ?? []) {
-      found.set(block, found.has(block) ? `${found.get(block)} ${request}` : request);
-    }
+/** Which blocks the step found, and for whom. */
+function findersOf(moment) {
+  const finders = new Map();
+  for (const [request, , blocks] of foundIn(moment)) {
+    for (const block of blocks) finders.set(block, finders.has(block) ? `${finders.get(block)} ${request}` : request);
   }
-  return found;
+  return finders;
 }
 
 /** For each block, when it came to follow another one, or was forgotten: [{place, parent}], null for forgotten. */

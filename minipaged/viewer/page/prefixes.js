@@ -24,7 +24,7 @@ class Prefixes {
   update(moment) {
     const index = moment.state.index ?? {};
     if (moment !== this.moment) Object.assign(this, { moment, before: this.now ?? index, now: { ...index } });
-    const gone = this.goneAt(moment), found = foundIn(moment);
+    const gone = this.goneAt(moment), found = findersOf(moment);
     const fresh = this.freshAt(moment, index), held = heldIn(moment);
     this.hashes = moment.header?.settings?.prefix_cache === "hash";
     this.runs = runsOf(itemsOf(index, gone), this.hashes);
