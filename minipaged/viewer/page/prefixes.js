@@ -23,7 +23,8 @@ class Prefixes {
 
   update(moment) {
     const index = moment.state.index ?? {};
-    if (moment !== this.moment) Object.assign(this, { moment, before: this.now ?? index, now: { ...index } });
+    if (moment !== this.moment && !moment.trace) Object.assign(this, { before: this.now ?? index, now: { ...index } });
+    this.moment = moment;
     const gone = this.goneAt(moment), found = findersOf(moment);
     const fresh = this.freshAt(moment, index), held = heldIn(moment);
     this.hashes = moment.header?.settings?.prefix_cache === "hash";

@@ -142,7 +142,7 @@ class Timeline {
   follow(place) {
     const { first, last } = this.past.liveAt(place), top = this.top / LANE, seen = this.seen / LANE;
     if (this.lanes.length <= seen || this.pointed || this.picked || first < 0) return;
-    if (last < top + 1 || first > top + seen - 1) this.box.scrollTop = first * LANE;
+    if (last < top + 1 || first > top + seen - 1) this.box.scrollTop = this.top = first * LANE;
   }
 
   /** The request that is picked stands out. */

@@ -8,7 +8,7 @@ class View {
     this.picked = ""; // the request that stands out
     this.here = null; // the block that is told about: {block, swapped}
     this.kept = false; // it stays so, wherever the pointer is
-    this.onpick = () => {}; // who else is to know
+    this.onpick = () => this.refresh(); // where there are several views, all of them are to show it
   }
 
   /** The element that a part draws into. */
@@ -30,7 +30,6 @@ class View {
     this.picked = this.picked === name ? "" : name;
     this.kept = false;
     this.onpick(this.picked);
-    this.refresh();
   }
 
   /** A block is told about, or (null) none is. */
