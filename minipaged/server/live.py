@@ -38,6 +38,7 @@ PAGE_ID = re.compile(r"page-([0-9a-f]{8}-[0-9]{1,6})-[0-9a-f]{16}")  # its end i
 
 
 def add_live(app: FastAPI, house: House) -> None:
+    """GET /live."""
     live = Live(house)
 
     @app.get("/live", include_in_schema=False)  # it doesn't end: nothing for who tries all that a schema has

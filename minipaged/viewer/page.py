@@ -5,7 +5,6 @@ What it is made of stands in page/: a body (replay.html), styles and scripts, wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from minipaged.viewer.state import merge_patch
 from minipaged.viewer.thinning import condensed
-from minipaged.viewer.trace import TraceError, TraceStep, Watch, read_trace, unwatched, write
+from minipaged.viewer.trace import TraceError, TraceStep, Watch, as_json, read_trace, unwatched, write
 
 PARTS = Path(__file__).with_name("page")
 MOST_STEPS = 2000  # that a page keeps: of longer runs it keeps every second one, or fourth, ...
@@ -52,8 +51,7 @@ def _lines(steps: Iterable[TraceStep]) -> Iterator[Line]:
 
 def page_of(runs: list[Line]) -> str:
     """The page with its data. Nothing that stands in a trace can end the element that it is put in."""
-    data = json.dumps({"runs": runs}, separators=(",", ":"), ensure_ascii=False)
-    data = data.encode("utf-8", "backslashreplace").decode()  # a half of a surrogate pair is written as JSON has it
+    data = as_json({"runs": runs})
     for sign in "<>&\u2028\u2029":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     return assemble((PARTS / "replay.html").read_text(encoding="utf-8")).replace("{{data}}", data, 1)
@@ -65,5 +63,6 @@ def assemble(body: str, own: Path = PARTS) -> str:
 
 
 def part(name: str, own: Path = PARTS) -> str:
+    """The text of one."""
     path = own / name
     return (path if path.is_file() else PARTS / name).read_text(encoding="utf-8").rstrip()

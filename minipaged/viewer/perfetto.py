@@ -16,7 +16,7 @@ from typing import Any
 
 from minipaged.terminal.snapshot import request_of
 from minipaged.viewer.spans import Clock, Moment, Spans, moments
-from minipaged.viewer.state import State
+from minipaged.viewer.state import State, waste_of
 from minipaged.viewer.trace import TraceError, Watch, read_trace, unwatched, write
 
 ENGINE = 1  # its thread; those of the requests follow in the order of arrival
@@ -91,11 +91,9 @@ def _step(moment: Moment) -> Iterator[Event]:
 def _counters(moment: Moment) -> Iterator[Event]:
     """The account after the step; and the tokens that are computed in it, from its beginning on."""
     usage, tokens = moment.step.state["usage"], moment.step.state["step"]["tokens"]
-    slots = usage["used"] * usage["block_size"]
-    waste = 100 * (slots - usage["tokens_stored"]) / slots if slots else 0
     account = {
         "blocks used": usage["used"], "blocks shared": usage["shared"], "blocks cached": usage["cached"],
-        "CPU blocks used": usage["cpu_used"], "waste, %": round(waste, 1),
+        "CPU blocks used": usage["cpu_used"], "waste, %": round(waste_of(usage), 1),
     }  # fmt: skip
     yield {"ph": "C", "name": "tokens in a step", "ts": moment.start, "args": {"tokens": tokens}}
     for name, value in account.items():

@@ -24,6 +24,7 @@ class Recorder:
         self._file, self.num_steps = file, 0
 
     def follow(self, llm: LLM) -> None:
+        """From now on; what the file held before is gone."""
         with contextlib.suppress(OSError):  # a pipe has nothing to be removed
             self._file.truncate(0)
         self._write = TraceWriter.of(llm, self._file)

@@ -51,6 +51,7 @@ class Moment:
 
 
 def moments(steps: Iterable[TraceStep], clock: Clock) -> Iterator[Moment]:
+    """Of all steps. `clock` knows afterwards when the last one ended."""
     before: State = {"requests": {}}
     for step in steps:
         start, end = clock.span(step)
@@ -80,6 +81,7 @@ class Spans:
         self._prompts: dict[str, int] = {}
 
     def add(self, moment: Moment) -> None:
+        """The next one."""
         step = moment.step
         self._prompts |= {name: one["prompt"] for name, one in step.state["requests"].items()}
         for name, when in step.arrived.items():
@@ -125,17 +127,16 @@ class Spans:
         if request is None:
             if now and now.kind != "running":
                 self._end(name, moment.start)
-        elif preempted:
-            self._begin(name, "swapped" if preempted == "swap" else "queue", moment.start)
+            return
+        if preempted:
+            kind = "swapped" if preempted == "swap" else "queue"
         elif request["state"] == "running":
             unknown = "computed" not in moment.step.did and not request["prompt"]
             kind = "loading" if name in moment.step.did.get("loading", {}) else "running" if unknown else ""
-            if not now or now.kind != kind:
-                self._begin(name, kind, moment.start)
         else:
             kind = "swapped" if request["state"] == "swapped" else "queue"
-            if not now or now.kind != kind:
-                self._begin(name, kind, moment.start)
+        if preempted or not now or now.kind != kind:
+            self._begin(name, kind, moment.start)
 
     def _begin(self, name: str, kind: str, when: float, args: dict[str, Any] | None = None) -> None:
         self._end(name, when)
@@ -149,6 +150,7 @@ class Spans:
             self._done.append((name, now.kind, now.start, end, now.args))
 
     def ended(self, when: float) -> list[Span]:
+        """All of them; what still goes on ends then."""
         for name in [*self._open]:
             self._end(name, when)
         return self._done

@@ -48,9 +48,8 @@ class Eye:
         self.events: list[str] = []
         self.num_drawn = 0  # tokens, since it looks
         self.num_finished = 0
-        self._there: list[Request]
-        self._came: list[Request]
-        self._there, self._came = self.observer.came, []
+        self._there: list[Request] = self.observer.came
+        self._came: list[Request] = []
         self.known, self.evicted = self._known_blocks(), list[int]()
         self._last: int | None = None  # step
         self._num_evicted = engine.memory.usage().evicted
@@ -105,6 +104,7 @@ class Eye:
         return memory.cache.parents() if memory.cache and memory.num_blocks <= MOST_BLOCKS else {}
 
     def state(self) -> State:
+        """Of this moment: see TRACE.md."""
         snapshot, prefixes = self.observer.snapshot(), self._engine.scheduler.admission.prefixes
         usage = asdict(snapshot.usage)
         del usage["waste_percent"]  # the others say it
@@ -166,15 +166,18 @@ def snapshot_of(state: State) -> Snapshot:
     """What draw.py draws. KeyError or TypeError if it is no state; a reader may rely on names to be names."""
     if wrong := [name for name in (*state["tables"], *state["requests"]) if not NAME.fullmatch(name)]:
         raise KeyError(wrong[0])
-    given = state["usage"]
-    slots = given["used"] * given["block_size"]
-    waste = 100 * (slots - given["tokens_stored"]) / slots if slots else 0.0
-    usage = MemoryUsage(**{**given, "waste_percent": waste})
+    usage = MemoryUsage(**{**state["usage"], "waste_percent": waste_of(state["usage"])})
     tables = [Table(name, one["tokens"], one["blocks"], one["swapped"]) for name, one in state["tables"].items()]
     queues = {which: [name for name, one in state["requests"].items() if one["state"] == which]
               for which in ("running", "waiting", "swapped")}  # fmt: skip
     cached = [int(block) for block in state["cached"]]
     return Snapshot(usage, tables, **queues, num_preemptions=state["num_preemptions"], cached=cached)
+
+
+def waste_of(usage: State) -> float:
+    """Empty slots of the blocks in use, in percent."""
+    slots = usage["used"] * usage["block_size"]
+    return 100 * (slots - usage["tokens_stored"]) / slots if slots else 0.0
 
 
 def merge_patch(old: State, new: State) -> State:

@@ -90,10 +90,8 @@ class TraceWriter:
         self._write({name: value for name, value in line.items() if value or name in ("step", "time", "patch")})
 
     def _write(self, line: dict[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":"), ensure_ascii=False)
-        text = text.encode("utf-8", "backslashreplace").decode()  # a half of a surrogate pair: as JSON has it
         try:
-            self._file.write(text + "\n")
+            self._file.write(as_json(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise TraceError(f"cannot write the trace {self._file.name}: {error}") from error
@@ -216,6 +214,12 @@ def _check(step: TraceStep) -> None:
             raise TypeError(f"{name} can't be {value!r:.40}")
     if not all(isinstance(event, str) for event in step.events):
         raise TypeError("events are sentences")
+
+
+def as_json(value: Any) -> str:
+    """On one line, letters as they are; a half of a surrogate pair, which no file may have, as JSON has it."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write(path: Path, what: str, text: str) -> None:
