@@ -160,7 +160,8 @@ function tellFacts(turn) {
   if (!turn.over && doing(turn)) facts.push(doing(turn));
   if (tokens) facts.push(count(tokens, "token"));
   if (turn.first !== null) facts.push(`first after ${((turn.first - turn.began) / 1000).toFixed(2)} s`);
-  if (tokens > turn.n && now > turn.first && !turn.beams) facts.push(`${(1000 * (tokens - turn.n) / (now - turn.first)).toFixed(1)} tokens/s`);
+  const rate = 1000 * (tokens - turn.n) / (now - turn.first); // of those after the first of each answer
+  if (tokens > turn.n && now > turn.first && !turn.beams) facts.push(`${rate.toFixed(1)} tokens/s`);
   const cached = turn.usage?.prompt_tokens_details?.cached_tokens;
   if (turn.usage) facts.push(`${cached ?? 0} of ${turn.usage.prompt_tokens} prompt tokens cached`);
   turn.facts.textContent = facts.join(" · ");

@@ -23,7 +23,8 @@ class Numbers {
     $("batch").textContent = step.sequences ? `${count(step.tokens, "token")} of ${count(step.sequences, "sequence")}` : "";
     $("waste").textContent = `${wasteOf(usage).toFixed(1)} %`;
     $("saved").textContent = `sharing saves ${count(usage.blocks_saved_by_sharing, "block")}`;
-    $("about").textContent = `${count(usage.num_blocks, "block")} of ${usage.block_size} tokens; ${usage.shared} shared, ${usage.cached} cached`;
+    const blocks = `${count(usage.num_blocks, "block")} of ${usage.block_size} tokens`;
+    $("about").textContent = `${blocks}; ${usage.shared} shared, ${usage.cached} cached`;
     this.drawLine($("rate-line"), "rate", Math.max(1, ...this.past.map((one) => one.rate)));
     this.drawLine($("used-line"), "used", usage.num_blocks);
   }
@@ -56,7 +57,7 @@ class Bar {
     const bar = $("bar").firstElementChild;
     bar.replaceChildren(...Object.entries(parts).map(([word, blocks]) => {
       const part = make("div", { shared: "cell held shared", "held by one": "cell held", cached: "cell cached" }[word] ?? "");
-      for (const [name, value] of Object.entries({ flex: `${blocks} 0 0`, "--full": "100%", "--hue": 200 })) part.style.setProperty(name, value);
+      for (const [name, value] of Object.entries({ flex: `${blocks} 0 0`, "--hue": 200 })) part.style.setProperty(name, value);
       return part;
     }));
     const words = Object.entries(parts).map(([word, blocks]) => `${blocks} ${word}`).join(", ");

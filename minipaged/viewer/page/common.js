@@ -132,8 +132,9 @@ function writtenIn(moment, swapped = false) {
 
 /** What the step found of requests that it admitted: [request, how many tokens, their blocks: the first ones of a page table]. */
 function foundIn({ state, did }) {
-  const inPool = Object.keys(did?.found ?? {}).length ? Object.keys(state.tables).filter((name) => !state.tables[name].swapped).sort(inOrder) : [];
-  return Object.entries(did?.found ?? {}).map(([request, tokens]) => {
+  if (!did?.found) return [];
+  const inPool = Object.keys(state.tables).filter((name) => !state.tables[name].swapped).sort(inOrder);
+  return Object.entries(did.found).map(([request, tokens]) => {
     const table = state.tables[inPool.find((name) => requestOf(name) === request)];
     return [request, tokens, table?.blocks.slice(0, Math.floor(tokens / state.usage.block_size)) ?? []];
   });
@@ -148,9 +149,10 @@ function wasteOf(usage) {
 // --- texts --------------------------------------------------------------------------------------------------------------
 
 const PICTURES = { "\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡" };
+const UNSEEN = /[\x80-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g;
 
 /** A text in which what can't be seen is seen, and what would turn other text around is only named. */
 function readable(text) {
   return text.replace(/[\0-\x1f\x7f]/g, (sign) => PICTURES[sign] ?? String.fromCharCode(0x2400 + sign.charCodeAt(0)))
-    .replace(/[\x80-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g, (sign) => `‹${sign.charCodeAt(0).toString(16)}›`);
+    .replace(UNSEEN, (sign) => `‹${sign.charCodeAt(0).toString(16)}›`);
 }

@@ -39,8 +39,9 @@ class Detail {
 
   /** As the pool says it; and what that means, where a word isn't enough. */
   headline(moment, block, swapped) {
-    const pool = this.view.parts.find((part) => part instanceof Pool && part.swapped === swapped), now = pool.blockNow(block, pool.factsOf(moment));
-    const words = pool.inWords(now), end = words.indexOf(":") + 1, line = make("p", "", "", make("b", "", words.slice(0, end)), words.slice(end));
+    const pool = this.view.parts.find((part) => part instanceof Pool && part.swapped === swapped);
+    const now = pool.blockNow(block, pool.factsOf(moment)), words = pool.inWords(now), end = words.indexOf(":") + 1;
+    const line = make("p", "", "", make("b", "", words.slice(0, end)), words.slice(end));
     if (!now.names.length && now.freed) line.append("; where the engine runs with --debug, it is poisoned");
     if (now.names.length && !now.filled) line.append("; reserved");
     return line;
@@ -53,9 +54,10 @@ class Detail {
     paint(list, names[0]);
     for (let slot = 0; slot < Math.min(size, 64); slot++) {
       const isNew = written && slot >= written.from && slot < written.to, wrong = isNew && slot >= filled;
-      const kind = wrong ? "wrong" : slot >= filled ? "empty" : isNew ? "filled fresh" : "filled";
+      const [kind, means] = wrong ? ["wrong", "a wrong guess, taken back"] : slot >= filled ? ["empty", "empty"]
+        : isNew ? ["filled fresh", "computed in this step"] : ["filled", "filled"];
       const box = make("li", kind, slot < filled ? visible(words[slot]) : "");
-      box.title = `slot ${slot}: ${wrong ? "a wrong guess, taken back" : slot >= filled ? "empty" : isNew ? "computed in this step" : "filled"}`;
+      box.title = `slot ${slot}: ${means}`;
       list.append(box);
     }
     return list;
@@ -68,8 +70,10 @@ class Detail {
     if (names.length > MOST_HOLDERS) shown.push(`and ${names.length - MOST_HOLDERS} more`);
     const line = make("p", "way small", "", ...shown);
     if (!filled) return line;
-    const offset = filled - 1, where = `${swapped ? "CPU" : "physical"} block ${block}`;
-    const steps = [`position ${places[i] * size + offset}`, `logical block ${places[i]}, offset ${offset}`, where, `slot ${block * size + offset}`];
+    const offset = filled - 1, steps = [
+      `position ${places[i] * size + offset}`, `logical block ${places[i]}, offset ${offset}`,
+      `${swapped ? "CPU" : "physical"} block ${block}`, `slot ${block * size + offset}`,
+    ];
     line.append(...steps.flatMap((step, at) => [at ? " \u2192 " : "", make("span", "nowrap", step)]));
     line.title = `logical block = position / ${size}, offset = position % ${size}; slot = physical block * ${size} + offset`;
     return line;

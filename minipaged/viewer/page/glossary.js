@@ -56,8 +56,9 @@ const GLOSSARY = {
 };
 
 const ALSO = { // other words for the same
-  blocks: "block", "page tables": "page table", slots: "slot", preemptions: "preempted", "copy on write": "copy-on-write", evictions: "evicted",
-  swapped: "swapped out", found: "prefix hit", drafts: "draft", chunks: "chunk", requests: "request", tokens: "tokens stored", freed: "free",
+  blocks: "block", "page tables": "page table", slots: "slot", preemptions: "preempted", "copy on write": "copy-on-write",
+  evictions: "evicted", swapped: "swapped out", found: "prefix hit", drafts: "draft", chunks: "chunk", requests: "request",
+  tokens: "tokens stored", freed: "free",
   "swap out": "swapped out", "swap in": "swapped in", reserved: "reservation", "the pool": "pool", resumed: "swapped in", guess: "draft",
 };
 

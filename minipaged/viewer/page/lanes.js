@@ -28,7 +28,7 @@ const rounded = (x) => Math.round(10 * x) / 10;
 /** Where a span begins and ends on the axis. */
 function endsOf(span, past) {
   const from = axis.mode === "time" ? span.since ?? past.begin[span.from] : span.from;
-  const to = !GOES_ON.has(span.kind) ? axis.to(past, span.to - 1) : span.to < past.length ? axis.from(past, span.to) : axis.to(past, span.to - 1);
+  const untilNext = GOES_ON.has(span.kind) && span.to < past.length, to = untilNext ? axis.from(past, span.to) : axis.to(past, span.to - 1);
   return [from, Math.max(from, to)];
 }
 
@@ -57,7 +57,8 @@ function drawLane(lane, past, scale) {
     shapes[kind] = (shapes[kind] ?? "") + MARKS[kind].shape(kind === "end" ? x - 1 : x);
   }
   for (const { place, right } of lane.accepted) {
-    shapes.accepted = (shapes.accepted ?? "") + MARKS.accepted.shape(rounded(scale * (axis.from(past, place) + axis.to(past, place)) / 2), right);
+    const middle = rounded(scale * (axis.from(past, place) + axis.to(past, place)) / 2);
+    shapes.accepted = (shapes.accepted ?? "") + MARKS.accepted.shape(middle, right);
   }
   const order = [...Object.keys(KINDS), ...Object.keys(MARKS)].filter((kind) => shapes[kind]);
   const over = order.filter(hasPattern).map((kind) => patterned(kind, shapes[kind]));
@@ -67,6 +68,14 @@ function drawLane(lane, past, scale) {
 const hasPattern = (kind) => kind === "R" || kind === "S";
 const hasLetter = (kind) => "WPDRS".includes(kind);
 const patterned = (kind, d) => drawn("path", { d, class: `pattern-${kind}` });
+
+/** Stripes for what is computed again, dots for what is on the CPU. */
+function patterns() {
+  if ($("pattern-R")) return drawn("defs");
+  const pattern = (id, ...children) => drawn("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" }, ...children);
+  return drawn("defs", {}, pattern("pattern-R", drawn("path", { d: "M-1 7L7 -1M-4 4L4 -4M2 10L10 2", class: "stripe" })),
+    pattern("pattern-S", drawn("circle", { cx: 3, cy: 3, r: 1, class: "dot" })));
+}
 
 /** The letter of a bar, and how many tokens it was, where there is room. */
 function letterOf(kind, tokens, x, wide) {
@@ -99,10 +108,12 @@ function laneInWords(lane, past) {
     const what = tokens ? ` ${count(tokens, "token")}${chunks > 1 ? ` in ${chunks} chunks` : ""}` : "";
     told.push(`${KINDS[kind].word}${what}, ${whenOf({ ...spans[first], to: spans[i].to }, past)}`);
   }
-  const marks = lane.marks.filter(({ kind }) => kind !== "end").map(({ kind, words }) => words || MARKS[kind].word);
+  const marks = lane.marks.filter(({ kind }) => kind !== "end").map((mark) => markInWords(mark, lane));
   if (lane.guessed) marks.push(`${lane.right} of ${lane.guessed} drafts accepted`);
   return `${lane.name}: ${[...told, ...marks, endInWords(lane)].filter(Boolean).join("; ")}`;
 }
+
+const markInWords = ({ kind, words }, lane) => (kind === "end" ? endInWords(lane) : words || MARKS[kind].word);
 
 function endInWords({ reason, told }) {
   return reason === null ? "" : reason ? `finished: ${reason}` : told ? "finished" : "ended before it was finished";
@@ -115,7 +126,7 @@ function stepInWords(lane, past, place) {
   const told = [`${lane.name} in step ${lines[place].step}${when}`];
   if (span) told.push(spanInWords(span, lane, past));
   else told.push(place < lane.place ? "not there yet" : endInWords(lane));
-  for (const mark of lane.marks) if (mark.place === place) told.push(mark.kind === "end" ? endInWords(lane) : mark.words || MARKS[mark.kind].word);
+  for (const mark of lane.marks) if (mark.place === place) told.push(markInWords(mark, lane));
   for (const one of lane.accepted) if (one.place === place) told.push(`${one.right} of ${one.guessed} drafts accepted`);
   return told;
 }

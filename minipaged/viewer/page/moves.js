@@ -86,8 +86,9 @@ class Moves {
     if (!all && !picked && !here) return;
     for (const element of this.view.find(".tables").querySelectorAll(".entry")) {
       const name = element.closest("li").dataset.sequence, table = tables[name], block = Number(element.dataset.block);
-      const isHere = here?.block === block && here.swapped === Boolean(table?.swapped), strong = isHere || (picked && picked === requestOf(name));
-      if (!table || !(strong || (all && !element.matches(".reserved"))) || (isHere && picked && picked !== requestOf(name))) continue;
+      const isHere = here?.block === block && here.swapped === Boolean(table?.swapped), isPicked = picked === requestOf(name);
+      const strong = isHere || isPicked;
+      if (!table || !(strong || (all && !element.matches(".reserved"))) || (isHere && picked && !isPicked)) continue;
       const entry = inSight(this.box(element), this.tables), cell = entry && this.cellOf(block, table.swapped);
       if (cell) this.line(name, entry, cell, strong);
     }
@@ -130,7 +131,8 @@ class Moves {
 
   label({ x, y }, words, more = "") {
     const half = 3.6 * words.length, { x: left, right } = this.pools.false?.seen ?? this.pools.true.seen;
-    const text = drawn("text", { class: `move label ${more}`, x: Math.max(left + half, Math.min(right - half, x)), y, "text-anchor": "middle" });
+    const middle = Math.max(left + half, Math.min(right - half, x));
+    const text = drawn("text", { class: `move label ${more}`, x: middle, y, "text-anchor": "middle" });
     text.textContent = words;
     this.labels.push(text);
   }

@@ -10,7 +10,7 @@ class Player {
   }
 
   get last() {
-    return this.inTime ? Math.max(...this.traces.map((trace) => trace.timeOf(trace.length - 1))) : Math.max(...this.traces.map((trace) => trace.length)) - 1;
+    return Math.max(...this.traces.map((trace) => (this.inTime ? trace.timeOf(trace.length - 1) : trace.length - 1)));
   }
 
   /** The trace that has most steps: "step 9" is its step. */

@@ -69,12 +69,14 @@ class Plot {
   }
 
   title() {
-    return this.name === "output tokens" && this.past.hasTimes ? `output tokens a second, over ${this.past.window.toFixed(2)} s` : this.name;
+    const isRate = this.name === "output tokens" && this.past.hasTimes;
+    return isRate ? `output tokens a second, over ${this.past.window.toFixed(2)} s` : this.name;
   }
 
   /** What the lines are, each as it is drawn. */
   key() {
-    const sample = (i) => drawn("svg", { width: 18, height: 10, "aria-hidden": "true" }, drawn("path", { d: "M0 5h18", class: `line line-${i}` }));
+    const line = (i) => drawn("path", { d: "M0 5h18", class: `line line-${i}` });
+    const sample = (i) => drawn("svg", { width: 18, height: 10, "aria-hidden": "true" }, line(i));
     return make("div", "key small", "", ...this.lines.map(([word], i) => make("span", "", "", sample(i), word)));
   }
 
@@ -105,7 +107,8 @@ class Plot {
 
   /** A number holds until the next step begins; what is counted in a step is 0 while the engine rests. */
   path(numbers) {
-    const { past, wide } = this, rests = new Set(this.rests && axis.mode === "time" ? past.gaps : []), x = (at) => Math.round(100 * at * wide) / 100;
+    const { past, wide } = this, rests = new Set(this.rests && axis.mode === "time" ? past.gaps : []);
+    const x = (at) => Math.round(100 * at * wide) / 100;
     let path = "", before = NaN;
     numbers.forEach((number, place) => {
       if (Number.isNaN(number)) return;
@@ -133,7 +136,8 @@ class Plot {
   }
 
   write(place, pointed = false) {
-    const at = (name, digits = 0) => { const number = this.past.series[name][place]; return Number.isNaN(number) ? "-" : number.toFixed(digits); };
+    const told = (number, digits) => (Number.isNaN(number) ? "-" : number.toFixed(digits));
+    const at = (name, digits = 0) => told(this.past.series[name][place], digits);
     const text = this.say(at, this.trace.header, this.past);
     const value = pointed ? `step ${this.trace.lines[place].step}: ${text}` : text;
     if (value === this.value.textContent) return;

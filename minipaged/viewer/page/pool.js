@@ -71,7 +71,8 @@ class Pool {
     this.list.classList.toggle("ticked", size / rows <= (kind === "few" ? 16 : 8) && kind !== "most");
     this.list.style.setProperty("--in-row", size / rows);
     this.list.style.setProperty("--rows", rows);
-    this.note.textContent = this.each > 1 ? `Each cell stands for ${this.each} blocks: A of request A, a some of them shared, + of several.` : "";
+    this.note.textContent = this.each === 1 ? ""
+      : `Each cell stands for ${this.each} blocks: A of request A, a some of them shared, + of several.`;
     this.setColumns();
   }
 
@@ -98,8 +99,8 @@ class Pool {
     const most = cell.mostHeld ?? names.length, back = written && written.to > filled;
     const classes = {
       held: names.length, half: names.length && filled < this.size, shared: most > 1, several: requests.length > 1,
-      cached: cell.cached, freed: cell.freed, reserved: names.length && filled === 0 && !back && !cell.loading, loading: cell.loading, written, back,
-      mine: cell.mine, picked: requests.includes(this.view.picked), here: cell.here,
+      reserved: names.length && filled === 0 && !back && !cell.loading, written, back, picked: requests.includes(this.view.picked),
+      cached: cell.cached, freed: cell.freed, loading: cell.loading, mine: cell.mine, here: cell.here,
     };
     const hue = names.length === 1 ? names[0] : requests[0] ?? "";
     if (names.length && cell.hue !== hue) paint(element, cell.hue = hue);
@@ -123,7 +124,8 @@ class Pool {
     const { block, names, filled, cached, freed, loading, written, blocks } = cell;
     if (blocks) return this.severalInWords(cell);
     const what = this.swapped ? "CPU block" : "Block";
-    if (!names.length) return `${what} ${block}: free${cached ? ", but what it holds can still be found" : freed ? ", since this step" : ""}`;
+    const since = cached ? ", but what it holds can still be found" : freed ? ", since this step" : "";
+    if (!names.length) return `${what} ${block}: free${since}`;
     const who = names.length === 1 ? `held by ${names[0]}` : `shared by ${names.length}: ${names.join(", ")}`;
     const words = [`${what} ${block}: ${who}${cell.mine ? " (yours)" : ""}`, `${filled} of ${this.size} slots filled`];
     if (loading) words.push("on its way from another engine");
@@ -134,7 +136,8 @@ class Pool {
   }
 
   severalInWords({ block, blocks, names, used, filled, cached }) {
-    const requests = [...new Set(names.map(requestOf))].sort(inOrder), more = requests.length > 8 ? `, and ${requests.length - 8} more` : "";
+    const requests = [...new Set(names.map(requestOf))].sort(inOrder);
+    const more = requests.length > 8 ? `, and ${requests.length - 8} more` : "";
     const slots = `${Math.round(filled * blocks.length)} of ${blocks.length * this.size} slots filled`;
     const held = used ? `${used} held by ${requests.slice(0, 8).join(", ")}${more}; ${slots}`
       : `free${cached ? ", but what some hold can still be found" : ""}`;
@@ -173,7 +176,8 @@ function pointing(view, list, isSwapped) {
   const look = (event, keep) => {
     const element = event.target.closest("[data-block]");
     if (!element || (view.kept && !keep)) return;
-    const block = Number(element.dataset.block), swapped = isSwapped(element), same = view.here?.block === block && view.here.swapped === swapped;
+    const block = Number(element.dataset.block), swapped = isSwapped(element);
+    const same = view.here?.block === block && view.here.swapped === swapped;
     if (keep) view.kept = !(view.kept && same);
     if (!same) view.look(block, swapped);
   };

@@ -52,10 +52,10 @@ class Prefixes {
   }
 
   markItem(item, { found, fresh, held }) {
-    const names = item.gone ? [] : held.get(item.block)?.names ?? [], { here, picked } = this.view;
+    const { block, gone } = item, { here, picked } = this.view, names = gone ? [] : held.get(block)?.names ?? [];
     Object.assign(item, {
-      names, found: item.gone ? "" : found.get(item.block) ?? "", fresh: !item.gone && fresh.has(item.block), idle: !item.gone && !names.length,
-      here: here?.block === item.block && !here.swapped, picked: picked !== "" && names.some((name) => requestOf(name) === picked),
+      names, found: gone ? "" : found.get(block) ?? "", fresh: !gone && fresh.has(block), idle: !gone && !names.length,
+      here: here?.block === block && !here.swapped, picked: picked !== "" && names.some((name) => requestOf(name) === picked),
     });
   }
 
@@ -69,8 +69,9 @@ class Prefixes {
     this.kind.textContent = title;
     const idle = items.filter((item) => item.idle).length, finders = [...new Set(found.values())].join(" ");
     const runs = this.runs.filter((run) => !run.items[0].gone).length;
+    const idleOnes = idle ? `, ${idle} of them idle (dotted)` : "";
     const parts = [
-      `: ${count(items.length, "block")} in ${count(runs, kind === "hash" ? "chain" : "run")}${idle ? `, ${idle} of them idle (dotted)` : ""}`,
+      `: ${count(items.length, "block")} in ${count(runs, kind === "hash" ? "chain" : "run")}${idleOnes}`,
       found.size && `${RUN_MARKS.found} ${found.size} found by ${finders}`, fresh.size && `${RUN_MARKS.fresh} ${fresh.size} new`,
       did?.evicted?.length && `${RUN_MARKS.gone} ${did.evicted.length} evicted`,
     ];
@@ -82,7 +83,8 @@ class Prefixes {
     if (this.runs.length <= MOST_RUNS) return this.leave([]);
     const some = (run, holds) => run.items.some(holds), order = new Map();
     for (const run of [...this.runs].reverse()) { // those that branch off come before the one that they branch off from
-      const own = some(run, (item) => item.here || item.found || item.fresh || item.gone) ? 0 : some(run, (item) => item.picked) ? 1 : run.items[0].idle ? 3 : 2;
+      const happens = some(run, (item) => item.here || item.found || item.fresh || item.gone);
+      const own = happens ? 0 : some(run, (item) => item.picked) ? 1 : run.items[0].idle ? 3 : 2;
       order.set(run, Math.min(own, order.get(run) ?? 3));
       if (run.above) order.set(run.above, Math.min(order.get(run), order.get(run.above) ?? 3));
     }

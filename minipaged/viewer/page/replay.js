@@ -12,12 +12,13 @@ function newView(trace, number) {
   $("runs").append(root);
   for (const element of root.querySelectorAll("[data-word]")) explain(element, element.dataset.word);
   const go = (place) => player.goTo(place, number), find = (selector) => view.find(selector);
-  const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: find(`.queue.${which} ul`), number: find(`.queue.${which} .number`) }]);
+  const queue = (which) => ({ list: find(`.queue.${which} ul`), number: find(`.queue.${which} .number`) });
+  const queues = { running: queue("running"), waiting: queue("waiting"), swapped: queue("swapped") };
   tell(trace, find);
   find(".cpu-pool").hidden = !trace.header.num_cpu_blocks;
   view.parts = [
     new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu")), new Pool(view, find(".pool.cpu"), true),
-    new Legend(view, find(".legend")), new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, Object.fromEntries(queues)),
+    new Legend(view, find(".legend")), new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, queues),
     new Events(view, find(".events")), new Timeline(view, find(".timeline"), trace, go), new Plots(view, find(".plots"), trace, go),
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];
@@ -55,7 +56,8 @@ function tell(trace, find) {
   find(".about").textContent = `${count(header.num_blocks, "block")} of ${header.block_size} tokens`;
   if (every > 1) notes.push(`A long run: of every ${every} steps one is shown, with what all of them did.`);
   if (header.version === 1) notes.push("A trace of version 1: it has no times, no texts, and not what can be found again.");
-  const settings = Object.entries(header.settings ?? {}).filter(([name, value]) => traces.some((other) => other.header.settings?.[name] !== value));
+  const differs = ([name, value]) => traces.some((other) => other.header.settings?.[name] !== value);
+  const settings = Object.entries(header.settings ?? {}).filter(differs);
   if (settings.length) notes.push(settings.map(([name, value]) => `${name}: ${value}`).join(", "));
   find(".notes").textContent = notes.join(" ");
 }
@@ -78,7 +80,8 @@ function show() {
   $("step").step = player.inTime ? "any" : 1;
   $("step").value = player.now;
   const { line, time, trace } = moments[traces.indexOf(player.lead)], end = trace.lines.at(-1).step;
-  $("where").textContent = player.inTime ? `${player.now.toFixed(2)} s` : `step ${line.step} of ${end}` + (line.time === undefined ? "" : `, ${time.toFixed(2)} s`);
+  const seconds = line.time === undefined ? "" : `, ${time.toFixed(2)} s`;
+  $("where").textContent = player.inTime ? `${player.now.toFixed(2)} s` : `step ${line.step} of ${end}${seconds}`;
   $("step").setAttribute("aria-valuetext", $("where").textContent);
   $("play").textContent = player.playing ? "Pause" : "Play";
   $("back").disabled = $("first").disabled = player.now <= 0;
@@ -91,7 +94,8 @@ function show() {
 function keep(moments) {
   const said = moments.map(({ line }) => (line.events ?? []).join("; ")).filter(Boolean).join(". ");
   $("told").textContent = `${$("where").textContent}. ${said}`;
-  const link = new URLSearchParams(player.inTime ? { time: Number(player.now.toFixed(6)) } : { step: moments[traces.indexOf(player.lead)].step });
+  const { step } = moments[traces.indexOf(player.lead)];
+  const link = new URLSearchParams(player.inTime ? { time: Number(player.now.toFixed(6)) } : { step });
   if (views[0].picked) link.set("request", views[0].picked);
   if (location.hash.slice(1) !== String(link)) history.replaceState(null, "", `#${link}`);
 }
@@ -133,7 +137,8 @@ function faster(by) {
 const SLIDES = /^(Arrow|Page|Home|End)/; // keys that a slider has for itself
 
 document.addEventListener("keydown", (event) => {
-  const busy = event.target.closest("input, select, textarea") && event.key !== "Escape" && !(event.target.type === "range" && !SLIDES.test(event.key));
+  const isField = event.target.closest("input, select, textarea") && !(event.target.type === "range" && !SLIDES.test(event.key));
+  const busy = isField && event.key !== "Escape";
   const pressed = event.key === " " && event.target.closest("button, summary");
   if (event.defaultPrevented || busy || pressed || isForBrowser(event) || !(event.key in KEYS)) return;
   event.preventDefault();

@@ -14,8 +14,9 @@ class RunRow {
 
   /** run: see prefix_index.js. textOf: of an item, or undefined. Touches only what looks other than before. */
   update(run, hashes, textOf) {
-    const { items, level } = run, after = hashes && level ? `after ${items[0].parent.block}` : "", pieces = textOf ? runPiecesOf(items, textOf) : [];
-    const looks = items.map((item) => `${item.key}|${item.names}|${item.found}|${item.fresh}|${item.here}|${item.picked}|${item.parent?.key}`);
+    const { items, level } = run, after = hashes && level ? `after ${items[0].parent.block}` : "";
+    const pieces = textOf ? runPiecesOf(items, textOf) : [];
+    const looks = items.map(lookOf);
     const key = [level, after, ...looks, ...pieces].join("\n");
     if (key === this.key) return this.element;
     this.key = key;
@@ -47,15 +48,22 @@ class RunRow {
 
   cell(item, level) {
     const { block, key, names } = item, mark = Object.keys(RUN_MARKS).find((name) => item[name]);
-    const classes = { ...item, held: names.length, shared: names.length > 1, several: names.some((name) => requestOf(name) !== requestOf(names[0])) };
+    const several = names.some((name) => requestOf(name) !== requestOf(names[0]));
+    const classes = { ...item, held: names.length, shared: names.length > 1, several };
     const has = ["held", "several", "shared", "idle", "gone", "found", "fresh", "here", "picked"].filter((name) => classes[name]);
     const element = make("span", ["link", ...has].join(" "), "", ...(mark ? [make("b", "", RUN_MARKS[mark])] : []), String(block));
     Object.assign(element.dataset, { block, key });
-    const told = { id: this.idOf(key), role: "treeitem", "aria-level": level + 1, "aria-selected": item.here, "aria-label": itemInWords(item) };
+    const told = { id: this.idOf(key), role: "treeitem", "aria-level": level + 1, "aria-selected": item.here };
+    element.setAttribute("aria-label", itemInWords(item));
     for (const [name, value] of Object.entries(told)) element.setAttribute(name, value);
     if (names.length) paint(element, names[0]);
     return element;
   }
+}
+
+/** Two items that look alike have the same. */
+function lookOf({ key, names, found, fresh, here, picked, parent }) {
+  return `${key}|${names}|${found}|${fresh}|${here}|${picked}|${parent?.key}`;
 }
 
 function itemInWords({ block, gone, names, found, fresh, parent }) {

@@ -10,7 +10,10 @@ class Tables {
     pointing(view, list, inSwapped);
     list.addEventListener("keydown", (event) => this.move(event));
     list.addEventListener("focusin", ({ target }) => this.stopAt(target));
-    list.addEventListener("click", ({ target }) => { const name = target.closest(".chip")?.textContent; if (name) view.pick(requestOf(name)); });
+    list.addEventListener("click", ({ target }) => {
+      const name = target.closest(".chip")?.textContent;
+      if (name) view.pick(requestOf(name));
+    });
   }
 
   update(moment) {

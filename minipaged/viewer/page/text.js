@@ -51,8 +51,8 @@ class TextPart {
       if (!there && !ended) return `${request} hasn't come yet.`;
       return header?.version === 1 || !this.past?.any ? "This trace has no texts." : `Of ${request} no text is known.${hint}`;
     }
-    const how = there ? { running: "runs", waiting: "waits", swapped: "is swapped out" }[there.state] : `has ended${ended?.reason ? ` (${ended.reason})` : ""}`;
-    return `${request} ${how}.${hint}`;
+    if (!there) return `${request} has ended${ended?.reason ? ` (${ended.reason})` : ""}.${hint}`;
+    return `${request} ${{ running: "runs", waiting: "waits", swapped: "is swapped out" }[there.state]}.${hint}`;
   }
 
   /** An element for a stretch of text, of which only those blocks are new that look other than before. */
@@ -66,9 +66,10 @@ class TextPart {
       else if (left) children.push(stretch.fold(left, children.length)), left = 0;
       if (!block || block.folded) continue;
       block.here = block.number >= 0 && here?.block === block.number && here.swapped === block.swapped;
-      const look = `${block.number}|${block.here}|${block.shared}|${block.signs.join()}|${block.tokens.join("\n")}`, before = stretch.blocks.get(block.at);
+      const { at, number, here: isHere, shared, signs, tokens } = block, before = stretch.blocks.get(at);
+      const look = `${number}|${isHere}|${shared}|${signs.join()}|${tokens.join("\n")}`;
       const shown = before?.look === look ? before : { look, element: blockOfText(block) };
-      kept.set(block.at, shown);
+      kept.set(at, shown);
       children.push(shown.element);
     }
     stretch.blocks = kept;
@@ -79,12 +80,13 @@ class TextPart {
   newStretch(key, names) {
     const words = make("span", "small"), text = make("p", "tokens"), folds = [];
     text.dir = "auto";
-    const stretch = { words, text, blocks: new Map(), element: make("div", key ? "stretch" : "stretch common", "", make("p", "head", "", ...names.map(chip), words), text) };
-    stretch.fold = (tokens, at) => {
+    const element = make("div", key ? "stretch" : "stretch common", "", make("p", "head", "", ...names.map(chip), words), text);
+    const fold = (tokens, at) => {
       folds[at] ??= make("span", "fold small");
       setText(folds[at], `… ${count(tokens, "token")} …`);
       return folds[at];
     };
+    const stretch = { element, words, text, fold, blocks: new Map() };
     this.stretches.set(key, stretch);
     return stretch;
   }

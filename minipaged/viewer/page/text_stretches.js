@@ -5,7 +5,9 @@ function textPastOf(trace) {
   const names = new Map(), prompts = new Map(), admitted = new Map(), ended = [];
   for (const name of [...trace.words.keys()].sort(inOrder)) names.set(requestOf(name), [...names.get(requestOf(name)) ?? [], name]);
   trace.lines.forEach(({ patch, did = {} }, place) => {
-    for (const [name, request] of Object.entries(patch.requests ?? {})) if (request?.prompt !== undefined) prompts.set(name, request.prompt);
+    for (const [name, request] of Object.entries(patch.requests ?? {})) {
+      if (request?.prompt !== undefined) prompts.set(name, request.prompt);
+    }
     for (const name of did.admitted ?? []) admitted.set(name, [...admitted.get(name) ?? [], { place, tokens: did.found?.[name] ?? 0 }]);
     for (const [name, reason] of Object.entries(did.finished ?? {})) ended.push({ place, name, reason });
   });
@@ -25,8 +27,11 @@ function sequencesOf({ state, did, line, place, wordsOf }, past, request) {
   const sequences = names.map((name) => {
     const table = state.tables[name], tokens = wordsOf(name), start = did.computed?.[name]?.[0];
     const now = start === undefined ? [0, 0] : [start, start + did.computed[name][1] + did.computed[name][2]];
-    return { name, table, tokens, now, found, prompt: past.prompts.get(request), ended: !there || (anyTable && !table), guessed: did.guessed?.[name],
-      drawn: drawnFrom(line.words?.[name], tokens), computed: table ? table.tokens : there && !anyTable ? 0 : Infinity };
+    return {
+      name, table, tokens, now, found, prompt: past.prompts.get(request), guessed: did.guessed?.[name],
+      ended: !there || (anyTable && !table), computed: table ? table.tokens : there && !anyTable ? 0 : Infinity,
+      drawn: drawnFrom(line.words?.[name], tokens),
+    };
   });
   return sequences.filter((one) => one.tokens).sort((a, b) => a.ended - b.ended);
 }
@@ -40,9 +45,11 @@ function drawnFrom(news, tokens) {
 function stretchesOf(sequences, moment) {
   const size = moment.state.usage.block_size, common = sequences.length > 1 ? alike(sequences, size) : 0, held = heldIn(moment);
   const stretches = common ? [{ key: "", names: sequences.slice(0, 6).map((one) => one.name), from: 0, to: common, of: sequences[0] }] : [];
-  if (common) stretches[0].words = `begin with the same ${count(common * size, "token")}${sequences.length > 6 ? ` (all ${sequences.length})` : ""}`;
+  const all = sequences.length > 6 ? ` (all ${sequences.length})` : "";
+  if (common) stretches[0].words = `begin with the same ${count(common * size, "token")}${all}`;
   for (const one of sequences) {
-    stretches.push({ key: one.name, names: [one.name], words: inNumbers(one), from: common, to: Math.ceil(one.tokens.length / size), of: one });
+    const { name } = one, to = Math.ceil(one.tokens.length / size);
+    stretches.push({ key: name, names: [name], words: inNumbers(one), from: common, to, of: one });
   }
   return stretches.map((stretch) => ({ ...stretch, blocks: textBlocksOf(stretch, size, held) }));
 }
@@ -53,18 +60,21 @@ function alike(sequences, size) {
   let tokens = 0;
   while (tokens < shortest && others.every((one) => one.tokens[tokens] === first.tokens[tokens])) tokens++;
   const tables = sequences.filter((one) => one.table).map((one) => one.table);
-  const apart = tables[0]?.blocks.findIndex((block, at) => tables.some((table) => table.blocks[at] !== block || Boolean(table.swapped) !== Boolean(tables[0].swapped)));
+  const isElsewhere = (table, block, at) => table.blocks[at] !== block || Boolean(table.swapped) !== Boolean(tables[0].swapped);
+  const apart = tables[0]?.blocks.findIndex((block, at) => tables.some((table) => isElsewhere(table, block, at)));
   return Math.min(Math.floor(tokens / size), apart >= 0 ? apart : Infinity);
 }
 
 function inNumbers({ tokens, prompt, computed, table, ended, guessed }) {
-  const answer = prompt === undefined ? "" : `, ${grouped(Math.min(prompt, tokens.length))} of prompt and ${grouped(Math.max(0, tokens.length - prompt))} of answer`;
+  const ofPrompt = Math.min(prompt, tokens.length), ofAnswer = tokens.length - ofPrompt;
+  const answer = prompt === undefined ? "" : `, ${grouped(ofPrompt)} of prompt and ${grouped(ofAnswer)} of answer`;
   const guesses = guessed ? `; ${guessed[0]} guessed in this step, ${guessed[1]} accepted, ${guessed[2]} slots taken back` : "";
   const where = ended ? "; ended" : `; ${grouped(Math.min(computed, tokens.length))} computed${table?.swapped ? ", on the CPU" : ""}`;
   return `${count(tokens.length, "token")}${answer}${where}${guesses}`;
 }
 
-/** {at, number: of the block of the pool or -1, tokens, signs}; of a long text far from its ends and from what is computed: {folded: tokens}. */
+/** {at, number: of the block of the pool or -1, tokens, signs}; of a long text, far from its ends and from what is
+ *  computed: {folded: how many tokens}. */
 function textBlocksOf({ from, to, of }, size, held) {
   const blocks = [], around = Math.floor(Math.min(of.computed, of.tokens.length) / size), swapped = Boolean(of.table?.swapped);
   for (let at = from; at < to; at++) {
@@ -79,7 +89,7 @@ function textBlocksOf({ from, to, of }, size, held) {
   return blocks;
 }
 
-/** What is told of a token, as classes. Of what was drawn in the step, the last was drawn by chance or likelihood, the others were drafts. */
+/** What is told of a token, as classes. Of what is new in the step, the last was drawn by the model, the others were drafts. */
 function signOf({ prompt, found, now, drawn, computed, guessed, tokens, ended }, position) {
   const answer = position >= prompt, fresh = answer && position >= drawn, accepted = guessed?.[1] ?? 0;
   const draft = fresh && accepted === tokens.length - drawn - 1 && position < tokens.length - 1;

@@ -90,7 +90,8 @@ class Timeline {
     this.zoom = Math.min(this.zoom, this.most);
     const width = Math.floor(room * this.zoom), key = `${width}|${axis.mode}`;
     if (key === this.key) return;
-    Object.assign(this, { key, width, room, scale: width / axis.end, seen: this.box.clientHeight - this.ticks.offsetHeight }); // below the scale
+    const seen = this.box.clientHeight - this.ticks.offsetHeight; // below the scale
+    Object.assign(this, { key, width, room, scale: width / axis.end, seen });
     this.field.style.setProperty("width", `${width}px`);
     this.svg.setAttribute("width", width);
     this.drawAxis();
@@ -114,7 +115,8 @@ class Timeline {
     const { begin, end, gaps } = this.past, rest = bar(0, this.lanes.length * LANE), inTime = axis.mode === "time";
     const rests = gaps.map((place) => [end[place - 1], begin[place]].map((seconds) => seconds * this.scale));
     this.rests.setAttribute("d", inTime ? rests.map(([from, to]) => rest(from, to - from)).join("") : "");
-    if (this.labels !== axis.mode) this.options.forEach((option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past)));
+    const label = (option, i) => option.setAttribute("aria-label", laneInWords(this.lanes[i], this.past));
+    if (this.labels !== axis.mode) this.options.forEach(label);
     this.labels = axis.mode;
     const fit = axis.ticks(this.past, this.width / 70).filter(([x]) => x * this.scale < this.width - 12);
     this.ticks.replaceChildren(...fit.map(([x, text]) => {
@@ -204,13 +206,13 @@ class Timeline {
 
   choose(i) {
     if (!this.options[i]) return; // nobody was there
+    const top = i * LANE;
     this.options[this.chosen]?.classList.remove("chosen");
     this.chosen = i;
     this.options[i].classList.add("chosen");
     this.band.hidden = false;
     this.names.setAttribute("aria-activedescendant", this.options[i].id);
-    this.band.style.setProperty("translate", `0 ${i * LANE}px`);
-    const top = i * LANE;
+    this.band.style.setProperty("translate", `0 ${top}px`);
     if (top < this.box.scrollTop || top > this.box.scrollTop + this.seen - LANE) this.box.scrollTop = top - this.seen / 2;
     if (document.activeElement === this.names) this.tellChosen();
   }
@@ -239,12 +241,4 @@ class Timeline {
     this.box.scrollLeft = under * this.width / wide - Math.max(0, Math.min(this.room, before));
     this.left = this.box.scrollLeft;
   }
-}
-
-/** Stripes for what is computed again, dots for what is on the CPU. */
-function patterns() {
-  if ($("pattern-R")) return drawn("defs");
-  const pattern = (id, ...children) => drawn("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" }, ...children);
-  return drawn("defs", {}, pattern("pattern-R", drawn("path", { d: "M-1 7L7 -1M-4 4L4 -4M2 10L10 2", class: "stripe" })),
-    pattern("pattern-S", drawn("circle", { cx: 3, cy: 3, r: 1, class: "dot" })));
 }

@@ -65,8 +65,8 @@ class Trace {
     this.words = new Map(); // of sequences: [{place, version}], by name
     const now = new Map();
     this.lines.forEach((line, place) => {
-      const news = Object.entries(line.words ?? {}).map(([name, { from, keep, add }]) => [name, { before: now.get(from ?? name), keep, add }]);
-      for (const [name, version] of news) {
+      const versionOf = ([name, { from, keep, add }]) => [name, { before: now.get(from ?? name), keep, add }];
+      for (const [name, version] of Object.entries(line.words ?? {}).map(versionOf)) {
         now.set(name, version);
         if (!this.words.has(name)) this.words.set(name, []);
         this.words.get(name).push({ place, version });
