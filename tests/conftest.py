@@ -14,6 +14,7 @@ import kernels  # noqa: E402
 from minipaged import cache_folder  # noqa: E402
 from minipaged.models import ModelError  # noqa: E402
 from minipaged.models.fetch import fetch_smollm2  # noqa: E402
+from tests.browser import Tabs, chromium  # noqa: E402
 
 # The same examples on every run: a failure in CI is a failure here. HYPOTHESIS_PROFILE=explore draws new ones.
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -41,6 +42,21 @@ def pytest_configure(config):
     """xdist begins with the groups that have most tests, but a chapter takes a minute for five: our order counts."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Who asks for it is skipped where there is none."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tabs(browser):
+    """Opens tabs. At the end: nothing went wrong in any of them, and none asked anybody but its own page."""
+    tabs = Tabs(browser)
+    yield tabs
+    tabs.close()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,7 @@ from served import Slow
 from tiny_model import make_folder
 
 from minipaged.server.config import ServerConfig
-from tests.browser import Tabs, chromium, until
+from tests.browser import until
 
 SLOW = 0.03  # seconds that a step takes at least
 
@@ -39,16 +39,9 @@ def served(everything):
     until(lambda: not everything.llm.engine.has_unfinished_requests)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
 @pytest.fixture
-def tab(browser, served):
-    """Opens tabs. At the end: nothing went wrong in any of them, and none asked anybody but its server."""
-    tabs = Tabs(browser)
+def tab(tabs, served):
+    """Opens tabs with the server's page."""
 
     def open_one(url=served.url, **options):
         page = tabs.open(url, **options)
@@ -56,8 +49,7 @@ def tab(browser, served):
         return page
 
     open_one.wrong = tabs.wrong
-    yield open_one
-    tabs.close()
+    return open_one
 
 
 def ask(page, text, tokens=60, **fields):

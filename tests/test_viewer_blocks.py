@@ -3,26 +3,17 @@
 import pytest
 
 from minipaged.viewer.page import page_of
-from tests.browser import Tabs, chromium
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
+def opened(tabs, tmp_path):
     """Opens the page of one moment."""
-    tabs = Tabs(browser)
 
     def open_one(run, **options):
         (tmp_path / "page.html").write_text(page_of([run]), encoding="utf-8")
         return tabs.open(f"file://{tmp_path}/page.html", offline=True, **options)
 
-    yield open_one
-    tabs.close()
+    return open_one
 
 
 def moment(tables, num_blocks=24, block_size=16, did=None, num_cpu_blocks=0, **state):

@@ -9,7 +9,6 @@ from minipaged.viewer import page as pages
 from minipaged.viewer.page import page_of, run_of, write_page
 from minipaged.viewer.state import apply_patch
 from minipaged.viewer.trace import TraceError
-from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
 
 HIT = "window.hit = 1"
@@ -20,14 +19,6 @@ TEXTS = [
     f"<svg/onload={HIT}>", "-->\n\t\r <style>*{{display:none}}",
 ]  # fmt: skip
 NAMES = ("constructor", "__proto__", f"<img src=x onerror='{HIT}'>", "toString", "", "\u202eA", "A\n", "a", "Ä", "A١")
-
-
-@pytest.fixture(scope="module")
-def tabs():
-    with chromium() as browser:
-        tabs = Tabs(browser)
-        yield tabs
-        tabs.close()
 
 
 def hostile(path, names):

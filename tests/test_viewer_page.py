@@ -8,14 +8,7 @@ from tiny_model import make_folder
 from minipaged import LLM, SamplingParams
 from minipaged.viewer.page import page_of, run_of
 from minipaged.viewer.trace import TraceWriter
-from tests.browser import Tabs, chromium
 from tests.viewed import Recorded
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +33,15 @@ def written(runs, tmp_path_factory):
 
 
 @pytest.fixture
-def opened(browser, written):
-    """Opens pages; at the end nothing went wrong in any of them, and none asked anybody for anything."""
-    tabs = Tabs(browser)
+def opened(tabs, written):
+    """Opens pages."""
 
     def open_one(*names, link="", **options):
         page = tabs.open(written(*names or ("short",)) + link, **{"offline": True, **options})
         page.wait_for_function("typeof player === 'object'")
         return page
 
-    yield open_one
-    tabs.close()
+    return open_one
 
 
 def place(page):

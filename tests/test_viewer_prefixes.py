@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 
 from minipaged.viewer.page import page_of, run_of
-from tests.browser import Tabs, chromium
 from tests.viewed import Recorded, beamless, beams_of
 
 SEEDS = (1303, 521, 781, 30, 63, 416)  # together they have hashes and a tree, hits, evictions, beams and swaps
@@ -52,27 +51,18 @@ class Indexed(Recorded):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traces")
     return {seed: Indexed(seed, folder / f"{seed}.jsonl") for seed in SEEDS}
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    tabs = Tabs(browser)
-
+def opened(tabs, tmp_path):
     def open_one(run, **options):
         (tmp_path / "page.html").write_text(page_of([run]), encoding="utf-8")
         return tabs.open(f"file://{tmp_path}/page.html", offline=True, **options)
 
-    yield open_one
-    tabs.close()
+    return open_one
 
 
 def page_for(opened, run):

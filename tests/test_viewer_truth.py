@@ -8,7 +8,7 @@ import pytest
 
 from minipaged.viewer import page as pages
 from minipaged.viewer.page import page_of, run_of
-from tests.browser import Tabs, chromium
+from tests.browser import Tabs
 from tests.viewed import Recorded, beams_of, compare, happened, shown
 
 SEEDS = (1303, 521, 781, 30, 63, 1499, 1410, 1085, 416, 929)  # of schedules that have, together, all of this:
@@ -23,19 +23,6 @@ DONE = ("computed", "admitted", "found", "preempted", "resumed", "finished", "co
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def tabs(browser):
-    tabs = Tabs(browser)
-    yield tabs
-    tabs.close()
-
-
-@pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traces")
     return {seed: Recorded(seed, folder / f"seed-{seed}.jsonl") for seed in SEEDS}
@@ -47,8 +34,7 @@ def opened(tabs, tmp_path):
         (tmp_path / "page.html").write_text(page_of([run_of(path) for path in paths]), encoding="utf-8")
         return tabs.open(f"file://{tmp_path}/page.html", offline=True)
 
-    yield open_one
-    assert tabs.wrong == []
+    return open_one
 
 
 def test_the_schedules_have_every_mechanism(recorded):
