@@ -1,9 +1,15 @@
 // --- the live state: one object, which patches keep up to date, and the parts that draw it ------------------------------
 
+const LINGER = 700; // milliseconds that a movement is seen: steps follow each other faster than eyes
 let state = {};
+let said = null; // of events
+let moved = []; // {at, did}
+let rest = 0; // the timer after which nothing moves any more
+
 const view = new View($("run"), (name) => state.requests?.[requestOf(name)]?.page.startsWith(TAB) ?? false);
-const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: $(which), number: $(`num-${which}`) }]);
-const everywhere = [new Counts(view, $("counts")), new Queues(view, Object.fromEntries(queues))];
+const queue = (which) => ({ list: $(which), number: $(`num-${which}`) });
+const queues = { running: queue("running"), waiting: queue("waiting"), swapped: queue("swapped") };
+const everywhere = [new Counts(view, $("counts")), new Queues(view, queues)];
 const ofBlocks = [new Pool(view, $("pool")), new Pool(view, $("cpu"), true), new Legend(view, $("legend")), new Detail(view, $("detail")),
   new Tables(view, $("tables")), new Prefixes(view, view.find(".prefixes")), new Moves(view, view.find(".moves"))];
 const folded = { "page-tables": Tables, found: Prefixes }; // what isn't open isn't drawn
@@ -39,7 +45,7 @@ async function follow() {
 }
 
 function say(words, on) {
-  if ($("status").textContent !== words) $("status").textContent = words;
+  setText($("status"), words);
   $("status").classList.toggle("on", on);
 }
 
@@ -67,11 +73,6 @@ function showMoment(did) {
   view.parts = [...everywhere, ...(state.shows_blocks ? ofBlocks.filter((part) => !closed.includes(part.constructor)) : [])];
   view.show({ state, did, step: state.step.number, header: state });
 }
-
-const LINGER = 700; // milliseconds that a movement is seen: steps follow each other faster than eyes
-let said = null; // of events
-let moved = []; // {at, did}
-let rest = 0; // the timer after which nothing moves any more
 
 /** What the steps did since the state before; and what moved a little earlier. */
 function lately() {
