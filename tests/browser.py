@@ -55,7 +55,7 @@ class Tabs:
         for context in self._contexts:
             context.close()
         wrong, self.wrong = self.wrong, []
-        assert wrong == []
+        assert wrong == [], wrong
 
 
 def until(what: Callable[[], Any], seconds: float = 10) -> Any:

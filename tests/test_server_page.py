@@ -201,7 +201,10 @@ def test_what_is_told_is_drawn_step_by_step_while_memory_is_short(tab, folder):
         pages[0].wait_for_selector("#cpu-pool:visible")
         for page in pages:
             until(lambda page=page: page.is_hidden("#stop"))
+        until(lambda: not pages[0].evaluate("looks.at(-1).tables.length"))
         looks = pages[0].evaluate("looks")
+        for page in pages:
+            page.context.close()  # who looks longer than the server lives has an error
     for look in looks:
         seen = (sorted(look["tables"]), sorted(look["pool"]), sorted(look["cpu"]), look["used"], look["running"])
         assert seen == as_it_is_drawn(look["state"])

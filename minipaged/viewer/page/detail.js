@@ -20,7 +20,7 @@ class Detail {
   newest({ state, did }) {
     const isThere = (name) => state.tables[name]?.tokens && !state.tables[name].swapped;
     const names = Object.keys(did?.computed ?? state.tables).filter(isThere).sort(inOrder);
-    const table = state.tables[names.find((name) => requestOf(name) === this.view.picked) ?? names[0]];
+    const table = state.tables[names.find((name) => this.view.isPicked(name)) ?? names[0]];
     return table ? { block: table.blocks[Math.floor((table.tokens - 1) / state.usage.block_size)], swapped: false } : null;
   }
 
@@ -65,7 +65,7 @@ class Detail {
 
   /** Whose block it is, as which of theirs; and of its newest token, for one of them, the split of an address. */
   way({ state }, block, swapped, { names, places, filled }) {
-    const size = state.usage.block_size, i = Math.max(0, names.findIndex((name) => requestOf(name) === this.view.picked));
+    const size = state.usage.block_size, i = Math.max(0, names.findIndex((name) => this.view.isPicked(name)));
     const shown = names.slice(0, MOST_HOLDERS).map((name, at) => make("span", "holder", "", chip(name), `'s block ${places[at]}`));
     if (names.length > MOST_HOLDERS) shown.push(`and ${names.length - MOST_HOLDERS} more`);
     const line = make("p", "way small", "", ...shown);

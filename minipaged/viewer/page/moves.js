@@ -86,7 +86,7 @@ class Moves {
     if (!all && !picked && !here) return;
     for (const element of this.view.find(".tables").querySelectorAll(".entry")) {
       const name = element.closest("li").dataset.sequence, table = tables[name], block = Number(element.dataset.block);
-      const isHere = here?.block === block && here.swapped === Boolean(table?.swapped), isPicked = picked === requestOf(name);
+      const isHere = this.view.isHere(block, Boolean(table?.swapped)), isPicked = this.view.isPicked(name);
       const strong = isHere || isPicked;
       if (!table || !(strong || (all && !element.matches(".reserved"))) || (isHere && picked && !isPicked)) continue;
       const entry = inSight(this.box(element), this.tables), cell = entry && this.cellOf(block, table.swapped);

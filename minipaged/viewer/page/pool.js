@@ -24,7 +24,7 @@ class Pool {
     this.list.classList.toggle("picking", this.view.picked !== "");
     this.cells.forEach((cell, i) => {
       const now = this.each === 1 ? this.blockNow(i, facts) : this.blocksNow(i * this.each, facts);
-      const key = `${now.key}|${this.view.picked && now.names.some((name) => requestOf(name) === this.view.picked)}|${i === at}`;
+      const key = `${now.key}|${now.names.some((name) => this.view.isPicked(name))}|${i === at}`;
       if (key !== cell.key) this.draw(cell, { ...now, key, here: i === at });
     });
     if (at >= 0) this.list.setAttribute("aria-activedescendant", this.cells[at]?.element.id ?? "");
@@ -177,7 +177,7 @@ function pointing(view, list, isSwapped) {
     const element = event.target.closest("[data-block]");
     if (!element || (view.kept && !keep)) return;
     const block = Number(element.dataset.block), swapped = isSwapped(element);
-    const same = view.here?.block === block && view.here.swapped === swapped;
+    const same = view.isHere(block, swapped);
     if (keep) view.kept = !(view.kept && same);
     if (!same) view.look(block, swapped);
   };

@@ -52,10 +52,10 @@ class Prefixes {
   }
 
   markItem(item, { found, fresh, held }) {
-    const { block, gone } = item, { here, picked } = this.view, names = gone ? [] : held.get(block)?.names ?? [];
+    const { block, gone } = item, { view } = this, names = gone ? [] : held.get(block)?.names ?? [];
     Object.assign(item, {
       names, found: gone ? "" : found.get(block) ?? "", fresh: !gone && fresh.has(block), idle: !gone && !names.length,
-      here: here?.block === block && !here.swapped, picked: picked !== "" && names.some((name) => requestOf(name) === picked),
+      here: view.isHere(block), picked: names.some((name) => view.isPicked(name)),
     });
   }
 

@@ -28,19 +28,19 @@ class Tables {
 
   updateRow(name, table, moment) {
     if (!this.rows.has(name)) this.rows.set(name, this.newRow(name));
-    const row = this.rows.get(name), swapped = Boolean(table.swapped), { picked, here } = this.view, held = heldIn(moment, swapped);
+    const row = this.rows.get(name), swapped = Boolean(table.swapped), held = heldIn(moment, swapped);
     setText(row.count, count(table.tokens, "token") + (swapped ? ", on the CPU" : ""));
     if (row.element.dataset.count !== String(table.blocks.length)) row.element.dataset.count = table.blocks.length;
     row.element.classList.toggle("swapped", swapped);
-    row.element.classList.toggle("picked", picked === requestOf(name));
+    row.element.classList.toggle("picked", this.view.isPicked(name));
     const places = placesOf(table.blocks.length), size = moment.state.usage.block_size;
     row.entries.length = Math.min(row.entries.length, places.length);
     places.forEach((place, i) => {
       row.entries[i] ??= { element: make("span"), key: "" };
       if (place < 0) return this.drawGap(row.entries[i], table.blocks.length - FIRST_ENTRIES - LAST_ENTRIES);
       const block = table.blocks[place], filled = Math.max(0, Math.min(size, table.tokens - place * size));
-      const isHere = here?.block === block && here.swapped === swapped;
-      this.drawEntry(row.entries[i], { block, place, filled, size, holders: held.get(block).names.length, here: isHere });
+      const holders = held.get(block).names.length, here = this.view.isHere(block, swapped);
+      this.drawEntry(row.entries[i], { block, place, filled, size, holders, here });
     });
     this.drawFill(row, table, size);
     arrange(row.blocks, [...row.entries.map((entry) => entry.element), row.fill]);

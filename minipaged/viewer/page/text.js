@@ -59,13 +59,13 @@ class TextPart {
   draw({ key, names, words, blocks }) {
     const stretch = this.stretches.get(key) ?? this.newStretch(key, names);
     setText(stretch.words, words);
-    const { here } = this.view, children = [], kept = new Map();
+    const children = [], kept = new Map();
     let left = 0;
     for (const block of [...blocks, null]) {
       if (block?.folded) left += block.folded;
       else if (left) children.push(stretch.fold(left, children.length)), left = 0;
       if (!block || block.folded) continue;
-      block.here = block.number >= 0 && here?.block === block.number && here.swapped === block.swapped;
+      block.here = this.view.isHere(block.number, block.swapped);
       const { at, number, here: isHere, shared, signs, tokens } = block, before = stretch.blocks.get(at);
       const look = `${number}|${isHere}|${shared}|${signs.join()}|${tokens.join("\n")}`;
       const shown = before?.look === look ? before : { look, element: blockOfText(block) };

@@ -25,6 +25,16 @@ class View {
     if (this.moment) for (const part of this.parts) part.update(this.moment);
   }
 
+  /** Whether it is the request that stands out, or one of its sequences. */
+  isPicked(name) {
+    return requestOf(name) === this.picked;
+  }
+
+  /** Whether it is the block that is told about. */
+  isHere(block, swapped = false) {
+    return this.here?.block === block && this.here.swapped === swapped;
+  }
+
   /** A request stands out, or ("") none does. */
   pick(name) {
     this.picked = this.picked === name ? "" : name;
