@@ -8,8 +8,6 @@ are there, and makes the pages, the pictures and the index again, with what the 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,11 +18,10 @@ from minipaged.experiments.gallery_pictures import browser, picture
 from minipaged.experiments.gallery_runs import PAGED, RUNS, STORY, Run
 from minipaged.experiments.live_record import record_one
 from minipaged.llm import LLM
-from minipaged.viewer.page import page_of, run_of
+from minipaged.viewer.page import page_of, run_of, runs_in
 from minipaged.viewer.trace import TraceWriter, read_trace
 
 Progress = Callable[[int, int, str], None]
-DATA = re.compile(r'<script id="data" type="application/json">(.*?)</script>', re.DOTALL)
 
 
 def make(folder: Path, pictures: bool, redraw: bool, progress: Progress) -> list[Path]:
@@ -94,10 +91,10 @@ def engine(run: Run) -> LLM:
 def data_of(page: Path) -> list[dict[str, Any]]:
     """The runs that a page was made of. ValueError if it is none."""
     try:
-        return json.loads(DATA.search(page.read_text(encoding="utf-8"))[1])["runs"]  # type: ignore[index]
+        return runs_in(page.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {page}: {error.strerror}; without --redraw it is recorded") from None
-    except (TypeError, KeyError, ValueError):
+    except ValueError:
         raise ValueError(f"{page} is no page of a run; without --redraw it is recorded anew") from None
 
 

@@ -5,6 +5,7 @@ What it is made of stands in page/: a body (replay.html), styles and scripts, wh
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from minipaged.viewer.trace import TraceError, TraceStep, Watch, as_json, read_t
 
 PARTS = Path(__file__).with_name("page")
 MOST_STEPS = 2000  # that a page keeps: of longer runs it keeps every second one, or fourth, ...
+DATA = re.compile(r'<script id="data" type="application/json">(.*?)</script>', re.DOTALL)
 Line = dict[str, Any]
 
 
@@ -55,6 +57,14 @@ def page_of(runs: list[Line]) -> str:
     for sign in "<>&\u2028\u2029":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     return assemble((PARTS / "replay.html").read_text(encoding="utf-8")).replace("{{data}}", data, 1)
+
+
+def runs_in(page: str) -> list[Line]:
+    """What `page_of` made a page of. ValueError if it is no such page."""
+    try:
+        return json.loads(DATA.search(page)[1])["runs"]  # type: ignore[index]
+    except (TypeError, KeyError) as error:
+        raise ValueError("no page of a run") from error
 
 
 def assemble(body: str, own: Path = PARTS) -> str:

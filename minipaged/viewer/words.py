@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from minipaged.viewer.state import Watched
 
 News = dict[str, Any]  # by name: {"from": ..., "keep": ..., "add": [...]}
+MOST_PIECES = 4  # tokens, of one character: bytes at the least
+NOTHING = "\ufffd"  # what decoders say of bytes that are no character
 
 
 class Told(NamedTuple):
@@ -29,9 +31,6 @@ class Told(NamedTuple):
     @property
     def output(self) -> list[int]:
         return self.seq.output_token_ids[: self.length - len(self.seq.prompt_token_ids)]
-
-MOST_PIECES = 4  # tokens, of one character: bytes at the least
-NOTHING = "\ufffd"  # what decoders say of bytes that are no character
 
 
 class Words:
