@@ -8,8 +8,8 @@ when) and perfetto.py (the same for another viewer).
 page/ is what the HTML file is made of: a body, plain scripts, styles. The scripts have one scope in common, and
 replay.html names them in reading order: common.js (elements, names, patches), glossary.js (words), trace.js (any moment
 of a run) and view.js (a run on the screen), then the parts that draw a moment, of which pool.js is the one to begin
-with, and last player.js, search.js, and replay.js, which puts all together. Those that need no trace, up to queues.js
-and prefixes.js, are also parts of the server's page (server/page.html).
+with, and last player.js, search.js, and replay.js, which puts all together. Those from pool.js to queues.js, and
+prefixes.js, need no trace: the server's page is made of them, too (server/page.html). blocks.css has the colours.
 
 It owns how a run is told, kept and drawn. It decides nothing, and the engine doesn't know of it.
 """
