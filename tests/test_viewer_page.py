@@ -440,6 +440,18 @@ def test_what_stands_below_stays_where_it_is(opened):
     assert next(tops()) < first[-1], "and begin anew in another window"
 
 
+def test_a_window_that_was_narrow_leaves_nothing_behind(opened):
+    """Rows of page tables that are out of sight have the heights of when they were seen."""
+    page = opened("long", link="#step=45", viewport={"width": 360, "height": 2000})
+    heights = "[...document.querySelectorAll('.panel')].map((panel) => panel.getBoundingClientRect().height)"
+    page.wait_for_timeout(200)
+    before = page.evaluate(heights)
+    for width in (100, 360):
+        page.set_viewport_size({"width": width, "height": 2000})
+        page.wait_for_timeout(200)
+    assert page.evaluate(heights) == before
+
+
 def test_a_click_in_the_timeline_goes_there_and_a_drag_follows(opened):
     page = opened("long")
     page.evaluate("document.querySelector('.timeline .field').scrollIntoView({ block: 'center' })")

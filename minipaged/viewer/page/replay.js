@@ -40,7 +40,7 @@ function steady(panels) {
     for (const { target, borderBoxSize: [{ blockSize, inlineSize }] } of entries) {
       if (target.wide !== inlineSize) {
         cancelAnimationFrame(frame);
-        frame = requestAnimationFrame(again);
+        frame = requestAnimationFrame(() => { frame = requestAnimationFrame(again); }); // rows come into sight a frame later
       } else if (blockSize > target.high) grow(target, blockSize);
       target.wide = inlineSize;
     }
