@@ -25,7 +25,7 @@ def opened(browser, tmp_path):
     tabs.close()
 
 
-def moment(tables, num_blocks=24, block_size=16, did=None, num_cpu_blocks=0, **state):
+def moment(tables, num_blocks=24, block_size=16, did=None, num_cpu_blocks=0, events=(), **state):
     """A run of one step. tables: by sequence, tokens and blocks, and whether it is swapped out."""
     usage = dict.fromkeys(
         ("shared", "free", "cached", "tokens_stored", "blocks_saved_by_sharing", "copies", "swapped_out_blocks",
@@ -43,7 +43,7 @@ def moment(tables, num_blocks=24, block_size=16, did=None, num_cpu_blocks=0, **s
     }  # fmt: skip
     sizes = {"block_size": block_size, "num_blocks": num_blocks, "num_cpu_blocks": num_cpu_blocks}
     words = {name: {"keep": 0, "add": [f" {name}{i}" for i in range(tokens)]} for name, (tokens, *_) in tables.items()}
-    line = {"step": 1, "time": 0.5, "patch": whole, "did": did or {}, "words": words, "events": []}
+    line = {"step": 1, "time": 0.5, "patch": whole, "did": did or {}, "words": words, "events": list(events)}
     return {"title": "made up", "header": {"version": 2, "model": "m", **sizes}, "every": 1, "lines": [line]}
 
 
@@ -151,6 +151,31 @@ def test_a_large_pool_and_a_long_table_are_drawn_in_part_and_say_so(opened):
     assert row.get_attribute("data-count") == "900" and row.locator(".entry").last.inner_text() == "999"
     page.hover(".cell[data-block='3000']")
     assert page.locator(".entry.here").all_inner_texts() == ["3000", "3000"]
+
+
+def test_of_a_large_pool_that_is_hardly_used_what_is_used_is_drawn_one_by_one(opened):
+    did = {"swap_out": [[60, 40]], "freed": [3]}
+    page = opened(moment({"A": (20, [0, 70]), "B": (3, [40], True)}, 6000, did=did, num_cpu_blocks=6000))
+    assert page.locator(".pool.gpu .cell").count() == 96 and page.locator(".pool.cpu .cell").count() == 56
+    assert label(page, 70) == "Block 70: held by A; 4 of 16 slots filled" and "B" in label(page, 40, "cpu")
+    told = page.inner_text(".memory")
+    assert "6000 blocks of 16 tokens" in told.replace(",", "")
+    assert "Blocks 96 to 5,999 are free in the whole run, and not drawn." in told
+    assert "Blocks 56 to 5,999 are free" in told
+    page.focus(".pool.gpu")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("End")
+    assert page.inner_text(".detail").startswith("Block 95:")
+    assert opened(moment({"A": (20, [0, 70])}, 512)).locator(".pool.gpu .cell").count() == 512
+
+
+def test_who_listens_hears_what_a_step_did_once_and_not_while_it_plays(opened):
+    page = opened(moment({"A": (20, [3, 4])}, did={"evicted": [8], "computed": {"A": [18, 2, 0]}},
+                         events=["A swapped in: 2 blocks, 6->3 7->4"]))  # fmt: skip
+    page.wait_for_selector("#told:not(:empty)", state="attached")
+    said = "A swapped in: 2 blocks, 6 to 3, 7 to 4. evicted: can't be found any more, 1 block: 8. computed: A 2 tokens"
+    assert page.text_content("#told").startswith(f"step 1 of 1, 0.50 s. {said}")
+    assert page.get_attribute("#where", "aria-live") == "off", "an <output> would be read at every step"
 
 
 MOVED = {"copies": [[3, 4]], "swap_out": [[8, 0], [9, 1]], "evicted": [8], "found": {"A": 16},

@@ -2,6 +2,7 @@
 
 const runs = JSON.parse($("data").textContent).runs;
 const traces = runs.map((run) => new Trace(run));
+const reach = (swapped) => Math.max(...traces.map((trace) => trace.reach[swapped]));
 const player = new Player(traces, show);
 const views = traces.map(newView);
 new Search(traces, ({ number, name, place }) => { pick(name); player.goTo(place, number); });
@@ -16,7 +17,7 @@ function newView(trace, number) {
   tell(trace, find);
   find(".cpu-pool").hidden = !trace.header.num_cpu_blocks;
   view.parts = [
-    new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu")), new Pool(view, find(".pool.cpu"), true),
+    new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu"), false, reach(false)), new Pool(view, find(".pool.cpu"), true, reach(true)),
     new Legend(view, find(".legend")), new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, Object.fromEntries(queues)),
     new Events(view, find(".events")), new Timeline(view, find(".timeline"), trace, go), new Plots(view, find(".plots"), trace, go),
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
@@ -89,8 +90,8 @@ function show() {
 
 /** The link says where we are, and for who listens instead of looking, a line says what happened. */
 function keep(moments) {
-  const said = moments.map(({ line }) => (line.events ?? []).join("; ")).filter(Boolean).join(". ");
-  $("told").textContent = `${$("where").textContent}. ${said}`;
+  const said = moments.map((moment) => [...(traces.length > 1 ? [moment.trace.title] : []), ...aloud(moment)].join(". "));
+  $("told").textContent = [$("where").textContent, ...said].join(". ");
   const link = new URLSearchParams(player.inTime ? { time: Number(player.now.toFixed(6)) } : { step: moments[traces.indexOf(player.lead)].step });
   if (views[0].picked) link.set("request", views[0].picked);
   if (location.hash.slice(1) !== String(link)) history.replaceState(null, "", `#${link}`);
