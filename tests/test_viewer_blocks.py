@@ -75,6 +75,7 @@ def test_what_is_reserved_loading_freed_or_cached_looks_like_itself(opened):
     assert [kinds(page, block) for block in (0, 1, 3, 7, 8, 9)] == [
         {"held", "half", "freed"}, {"held", "half", "reserved"}, {"held", "loading"}, {"freed"}, {"cached"}, set(),
     ]  # fmt: skip
+    assert label(page, 7) == "Block 7: free, emptied in this step", "it may have been free before: who held it ended then"
     assert page.locator(".tables li[data-sequence=A] .fill").inner_text() == "2 blocks reserved"
     assert page.locator(".tables li[data-sequence=B] .fill").inner_text() == "4/16"
     shown = page.eval_on_selector_all(".legend > span", "signs => signs.map((sign) => sign.lastChild.textContent)")

@@ -127,7 +127,7 @@ class Pool {
     const { block, names, filled, cached, freed, loading, written, blocks } = cell;
     if (blocks) return this.severalInWords(cell);
     const what = this.swapped ? "CPU block" : "Block";
-    if (!names.length) return `${what} ${block}: free${cached ? ", but what it holds can still be found" : freed ? ", since this step" : ""}`;
+    if (!names.length) return `${what} ${block}: free${cached ? ", but what it holds can still be found" : freed ? ", emptied in this step" : ""}`;
     const who = names.length === 1 ? `held by ${names[0]}` : `shared by ${names.length}: ${names.join(", ")}`;
     const words = [`${what} ${block}: ${who}${cell.mine ? " (yours)" : ""}`, `${filled} of ${this.size} slots filled`];
     if (loading) words.push("on its way from another engine");
