@@ -170,6 +170,13 @@ def test_of_a_large_pool_that_is_hardly_used_what_is_used_is_drawn_one_by_one(op
     assert opened(moment({"A": (20, [0, 70])}, 512)).locator(".pool.gpu .cell").count() == 512
 
 
+def test_the_pool_of_the_cpu_is_seen_where_somebody_was_swapped_out(opened):
+    page = opened(moment({"A": (20, [3, 4])}, num_cpu_blocks=40))
+    assert not page.is_visible(".pool.cpu") and "24 blocks of 16 tokens; 40 of the CPU, never used" in page.inner_text(".memory")
+    page = opened(moment({"A": (20, [3, 4], True)}, num_cpu_blocks=40))
+    assert page.is_visible(".pool.cpu") and "never used" not in page.inner_text(".memory")
+
+
 def test_who_listens_hears_what_a_step_did_once_and_not_while_it_plays(opened):
     page = opened(moment({"A": (20, [3, 4])}, did={"evicted": [8], "computed": {"A": [18, 2, 0]}},
                          events=["A swapped in: 2 blocks, 6->3 7->4"]))  # fmt: skip

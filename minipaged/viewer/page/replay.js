@@ -15,7 +15,7 @@ function newView(trace, number) {
   const go = (place) => player.goTo(place, number), find = (selector) => view.find(selector);
   const queues = ["running", "waiting", "swapped"].map((which) => [which, { list: find(`.queue.${which} ul`), number: find(`.queue.${which} .number`) }]);
   tell(trace, find);
-  find(".cpu-pool").hidden = !trace.header.num_cpu_blocks;
+  find(".cpu-pool").hidden = !reach(true);
   view.parts = [
     new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu"), false, reach(false)), new Pool(view, find(".pool.cpu"), true, reach(true)),
     new Legend(view, find(".legend")), new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, Object.fromEntries(queues)),
@@ -53,7 +53,8 @@ function tell(trace, find) {
   const { title, header, every } = trace, notes = [];
   find(".title").textContent = title;
   find(".lesson").textContent = header.lesson ?? "";
-  find(".about").textContent = `${count(header.num_blocks, "block")} of ${header.block_size} tokens`;
+  const unused = header.num_cpu_blocks && !reach(true) ? `; ${grouped(header.num_cpu_blocks)} of the CPU, never used` : "";
+  find(".about").textContent = `${count(header.num_blocks, "block")} of ${header.block_size} tokens${unused}`;
   if (every > 1) notes.push(`A long run: of every ${every} steps one is shown, with what all of them did.`);
   if (header.version === 1) notes.push("A trace of version 1: it has no times, no texts, and not what can be found again.");
   const settings = Object.entries(header.settings ?? {}).filter(([name, value]) => traces.some((other) => other.header.settings?.[name] !== value));
