@@ -69,13 +69,21 @@ def test_a_cell_says_and_shows_how_many_slots_are_filled(opened):
     assert strip.index("--of") < strip.index("--fresh") < strip.index("transparent") < strip.index("--hole")
 
 
+def test_guesses_of_other_branches_are_not_seen_in_the_memory_that_is_kept(opened):
+    """Two rows of three guesses; of the one that is kept two were right."""
+    did = {"computed": {"A": [36, 1, 6]}, "guessed": {"A": [6, 2, 5]}, "reached": {"A": 40}}
+    page = opened(moment({"A": (39, [0, 1, 2])}, did=did))
+    back = "1 slot with wrong guesses taken back"
+    assert label(page, 2) == f"Block 2: held by A; 7 of 16 slots filled; 3 of them in this step; {back}"
+
+
 def test_what_is_reserved_loading_freed_or_cached_looks_like_itself(opened):
     tables = {"A": (5, [0, 1, 2]), "B": (20, [3, 4])}
     page = opened(moment(tables, did={"loading": {"B": [3, 4]}, "freed": [7, 0]}, cached={"8": 1}, index={"8": -1}))
     assert [kinds(page, block) for block in (0, 1, 3, 7, 8, 9)] == [
         {"held", "half", "freed"}, {"held", "half", "reserved"}, {"held", "loading"}, {"freed"}, {"cached"}, set(),
     ]  # fmt: skip
-    assert label(page, 7) == "Block 7: free, emptied in this step", "it may have been free before: who held it ended then"
+    assert label(page, 7) == "Block 7: free, emptied in this step", "free it may be for longer"
     assert page.locator(".tables li[data-sequence=A] .fill").inner_text() == "2 blocks reserved"
     assert page.locator(".tables li[data-sequence=B] .fill").inner_text() == "4/16"
     shown = page.eval_on_selector_all(".legend > span", "signs => signs.map((sign) => sign.lastChild.textContent)")
@@ -172,7 +180,8 @@ def test_of_a_large_pool_that_is_hardly_used_what_is_used_is_drawn_one_by_one(op
 
 def test_the_pool_of_the_cpu_is_seen_where_somebody_was_swapped_out(opened):
     page = opened(moment({"A": (20, [3, 4])}, num_cpu_blocks=40))
-    assert not page.is_visible(".pool.cpu") and "24 blocks of 16 tokens; 40 of the CPU, never used" in page.inner_text(".memory")
+    assert not page.is_visible(".pool.cpu")
+    assert "24 blocks of 16 tokens; 40 of the CPU, never used" in page.inner_text(".memory")
     page = opened(moment({"A": (20, [3, 4], True)}, num_cpu_blocks=40))
     assert page.is_visible(".pool.cpu") and "never used" not in page.inner_text(".memory")
 
