@@ -162,6 +162,14 @@ def test_a_large_pool_and_a_long_table_are_drawn_in_part_and_say_so(opened):
     assert page.locator(".entry.here").all_inner_texts() == ["3000", "3000"]
 
 
+def test_a_block_that_was_clicked_stays_when_a_request_is_picked(opened):
+    page = opened(moment({"A": (20, [3, 4]), "B": (20, [5, 6])}))
+    page.click(".pool.gpu .cell[data-block='4']")
+    page.click(".queue.running button >> nth=1")
+    page.hover(".pool.gpu .cell[data-block='6']")
+    assert page.evaluate("views[0].picked") == "B" and page.inner_text(".detail").startswith("Block 4:")
+
+
 def test_of_a_large_pool_that_is_hardly_used_what_is_used_is_drawn_one_by_one(opened):
     did = {"swap_out": [[60, 40]], "freed": [3]}
     page = opened(moment({"A": (20, [0, 70]), "B": (3, [40], True)}, 6000, did=did, num_cpu_blocks=6000))

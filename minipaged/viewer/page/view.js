@@ -28,7 +28,6 @@ class View {
   /** A request stands out, or ("") none does. */
   pick(name) {
     this.picked = this.picked === name ? "" : name;
-    this.kept = false; // it stays so, wherever the pointer is
     this.onpick(this.picked);
     this.refresh();
   }
