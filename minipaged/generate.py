@@ -30,18 +30,18 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        with contextlib.ExitStack() as stack:
-            try:
+        try:
+            with contextlib.ExitStack() as stack:  # at its end the page is written
                 args = parse(argv)
                 end_as_rank(args.model, engine_options(args))
                 return _generate(args, read_jobs(args), stack)
-            except NoPrompt:
-                if argv:
-                    raise
-                print(HINTS)
-                return 0
-            except TraceError as error:
-                raise CommandFailed(str(error)) from error
+        except NoPrompt:
+            if argv:
+                raise
+            print(HINTS)
+            return 0
+        except TraceError as error:
+            raise CommandFailed(str(error)) from error
 
     return run("minipaged.generate", work)
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(args: argparse.Namespace, jobs: list[Job], stack: contextlib.ExitStack) -> int:
     options = engine_options(args)
     console = Console(stderr=True, no_color=args.no_color or None, highlight=False)
-    record = stack.enter_context(recording(args.trace, args.html)) if args.trace or args.html else None
+    record = stack.enter_context(recording(args.trace, args.html)) if (args.trace, args.html) != (None, None) else None
     llm: LLM = load("LLM", args.model, options, console)
     _add_all(llm, jobs, args.chat)
     if record:

@@ -63,8 +63,11 @@ def _read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def _write(args: argparse.Namespace) -> None:
     console = Console(stderr=True, no_color=args.no_color or None, highlight=False)
-    for out in filter(None, (args.html, args.perfetto)):
+    outs = [out for out in (args.html, args.perfetto) if out is not None]
+    for out in outs:
         _must_be_another(out, args.files)
+    if len({os.path.realpath(out) for out in outs}) < len(outs):
+        raise TraceError(f"--html and --perfetto can't both be {args.html}: the second would overwrite the first")
     with Reading(console) as reading:
         if args.perfetto is not None:
             write_perfetto(args.files, Path(args.perfetto), reading.watch)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_model import make_folder
 
-from minipaged import LLM, SamplingParams
+from minipaged import LLM, SamplingParams, generate
 from minipaged.generate import main
 from minipaged.requests.beam_search_params import BeamSearchParams
 from minipaged.requests.request import RequestMetrics
@@ -369,6 +369,21 @@ def test_a_refused_run_leaves_the_old_page_alone_and_no_new_one(run, tmp_path):
     for page in (old, new):
         assert run("hi", "--html", str(page), "--max-tokens", "900")[0] == 2
     assert old.read_text() == "precious\n" and not new.exists()
+    assert run("hi", "--html", str(new), "--trace", str(new))[0] == 2 and not new.exists()
+
+
+def test_whoever_breaks_off_while_the_model_loads_leaves_no_empty_page(run, tmp_path, monkeypatch):
+    """Then the program ends at once, and nobody tidies up."""
+    page, load, there = tmp_path / "page.html", generate.load, []
+    monkeypatch.setattr(generate, "load", lambda *args: there.append(page.exists()) or load(*args))
+    assert run("hi", "--html", str(page))[0] == 0 and page.exists() and there == [False]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_page_that_finds_no_room_is_told_of_in_a_line(run):
+    status, out, error = run("hi", "--html", "/dev/full")
+    assert status == 1 and out
+    assert error == "minipaged.generate: error: cannot write the page /dev/full: No space left on device\n"
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -417,6 +432,7 @@ REFUSED = {
     "trace": (["hi", "--trace", "no/such/folder/t"], "cannot write the trace no/such/folder/t: No such file"),
     "page": (["hi", "--html", "no/such/folder/p"], "cannot write the page no/such/folder/p: No such file"),
     "page that is a folder": (["hi", "--html", "."], "cannot write the page .: Is a directory"),
+    "page without a name": (["hi", "--html", ""], "cannot write the page : No such file"),
     "trace that is a pipe": (["hi", "--trace", "/dev/null", "--html", "/dev/null"], "be another file, and no pipe"),
     "too wide": (
         ["hi", "--n", "17"],

@@ -168,7 +168,7 @@ LOOK = """() => {
   View.prototype.show = function (moment) {
     show.call(this, moment);
     const text = (selector, root = document) => root.querySelector(selector).textContent;
-    const tables = all("#tables li[data-sequence]").map((row) =>
+    const tables = all("#tables [data-sequence]").map((row) =>
       [row.dataset.sequence, text(".small", row), [...row.querySelectorAll(".entry")].map((one) => +one.textContent)]);
     const of = (pool) => all(`${pool} .cell.held`).map((cell) => [Number(cell.dataset.block), text("i", cell)]);
     window.looks.push({ state: structuredClone(moment.state), tables, pool: of("#pool"), cpu: of("#cpu"),

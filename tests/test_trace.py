@@ -352,6 +352,7 @@ def test_what_can_not_be_read_or_written(traced, tmp_path, capsys):
         assert "Is a directory" in refused(path, option, tmp_path)
         assert "is the trace itself" in refused(path, option, path)
         assert "Is a directory" in refused(path, tmp_path, option, page)
+    assert "can't both be" in refused(path, "--html", page, "--perfetto", tmp_path / "no" / ".." / "page.html")
     assert "has no step 999: the last is" in refused(path, "--html", page, "--step", "999")
     assert page.read_text() == "an old page"
 

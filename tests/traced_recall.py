@@ -164,11 +164,17 @@ def check(run: TracedRun) -> list[TraceStep]:
         assert step.step == truth.number
         assert step.state == truth.state
         assert {name: sorted(value) if name == "evicted" else value for name, value in step.did.items()
-                if name not in ("computed", "found", "guessed", "errors")} == truth.did  # fmt: skip
+                if name not in ("computed", "found", "guessed", "reached", "errors")} == truth.did  # fmt: skip
         computed = step.did.get("computed", {})
         assert {name: computed[name][:2] for name in truth.computed} == truth.computed
         counts = [own + guessed for _, own, guessed in computed.values()]
         assert sum(counts) + truth.num_branches == step.state["step"]["tokens"]
+        for name, (start, own, guessed) in computed.items():
+            assert ("reached" in step.did and name in step.did["reached"]) == (guessed > 0)
+            if guessed:
+                right = step.did["guessed"][name][1] if name in step.did.get("guessed", {}) else 0
+                row = step.did["reached"][name] - start - own
+                assert right <= row <= guessed and (truth.num_branches or row == guessed)
         assert set(step.arrived) == truth.arrived
         words = read_on(words, step.words)
         assert {name: words[name] for name in truth.words} == truth.words

@@ -120,7 +120,7 @@ def cell(block: int, tables: list[tuple[str, int, list[int], bool]], size: int, 
 READ = """(places) => {
   const all = (root, selector) => [...root.querySelectorAll(selector)];
   const texts = (root, selector) => all(root, selector).map((element) => element.textContent);
-  const tables = (run) => all(run, ".tables li[data-sequence]").map((row) => ({
+  const tables = (run) => all(run, ".tables [data-sequence]").map((row) => ({
     name: row.dataset.sequence, about: texts(row, ".small")[0], blocks: texts(row, ".entry"),
     shared: all(row, ".entry").map((entry) => entry.classList.contains("shared")),
   }));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from minipaged.experiments.loads import TraceError, read_trace
 from minipaged.experiments.report import Report
 from minipaged.experiments.routing import read_blocks
 from minipaged.experiments.study import Settings, Study, progress
-from minipaged.viewer.recording import opened
+from minipaged.viewer.recording import check_page
 
 if TYPE_CHECKING:
     from minipaged.experiments.live import LiveSettings
@@ -112,8 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     trace = args.trace.resolve() if args.trace else None
     settings = Settings(args.quick, args.seed, args.jobs, None if args.no_cache else _kept(), trace)
     try:
-        with opened(str(args.html)) if args.html else contextlib.nullcontext():
-            run(names, settings, args)
+        if args.html:
+            check_page(str(args.html))
+        run(names, settings, args)
     except KeyboardInterrupt:
         _say("\ninterrupted; what was finished is kept")
         return 130

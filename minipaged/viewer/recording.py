@@ -45,11 +45,15 @@ def recording(trace: str | None, page: str | None) -> Iterator[Recorder]:
         with _open("trace", trace or "") as file:
             yield Recorder(file)
         return
-    with opened(page), tempfile.TemporaryDirectory() as folder:
+    check_page(page)
+    with tempfile.TemporaryDirectory() as folder:
         kept = trace or str(Path(folder, f"{Path(page).stem}.jsonl"))
+        refusal = BadInput(f"--html {page} is made of the trace {kept}: that must be another file, and no pipe")
+        if Path(kept).resolve() == Path(page).resolve():
+            raise refusal
         with _open("trace", kept) as file:
-            if not Path(kept).is_file() or Path(kept).resolve() == Path(page).resolve():
-                raise BadInput(f"--html {page} is made of the trace {kept}: that must be another file, and no pipe")
+            if not Path(kept).is_file():
+                raise refusal
             recorder = Recorder(file)
             try:
                 yield recorder
@@ -58,16 +62,12 @@ def recording(trace: str | None, page: str | None) -> Iterator[Recorder]:
                     write_page([kept], Path(page))
 
 
-@contextlib.contextmanager
-def opened(page: str) -> Iterator[None]:
-    """Around what makes a page: BadInput if it can't be written, before anything else; and no empty file is left."""
+def check_page(page: str) -> None:
+    """BadInput if it can't be written. No empty file is left, however the program ends before there is a page."""
     new = not Path(page).exists()
     _open("page", page).close()
-    try:
-        yield
-    finally:
-        if new and not Path(page).stat().st_size:
-            Path(page).unlink()
+    if new:
+        Path(page).resolve().unlink()
 
 
 def _open(what: str, path: str) -> IO[str]:

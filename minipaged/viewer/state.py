@@ -80,6 +80,7 @@ class Eye:
             "freed": plan.freed,
             "evicted": self.evicted,
             "guessed": guesses(plan, output, names),
+            "reached": _reached(plan, output, names),
             "loading": {requests[load.request_id]: load.blocks for load in plan.loads},
             "errors": {names[i]: words for i, words in output.errors.items()},
         }
@@ -147,6 +148,14 @@ def _computed(plan: StepPlan, names: dict[int, str]) -> dict[str, list[int]]:
         numbers[1] += s.num_own if s.branch_of is None else 0
         numbers[2] += s.num_drafts + s.num_to_draft
     return computed
+
+
+def _reached(plan: StepPlan, output: StepOutput, names: dict[int, str]) -> dict[str, int]:
+    """By sequence that had guesses: up to which position the row was computed whose memory it keeps, wrong ones too."""
+    ends = {s.seq_id: s.start + len(s.slots) for s in plan.sequences}
+    rows = [s for s in plan.sequences if s.num_drafts or s.num_to_draft]
+    guessing = {s.seq_id if s.branch_of is None else s.branch_of for s in rows}
+    return {names[i]: ends[output.winners.get(i, i)] for i in sorted(guessing)}
 
 
 def _found(plan: StepPlan, block_size: int) -> dict[str, int]:

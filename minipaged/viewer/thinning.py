@@ -85,11 +85,16 @@ def _guessed(first: Did, second: Did) -> Did:
     return first | {name: _sums(first[name], numbers) if name in first else numbers for name, numbers in second.items()}
 
 
+def _furthest(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return first | {name: max(first.get(name, 0), number) for name, number in second.items()}
+
+
 def _sums(first: list[int], second: list[int]) -> list[int]:
     return [one + other for one, other in zip(first, second, strict=True)]
 
 
 LISTS = ("admitted", "resumed", "copies", "swap_out", "swap_in", "freed", "evicted")
 HOW: dict[str, Callable[[Any, Any], Any]] = {
-    **dict.fromkeys(LISTS, _appended), "found": _added, "computed": _computed, "guessed": _guessed
+    **dict.fromkeys(LISTS, _appended), "found": _added, "computed": _computed, "guessed": _guessed,
+    "reached": _furthest,
 }  # fmt: skip

@@ -85,7 +85,7 @@ class Moves {
     const all = Object.values(tables).reduce((sum, table) => sum + table.blocks.length, 0) <= MOST_LINES;
     if (!all && !picked && !here) return;
     for (const element of this.view.find(".tables").querySelectorAll(".entry")) {
-      const name = element.closest("li").dataset.sequence, table = tables[name], block = Number(element.dataset.block);
+      const name = element.closest(".table").dataset.sequence, table = tables[name], block = Number(element.dataset.block);
       const isHere = this.view.isHere(block, Boolean(table?.swapped)), isPicked = this.view.isPicked(name);
       const strong = isHere || isPicked;
       if (!table || !(strong || (all && !element.matches(".reserved"))) || (isHere && picked && !isPicked)) continue;

@@ -37,7 +37,7 @@ class Past {
     this.lanes = new Map([...this.lanes].sort(([a], [b]) => inOrder(a, b)));
     const last = (name) => this.series[name][this.length - 1];
     this.hasSwapped = this.series.swapped.some((number) => number > 0);
-    this.hasFound = last("asked") > 0;
+    this.hasFound = last("asked") > 0 && trace.header.settings?.prefix_cache !== "none";
   }
 
   /** begin, end: of each step, in seconds. gaps: the places before which the engine rested for as long as can be seen. */

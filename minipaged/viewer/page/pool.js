@@ -1,12 +1,13 @@
 // The pool: a cell for each block, in it a slot for each token. The same class draws the pool of the CPU.
 
 const MOST_CELLS = 2048; // of larger pools a cell stands for several blocks
+const MOST_UNUSED = 512; // larger pools are only drawn as far as they are ever used
 const SIZES = { few: 0, some: 64, many: 300, most: 1200 }; // how large cells are: for more blocks than this
 
 class Pool {
-  /** list: the element of the cells. swapped: it is the CPU's. */
-  constructor(view, list, swapped = false) {
-    Object.assign(this, { view, list, swapped, cells: [], number: -1, each: 1 });
+  /** list: the element of the cells. swapped: it is the CPU's. reach: blocks from this one on are known to stay free. */
+  constructor(view, list, swapped = false, reach = Infinity) {
+    Object.assign(this, { view, list, swapped, reach, cells: [], all: -1, each: 1 });
     this.note = make("p", "small");
     list.after(this.note);
     list.setAttribute("role", "listbox");
@@ -17,8 +18,8 @@ class Pool {
   }
 
   update(moment) {
-    const { usage } = moment.state, number = this.swapped ? usage.cpu_total : usage.num_blocks;
-    if (this.number !== number || this.size !== usage.block_size) this.make(number, usage.block_size);
+    const { usage } = moment.state, all = this.swapped ? usage.cpu_total : usage.num_blocks;
+    if (this.all !== all || this.size !== usage.block_size) this.make(all, usage.block_size);
     const facts = this.factsOf(moment), { here } = this.view;
     const at = here && here.swapped === this.swapped ? Math.floor(here.block / this.each) : -1;
     this.list.classList.toggle("picking", this.view.picked !== "");
@@ -60,8 +61,9 @@ class Pool {
     return { block: first, blocks, key, names, places: [], filled, used: inUse.length, mostHeld, cached: kept, freed: wasFreed, mine };
   }
 
-  make(number, size) {
-    Object.assign(this, { number, size, each: Math.max(1, Math.ceil(number / MOST_CELLS)) });
+  make(all, size) {
+    const number = drawnOf(all, this.reach);
+    Object.assign(this, { all, number, size, each: Math.max(1, Math.ceil(number / MOST_CELLS)) });
     const cells = Math.ceil(number / this.each), kind = Object.keys(SIZES).findLast((name) => cells > SIZES[name]) ?? "few";
     this.cells = Array.from({ length: cells }, (_, i) => this.newCell(i * this.each));
     this.list.replaceChildren(...this.cells.map((cell) => cell.element));
@@ -71,8 +73,9 @@ class Pool {
     this.list.classList.toggle("ticked", size / rows <= (kind === "few" ? 16 : 8) && kind !== "most");
     this.list.style.setProperty("--in-row", size / rows);
     this.list.style.setProperty("--rows", rows);
-    this.note.textContent = this.each === 1 ? ""
-      : `Each cell stands for ${this.each} blocks: A of request A, a some of them shared, + of several.`;
+    const notes = this.each > 1 ? [`Each cell stands for ${this.each} blocks: A of request A, a some of them shared, + of several.`] : [];
+    if (number < all) notes.push(`Blocks ${grouped(number)} to ${grouped(all - 1)} are free in the whole run, and not drawn.`);
+    this.note.textContent = notes.join(" ");
     this.setColumns();
   }
 
@@ -124,7 +127,7 @@ class Pool {
     const { block, names, filled, cached, freed, loading, written, blocks } = cell;
     if (blocks) return this.severalInWords(cell);
     const what = this.swapped ? "CPU block" : "Block";
-    const since = cached ? ", but what it holds can still be found" : freed ? ", since this step" : "";
+    const since = cached ? ", but what it holds can still be found" : freed ? ", emptied in this step" : "";
     if (!names.length) return `${what} ${block}: free${since}`;
     const who = names.length === 1 ? `held by ${names[0]}` : `shared by ${names.length}: ${names.join(", ")}`;
     const words = [`${what} ${block}: ${who}${cell.mine ? " (yours)" : ""}`, `${filled} of ${this.size} slots filled`];
@@ -154,6 +157,12 @@ class Pool {
     this.view.keep(cell.block, this.swapped);
     cell.element.scrollIntoView({ block: "nearest" });
   }
+}
+
+/** How many of all blocks are drawn: of a large pool that is hardly used, those that are ever used, and some free ones. */
+function drawnOf(all, reach) {
+  const some = Math.max(24, 8 * Math.ceil(reach / 6));
+  return all > MOST_UNUSED && some < all / 2 ? some : all;
 }
 
 const NOBODY = { names: [], places: [], filled: 0 };

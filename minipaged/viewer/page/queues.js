@@ -68,6 +68,15 @@ const EVENT_KINDS = [ // words of an event -> its kind, in words of the glossary
   ["copied on write", "copied on write"], ["finished", "finished"], ["guessed", "drafts"],
 ];
 
+/** The sentences of a trace, or of a server's state. */
+const toldIn = ({ line, state }) => line?.events ?? state.events ?? [];
+
+/** All that a step did, for a voice. */
+function aloud(moment) {
+  const moved = (text) => text.replace(/(\d+)->(\d+)( (?=\d))?/g, (_, from, to, more) => `${from} to ${to}${more ? ", " : ""}`);
+  return [...toldIn(moment).map(moved), ...unsaid(moment.did ?? {}).map(([kind, text]) => `${kind}: ${text}`)];
+}
+
 /** The trace's sentences, with a kind before each; and what only `did` knows. */
 class Events {
   constructor(view, list) {
@@ -78,9 +87,8 @@ class Events {
     if (moment === this.moment) return;
     this.used = new Map();
     this.moment = moment;
-    const { line, state, did } = moment, told = line?.events ?? state.events ?? [];
-    const lines = told.map((text) => this.line(EVENT_KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
-    lines.push(...this.others(did ?? {}).map(([kind, text]) => this.line(kind, text)));
+    const lines = toldIn(moment).map((text) => this.line(EVENT_KINDS.find(([word]) => text.includes(word))?.[1] ?? "", text));
+    lines.push(...unsaid(moment.did ?? {}).map(([kind, text]) => this.line(kind, text)));
     if (!lines.length) lines.push(this.line("", "nothing"));
     this.list.replaceChildren(...lines);
   }
@@ -104,27 +112,28 @@ class Events {
     }
     return this.badges.get(key);
   }
+}
 
-  others({ evicted, loading, errors, freed, computed }) {
-    const some = (blocks) => `${count(blocks.length, "block")}: ${blocks.slice(0, 20).join(" ")}${blocks.length > 20 ? " ..." : ""}`;
-    return [
-      ...(evicted ? [["evicted", `can't be found any more, ${some(evicted)}`]] : []),
-      ...Object.entries(loading ?? {}).map(([name, blocks]) => ["loading", `${name} waits for ${some(blocks)}`]),
-      ...Object.entries(errors ?? {}).map(([name, words]) => ["error", `${name}: ${words}`]),
-      ...(freed ? [["freed", `emptied, ${some(freed)}`]] : []),
-      ...(computed ? [["computed", this.computed(computed)]] : []),
-    ];
-  }
+/** What a step did that its sentences do not say: [kind, text]. */
+function unsaid({ evicted, loading, errors, freed, computed }) {
+  const some = (blocks) => `${count(blocks.length, "block")}: ${blocks.slice(0, 20).join(" ")}${blocks.length > 20 ? " ..." : ""}`;
+  return [
+    ...(evicted ? [["evicted", `can't be found any more, ${some(evicted)}`]] : []),
+    ...Object.entries(loading ?? {}).map(([name, blocks]) => ["loading", `${name} waits for ${some(blocks)}`]),
+    ...Object.entries(errors ?? {}).map(([name, words]) => ["error", `${name}: ${words}`]),
+    ...(freed ? [["freed", `emptied, ${some(freed)}`]] : []),
+    ...(computed ? [["computed", tokensOf(computed)]] : []),
+  ];
+}
 
-  /** Who got how many tokens; those that got as many stand together. */
-  computed(computed) {
-    const groups = new Map();
-    for (const name of Object.keys(computed).sort(inOrder)) {
-      const [start, own, guessed] = computed[name];
-      const what = `${count(own, "token")}${guessed ? ` and ${guessed} guessed` : ""}${own > 1 ? `, from position ${start}` : ""}`;
-      groups.set(what, [...(groups.get(what) ?? []), name]);
-    }
-    const some = (names) => names.slice(0, 24).join(" ") + (names.length > 24 ? ` and ${names.length - 24} more` : "");
-    return [...groups].slice(0, 12).map(([what, names]) => `${some(names)} ${what}${names.length > 1 ? " each" : ""}`).join("; ");
+/** Who got how many tokens; those that got as many stand together. */
+function tokensOf(computed) {
+  const groups = new Map();
+  for (const name of Object.keys(computed).sort(inOrder)) {
+    const [start, own, guessed] = computed[name];
+    const what = `${count(own, "token")}${guessed ? ` and ${guessed} guessed` : ""}${own > 1 ? `, from position ${start}` : ""}`;
+    groups.set(what, [...(groups.get(what) ?? []), name]);
   }
+  const some = (names) => names.slice(0, 24).join(" ") + (names.length > 24 ? ` and ${names.length - 24} more` : "");
+  return [...groups].slice(0, 12).map(([what, names]) => `${some(names)} ${what}${names.length > 1 ? " each" : ""}`).join("; ");
 }

@@ -2,6 +2,7 @@
 
 const runs = JSON.parse($("data").textContent).runs;
 const traces = runs.map((run) => new Trace(run));
+const reach = (swapped) => Math.max(...traces.map((trace) => trace.reach[swapped]));
 const player = new Player(traces, show);
 const views = traces.map(newView);
 new Search(traces, ({ number, name, place }) => { pick(name); player.goTo(place, number); });
@@ -15,10 +16,11 @@ function newView(trace, number) {
   const queue = (which) => ({ list: find(`.queue.${which} ul`), number: find(`.queue.${which} .number`) });
   const queues = { running: queue("running"), waiting: queue("waiting"), swapped: queue("swapped") };
   tell(trace, find);
-  find(".cpu-pool").hidden = !trace.header.num_cpu_blocks;
+  find(".cpu-pool").hidden = !reach(true);
   view.parts = [
-    new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu")), new Pool(view, find(".pool.cpu"), true),
-    new Legend(view, find(".legend")), new Detail(view, find(".detail")), new Tables(view, find(".tables")), new Queues(view, queues),
+    new Counts(view, find(".counts")), new Pool(view, find(".pool.gpu"), false, reach(false)),
+    new Pool(view, find(".pool.cpu"), true, reach(true)), new Legend(view, find(".legend")), new Detail(view, find(".detail")),
+    new Tables(view, find(".tables")), new Queues(view, queues),
     new Events(view, find(".events")), new Timeline(view, find(".timeline"), trace, go), new Plots(view, find(".plots"), trace, go),
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];
@@ -53,7 +55,8 @@ function tell(trace, find) {
   const { title, header, every } = trace, notes = [];
   find(".title").textContent = title;
   find(".lesson").textContent = header.lesson ?? "";
-  find(".about").textContent = `${count(header.num_blocks, "block")} of ${header.block_size} tokens`;
+  const unused = header.num_cpu_blocks && !reach(true) ? `; ${grouped(header.num_cpu_blocks)} of the CPU, never used` : "";
+  find(".about").textContent = `${count(header.num_blocks, "block")} of ${header.block_size} tokens${unused}`;
   if (every > 1) notes.push(`A long run: of every ${every} steps one is shown, with what all of them did.`);
   if (header.version === 1) notes.push("A trace of version 1: it has no times, no texts, and not what can be found again.");
   const differs = ([name, value]) => traces.some((other) => other.header.settings?.[name] !== value);
@@ -92,8 +95,8 @@ function show() {
 
 /** The link says where we are, and for who listens instead of looking, a line says what happened. */
 function keep(moments) {
-  const said = moments.map(({ line }) => (line.events ?? []).join("; ")).filter(Boolean).join(". ");
-  $("told").textContent = `${$("where").textContent}. ${said}`;
+  const said = moments.map((moment) => [...(traces.length > 1 ? [moment.trace.title] : []), ...aloud(moment)].join(". "));
+  $("told").textContent = [$("where").textContent, ...said].join(". ");
   const { step } = moments[traces.indexOf(player.lead)];
   const link = new URLSearchParams(player.inTime ? { time: Number(player.now.toFixed(6)) } : { step });
   if (views[0].picked) link.set("request", views[0].picked);

@@ -21,7 +21,7 @@ class Tables {
     for (const name of this.rows.keys()) if (!state.tables[name]) this.rows.delete(name);
     names.forEach((name) => this.updateRow(name, state.tables[name], moment));
     const rows = names.map((name) => this.rows.get(name).element);
-    if (!rows.length) rows.push(this.nobody ??= make("li", "small", "No sequence has blocks."));
+    if (!rows.length) rows.push(this.nobody ??= make("div", "small", "No sequence has blocks."));
     arrange(this.list, rows);
     if (!this.stop?.isConnected) this.stopAt(this.list.querySelector(".chip"));
   }
@@ -75,7 +75,7 @@ class Tables {
   }
 
   newRow(name) {
-    const element = make("li", "table"), head = chip(name), tokens = make("span", "small"), blocks = make("span", "entries");
+    const element = make("div", "table"), head = chip(name), tokens = make("span", "small"), blocks = make("span", "entries");
     element.dataset.sequence = name;
     paint(element, name);
     element.setAttribute("role", "row");
@@ -100,7 +100,7 @@ class Tables {
   move(event) {
     if (isForBrowser(event)) return;
     const cellsOf = (row) => [...(row?.querySelectorAll(".chip, .entry") ?? [])];
-    const row = event.target.closest("li"), cells = cellsOf(row), at = cells.indexOf(event.target);
+    const row = event.target.closest(".table"), cells = cellsOf(row), at = cells.indexOf(event.target);
     if (at < 0) return;
     if (event.key === "Enter" || event.key === " ") event.target.click();
     const other = { ArrowUp: row.previousElementSibling, ArrowDown: row.nextElementSibling }[event.key];
@@ -113,7 +113,7 @@ class Tables {
   }
 }
 
-const inSwapped = (entry) => entry.closest("li").classList.contains("swapped");
+const inSwapped = (entry) => entry.closest(".table").classList.contains("swapped");
 
 /** Which entries of a table are shown; -1: a gap. */
 function placesOf(length) {

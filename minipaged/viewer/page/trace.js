@@ -11,15 +11,31 @@ class Trace {
     this.at = -1;
     this.state = copied({});
     this.requests = new Map(); // by name: {id, place: where it came}
+    this.reach = { false: 0, true: 0 }; // of the pool, and (true) of the CPU's: all blocks that are ever used are below this
     this.readWords();
     for (let place = 0; place < this.length; place++) {
       this.state = merge(this.state, this.lines[place].patch);
+      this.reachOut(this.lines[place]);
       for (const name of Object.keys({ ...this.lines[place].patch.requests, ...this.lines[place].arrived })) {
         if (!this.requests.has(name)) this.requests.set(name, { id: this.state.requests[name]?.id ?? "", place });
       }
       if (place % KEYFRAME === 0) this.keyframes.push(copied(this.state));
     }
     this.at = this.length - 1;
+  }
+
+  reachOut({ patch, did = {} }) {
+    const { reach } = this, reachTo = (blocks, swapped = false) => { for (const block of blocks) if (block >= reach[swapped]) reach[swapped] = Number(block) + 1; };
+    for (const name in patch.tables ?? {}) if (patch.tables[name]) reachTo(this.state.tables[name].blocks, Boolean(this.state.tables[name].swapped));
+    reachTo(Object.keys(patch.cached ?? {}));
+    for (const kind of ["copies", "freed", "evicted"]) reachTo((did[kind] ?? []).flat());
+    for (const [kind, from, to] of [["swap_out", false, true], ["swap_in", true, false]]) {
+      for (const [old, now] of did[kind] ?? []) {
+        reachTo([old], from);
+        reachTo([now], to);
+      }
+    }
+    reachTo(Object.values(did.loading ?? {}).flat());
   }
 
   /** The moment after the step at this place (0 is the first): {line, state, place, ...}. The state isn't to be changed. */

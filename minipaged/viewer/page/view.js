@@ -38,7 +38,6 @@ class View {
   /** A request stands out, or ("") none does. */
   pick(name) {
     this.picked = this.picked === name ? "" : name;
-    this.kept = false;
     this.onpick(this.picked);
   }
 
