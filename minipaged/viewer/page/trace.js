@@ -24,18 +24,20 @@ class Trace {
     this.at = this.length - 1;
   }
 
+  /** How far into each pool the step went. */
   reachOut({ patch, did = {} }) {
-    const { reach } = this, reachTo = (blocks, swapped = false) => { for (const block of blocks) if (block >= reach[swapped]) reach[swapped] = Number(block) + 1; };
-    for (const name in patch.tables ?? {}) if (patch.tables[name]) reachTo(this.state.tables[name].blocks, Boolean(this.state.tables[name].swapped));
-    reachTo(Object.keys(patch.cached ?? {}));
-    for (const kind of ["copies", "freed", "evicted"]) reachTo((did[kind] ?? []).flat());
-    for (const [kind, from, to] of [["swap_out", false, true], ["swap_in", true, false]]) {
-      for (const [old, now] of did[kind] ?? []) {
-        reachTo([old], from);
-        reachTo([now], to);
-      }
+    const { swap_out = [], swap_in = [], copies = [], freed = [], evicted = [], loading = {} } = did;
+    for (const name of Object.keys(patch.tables ?? {})) {
+      const table = this.state.tables[name];
+      if (table) this.reachTo(table.blocks, Boolean(table.swapped));
     }
-    reachTo(Object.values(did.loading ?? {}).flat());
+    this.reachTo([...Object.keys(patch.cached ?? {}), ...copies.flat(), ...freed, ...evicted, ...Object.values(loading).flat()]);
+    this.reachTo([...swap_out.map(([from]) => from), ...swap_in.map(([, to]) => to)]);
+    this.reachTo([...swap_out.map(([, to]) => to), ...swap_in.map(([from]) => from)], true);
+  }
+
+  reachTo(blocks, swapped = false) {
+    for (const block of blocks) this.reach[swapped] = Math.max(this.reach[swapped], Number(block) + 1);
   }
 
   /** The moment after the step at this place (0 is the first): {line, state, place, ...}. The state isn't to be changed. */
