@@ -120,7 +120,8 @@ function writtenIn(moment, swapped = false) {
     for (const [name, [start, own, guessed]] of Object.entries(did?.computed ?? {})) {
       const table = state.tables[name];
       if (!table || Boolean(table.swapped) !== swapped) continue;
-      const end = guessed ? Math.max(table.tokens, did.reached?.[name] ?? start + own + guessed) : start + own; // guesses of branches lie elsewhere
+      const reached = did.reached?.[name] ?? start + own + guessed; // guesses of other branches lie elsewhere
+      const end = guessed ? Math.max(table.tokens, reached) : start + own;
       for (let place = Math.floor(start / size); place * size < end && place < table.blocks.length; place++) {
         const from = Math.max(0, start - place * size), to = Math.min(size, end - place * size), block = table.blocks[place];
         const other = written.get(block);

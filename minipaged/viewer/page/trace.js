@@ -24,17 +24,20 @@ class Trace {
     this.at = this.length - 1;
   }
 
+  /** What a line says of blocks, to know how far the pools are ever used. */
   reachOut({ patch, did = {} }) {
-    const { reach } = this, reachTo = (blocks, swapped = false) => { for (const block of blocks) if (block >= reach[swapped]) reach[swapped] = Number(block) + 1; };
-    for (const name in patch.tables ?? {}) if (patch.tables[name]) reachTo(this.state.tables[name].blocks, Boolean(this.state.tables[name].swapped));
+    const reachTo = (blocks, swapped = false) => {
+      for (const block of blocks) if (block >= this.reach[swapped]) this.reach[swapped] = Number(block) + 1;
+    };
+    for (const name of Object.keys(patch.tables ?? {})) {
+      const table = this.state.tables[name];
+      if (table) reachTo(table.blocks, Boolean(table.swapped));
+    }
     reachTo(Object.keys(patch.cached ?? {}));
     for (const kind of ["copies", "freed", "evicted"]) reachTo((did[kind] ?? []).flat());
-    for (const [kind, from, to] of [["swap_out", false, true], ["swap_in", true, false]]) {
-      for (const [old, now] of did[kind] ?? []) {
-        reachTo([old], from);
-        reachTo([now], to);
-      }
-    }
+    const out = did.swap_out ?? [], back = did.swap_in ?? [];
+    reachTo([...out.map(([old]) => old), ...back.map(([, now]) => now)]);
+    reachTo([...out.map(([, now]) => now), ...back.map(([old]) => old)], true);
     reachTo(Object.values(did.loading ?? {}).flat());
   }
 
