@@ -64,9 +64,10 @@ def forked(step: TraceStep) -> float:
 
 
 def parted(step: TraceStep) -> float:
-    """How differently blocks are shared: by all beams, by three, by two."""
-    sharers = {tuple(names) for names in step.memory.holders().values() if len(names) > 1}
-    return len(sharers) + 0.1 * len(step.did.get("copies", ()))
+    """How differently blocks are shared: by all beams, by three, by two. No copy is of a block that is free now."""
+    holders, copies = step.memory.holders(), step.did.get("copies", ())
+    sharers = {tuple(names) for names in holders.values() if len(names) > 1}
+    return len(sharers) + 0.1 * len(copies) - any(source not in holders for source, _ in copies)
 
 
 def swapped(step: TraceStep) -> float:

@@ -131,7 +131,7 @@ class Observer:
         self.came = [request for request in (*self._live, *late) if request not in before]
         self.gone = [request for request in (*before, *late) if request not in self._live]
         self.finished = [letters(request.arrival) for request in self.gone]
-        told = [f"{name} {count}, {right} right, {back} slots taken back"
+        told = [f"{name} {count}, {right} right, {back} slot{'s' * (back != 1)} taken back"
                 for name, (count, right, back) in guesses(plan, output, self.names).items()]  # fmt: skip
         guessed = [f"guessed for {'; '.join(told)}"] if told else []
         return [*_tell(plan, self.requests, self.names, self.finished), *guessed]
