@@ -49,8 +49,9 @@ def place(page):
 
 
 def link(page):
-    """What the link says when the page was left alone for a moment."""
+    """What the link says when the page was left alone for a moment, however long it takes to draw."""
     page.wait_for_timeout(300)
+    page.evaluate("new Promise((done) => setTimeout(done, 2 * SOON))")
     return page.evaluate("location.hash")
 
 

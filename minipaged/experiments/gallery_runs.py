@@ -64,10 +64,11 @@ def forked(step: TraceStep) -> float:
 
 
 def parted(step: TraceStep) -> float:
-    """How differently blocks are shared: by all beams, by three, by two. No copy is of a block that is free now."""
+    """How differently blocks are held: by all beams, by three, by two, alone. No copy is of a block that is free now."""
     holders, copies = step.memory.holders(), step.did.get("copies", ())
     sharers = {tuple(names) for names in holders.values() if len(names) > 1}
-    return len(sharers) + 0.1 * len(copies) - any(source not in holders for source, _ in copies)
+    alone = any(len(names) == 1 for names in holders.values())
+    return len(sharers) + 2 * alone + 0.1 * len(copies) - any(source not in holders for source, _ in copies)
 
 
 def swapped(step: TraceStep) -> float:

@@ -1,8 +1,5 @@
 """What the tokens of a step do to the sequences: they grow, fork and end, and their memory with them."""
 
-from typing import Protocol
-from weakref import WeakSet
-
 from minipaged.decoding.beam_search import memory_moves
 from minipaged.memory import KVCacheManager
 from minipaged.requests.request import Request
@@ -12,18 +9,11 @@ from minipaged.scheduling.plan import StepOutput
 from minipaged.scheduling.transfer import Transfers
 
 
-class Watcher(Protocol):
-    """Whoever wants to know of each sequence that ends: it may have come and gone between two looks."""
-
-    def note_end(self, request: Request, seq: Sequence) -> None: ...
-
-
 class LiveSequences:
-    """All sequences that have not ended, by id. watchers: forgotten when nobody else holds them."""
+    """All sequences that have not ended, by id."""
 
     def __init__(self, memory: KVCacheManager, transfers: Transfers):
         self._memory, self._transfers = memory, transfers
-        self.watchers: WeakSet[Watcher] = WeakSet()
         self._by_id: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -53,8 +43,6 @@ class LiveSequences:
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self._transfers.request_finished(request, seq, reason, self._memory, self.new_id)
         self._forget(seq)
-        for watcher in self.watchers:
-            watcher.note_end(request, seq)
 
     def _forget(self, seq: Sequence) -> None:
         """It lives no more, and holds no memory, on the GPU or swapped out."""

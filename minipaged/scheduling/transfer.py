@@ -20,6 +20,8 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
+from weakref import WeakSet
 
 from minipaged.memory import KVCacheManager
 from minipaged.requests.kv_transfer import NAME, KVTransferParams
@@ -33,6 +35,12 @@ LEASE_SECONDS = 120.0
 def digest_of(tokens: Sequence[int], salt: str | None) -> str:
     """By what both engines know that they mean the same tokens, of the same tenant."""
     return hashlib.sha256(array("q", tokens).tobytes() + repr(salt).encode()).hexdigest()
+
+
+class _Watcher(Protocol):
+    """Whoever wants to know of each sequence that ends: it may have come and gone between two looks at an engine."""
+
+    def note_end(self, request: Request, seq: Tokens) -> None: ...
 
 
 @dataclass(eq=False)
@@ -136,6 +144,7 @@ class Transfers:
     exports: what is kept for others; None: nothing is. place: what an answer says of where: remote_engine_id,
     remote_host, remote_port. takes: whether blocks are taken. recompute: whether a prompt whose blocks can't be had is
     computed here; else its request ends with an error. Method names that vLLM has mean the same there.
+    watchers: they are told of each sequence that ends, and forgotten when nobody else holds them.
     """
 
     exports: Exports | None = None
@@ -143,6 +152,7 @@ class Transfers:
     takes: bool = False
     recompute: bool = True
     counts: TransferCounts = field(default_factory=TransferCounts)
+    watchers: WeakSet[_Watcher] = field(default_factory=WeakSet)
     _unneeded: list[KVTransferParams] = field(default_factory=list)
     _num_loads: int = 0
 
@@ -167,6 +177,8 @@ class Transfers:
         self, request: Request, seq: Tokens, reason: str, memory: KVCacheManager, new_id: Callable[[], int]
     ) -> None:
         """A sequence ends; if its blocks are wanted elsewhere, its page table is kept under a name of its own."""
+        for watcher in self.watchers:
+            watcher.note_end(request, seq)
         self.drop(request)
         asked, size = request.kv_transfer, memory.block_size
         if asked is None or not asked.do_remote_decode or reason not in ("stop", "length") or self.exports is None:

@@ -96,7 +96,7 @@ class Observer:
         self._kept: dict[int, str] = {}  # what is kept for other engines
         self._kept_numbers = count(1)
         self._ended: list[tuple[Request, Sequence]] = []  # since the last step
-        llm.scheduler.sequences.watchers.add(self)
+        llm.scheduler.transfers.watchers.add(self)
         self._name_all()
         self._live = self._live_now()
         self.names, self.requests = self._names, _by_id(self._live)

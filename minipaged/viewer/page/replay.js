@@ -25,7 +25,7 @@ function newView(trace, number) {
     new Prefixes(view, find(".prefixes")), new TextPart(view, find(".text")), new Moves(view, find(".moves")),
   ];
   view.onpick = pick;
-  steady([...root.querySelectorAll(".memory, .page-tables, .did, .queues")]);
+  steady([...root.querySelectorAll(".memory, .page-tables, .events, .queues")]);
   return view;
 }
 
