@@ -8,6 +8,7 @@ from tiny_model import make_folder
 from minipaged import LLM, SamplingParams
 from minipaged.viewer.page import page_of, run_of
 from minipaged.viewer.trace import TraceWriter
+from tests.browser import until
 from tests.viewed import Recorded
 
 
@@ -38,7 +39,7 @@ def opened(tabs, written):
 
     def open_one(*names, link="", **options):
         page = tabs.open(written(*names or ("short",)) + link, **{"offline": True, **options})
-        page.wait_for_function("typeof player === 'object'")
+        until(lambda: page.evaluate("typeof player === 'object'"))
         return page
 
     return open_one
@@ -212,7 +213,7 @@ def test_the_link_holds_step_and_request(opened):
     page.keyboard.press("Escape")
     assert picked(page) == "" and link(page) == "#step=10"
     page.evaluate("location.hash = '#step=3&request=A'")
-    page.wait_for_function("player.now === 2")
+    until(lambda: page.evaluate("player.now === 2"))
     assert picked(page) == "A"
     page.click("#play")
     page.click("#play")
@@ -360,7 +361,7 @@ def test_two_runs_go_in_time(opened):
     assert place(page) == 67
     page.reload()
     page.goto(page.url.split("#")[0] + "#time=3.2")
-    page.wait_for_function("player.inTime")
+    until(lambda: page.evaluate("player.inTime"))
     assert page.input_value("#mode") == "time" and page.evaluate("player.places") == [5, 5]
 
 

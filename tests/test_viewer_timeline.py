@@ -6,6 +6,7 @@ import pytest
 
 from minipaged.terminal.snapshot import request_of
 from minipaged.viewer.page import page_of, run_of
+from tests.browser import until
 from tests.viewed import Recorded
 
 SEEDS = (63, 1085, 1410)  # of schedules with chunks, drafts, and both ways to make way
@@ -34,7 +35,7 @@ def opened(tabs, tmp_path):
     def open_one(*paths, **options):
         (tmp_path / "page.html").write_text(page_of([run_of(path) for path in paths]), encoding="utf-8")
         page = tabs.open(f"file://{tmp_path}/page.html", offline=True, **options)
-        page.wait_for_function("views[0].parts.find((part) => part instanceof Timeline).scale > 0")
+        until(lambda: page.evaluate("views[0].parts.find((part) => part instanceof Timeline).scale > 0"))
         return page
 
     return open_one

@@ -64,7 +64,7 @@ def forked(step: TraceStep) -> float:
 
 
 def parted(step: TraceStep) -> float:
-    """How differently blocks are held: by all beams, by three, by two, alone. No copy is of a block that is free now."""
+    """How differently blocks are held: by all beams, by some, alone. No copy is of a block that is free now."""
     holders, copies = step.memory.holders(), step.did.get("copies", ())
     sharers = {tuple(names) for names in holders.values() if len(names) > 1}
     alone = any(len(names) == 1 for names in holders.values())
