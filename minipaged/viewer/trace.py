@@ -223,8 +223,8 @@ def as_json(value: Any) -> str:
 
 
 def write(path: Path, what: str, text: str) -> None:
-    """TraceError if it can't be. Half of a letter, which a trace may have and a file may not, becomes a ?."""
+    """TraceError if it can't be."""
     try:
-        path.write_bytes(text.encode("utf-8", "replace"))
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TraceError(f"cannot write {what} {path}: {error.strerror}") from None
